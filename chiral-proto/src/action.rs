@@ -1,0 +1,274 @@
+//! What flows from the policy to the robot: single actions, chunks of them, and what the robot says of both.
+
+use std::ops::Deref;
+
+use nalgebra::{Dim, Matrix, RawStorage};
+use ndarray::{ArrayBase, Data, Ix1, Ix2};
+
+use crate::error::InvalidAction;
+
+/// One action: D values.
+///
+/// Made from what a policy has: slices, arrays and vectors of `f32`, one-dimensional `ndarray`s of `f32` or `f64`, and nalgebra vectors.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Action {
+    /// The values, in the order and unit that the robot's [`ActionSpec`] says.
+    pub values: Vec<f32>,
+}
+
+impl Deref for Action {
+    type Target = [f32];
+
+    fn deref(&self) -> &[f32] {
+        &self.values
+    }
+}
+
+/// N actions predicted together: (N, D), row-major, in one buffer.
+///
+/// Made from what a policy has: whatever an [`Action`] is made from is a chunk of one row; two-dimensional `ndarray`s and nalgebra matrices of `f32` or
+/// `f64` are N rows. A nalgebra *column vector* (one column by its type) is one action.
+#[derive(Clone, Debug, PartialEq)]
+pub struct ActionChunk {
+    values: Vec<f32>,
+    dimension: usize,
+}
+
+impl ActionChunk {
+    /// The most rows that a chunk may have.
+    pub const MAX_ROWS: usize = 4096;
+
+    /// Rows of `dimension` values each.
+    ///
+    /// # Errors
+    /// [`InvalidAction::Ragged`] if they are no whole rows.
+    pub fn new(dimension: usize, values: Vec<f32>) -> Result<ActionChunk, InvalidAction> {
+        if dimension == 0 && !values.is_empty() || dimension > 0 && values.len() % dimension != 0 {
+            return Err(InvalidAction::Ragged { dimension, found: values.len() });
+        }
+        Ok(ActionChunk { values, dimension })
+    }
+
+    /// N, the number of rows.
+    pub fn rows(&self) -> usize {
+        self.values.len().checked_div(self.dimension).unwrap_or(0)
+    }
+
+    /// D, the number of values in a row.
+    pub fn dimension(&self) -> usize {
+        self.dimension
+    }
+
+    /// All values, row-major.
+    pub fn values(&self) -> &[f32] {
+        &self.values
+    }
+
+    /// The rows in turn.
+    pub fn iter(&self) -> impl ExactSizeIterator<Item = &[f32]> {
+        self.values.chunks_exact(self.dimension.max(1))
+    }
+}
+
+/// What an action means to the robot.
+#[derive(Clone, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum ActionMeaning {
+    /// Joint positions to go to.
+    JointPosition,
+    /// Joint velocities to move at.
+    JointVelocity,
+    /// A difference to the end effector's pose.
+    EndEffectorDelta,
+    /// Anything else, in words.
+    Other(String),
+}
+
+/// What an action of a robot is, declared by the robot and checked on both sides.
+#[derive(Clone, Debug, PartialEq)]
+pub struct ActionSpec {
+    /// D, the number of values in one action.
+    pub dimension: usize,
+    /// One name a value, or empty.
+    pub names: Vec<String>,
+    /// The least value that the robot can follow, one a value, or empty. Told to the policy; what lies outside is the robot's to clamp.
+    pub low: Vec<f32>,
+    /// The greatest value that the robot can follow, one a value, or empty.
+    pub high: Vec<f32>,
+    /// Such as `rad`; may be empty.
+    pub unit: String,
+    /// What the values mean.
+    pub meaning: ActionMeaning,
+    /// The rate at which the robot runs the rows of a chunk, in hertz.
+    pub control_hz: f64,
+}
+
+impl ActionSpec {
+    /// Joint positions in radians of so many joints.
+    pub fn joint_positions(dimension: usize, control_hz: f64) -> ActionSpec {
+        ActionSpec {
+            dimension,
+            names: Vec::new(),
+            low: Vec::new(),
+            high: Vec::new(),
+            unit: "rad".to_owned(),
+            meaning: ActionMeaning::JointPosition,
+            control_hz,
+        }
+    }
+
+    /// Whether a robot of this kind may see `chunk`: 1 to [`ActionChunk::MAX_ROWS`] rows of its dimension, every value finite.
+    ///
+    /// # Errors
+    /// [`InvalidAction`], which says what was expected and what was found.
+    pub fn check(&self, chunk: &ActionChunk) -> Result<(), InvalidAction> {
+        if chunk.dimension != self.dimension {
+            return Err(InvalidAction::Dimension { expected: self.dimension, found: chunk.dimension });
+        }
+        if chunk.rows() == 0 || chunk.rows() > ActionChunk::MAX_ROWS {
+            return Err(InvalidAction::Rows { limit: ActionChunk::MAX_ROWS, found: chunk.rows() });
+        }
+        match chunk.values.iter().position(|value| !value.is_finite()) {
+            None => Ok(()),
+            Some(at) => {
+                let (row, index) = (at / self.dimension, at % self.dimension);
+                let name = self.names.get(index).cloned().unwrap_or_else(|| format!("value {index}"));
+                Err(InvalidAction::NotFinite { row, name, value: chunk.values[at] })
+            }
+        }
+    }
+}
+
+/// A number that an action can be made from: `f32`, or `f64`, which is rounded.
+pub trait Number: Copy + 'static {
+    /// As the wire carries it.
+    fn to_f32(self) -> f32;
+}
+
+impl Number for f32 {
+    fn to_f32(self) -> f32 {
+        self
+    }
+}
+
+impl Number for f64 {
+    fn to_f32(self) -> f32 {
+        self as f32
+    }
+}
+
+impl From<Action> for ActionChunk {
+    fn from(action: Action) -> ActionChunk {
+        ActionChunk { dimension: action.values.len(), values: action.values }
+    }
+}
+
+/// What is one action, and so also a chunk of one row.
+macro_rules! one_action {
+    ($([$($generics:tt)*] $source:ty, $values:ident => $convert:expr;)*) => {$(
+        impl<$($generics)*> From<$source> for Action {
+            fn from($values: $source) -> Action {
+                Action { values: $convert }
+            }
+        }
+
+        impl<$($generics)*> From<$source> for ActionChunk {
+            fn from(values: $source) -> ActionChunk {
+                Action::from(values).into()
+            }
+        }
+    )*};
+}
+one_action! {
+    [] Vec<f32>, values => values;
+    [] &Vec<f32>, values => values.clone();
+    [] &[f32], values => values.to_vec();
+    [const D: usize] [f32; D], values => values.to_vec();
+    [const D: usize] &[f32; D], values => values.to_vec();
+    [T: Number, S: Data<Elem = T>] ArrayBase<S, Ix1>, values => values.iter().map(|value| value.to_f32()).collect();
+    [T: Number, S: Data<Elem = T>] &ArrayBase<S, Ix1>, values => values.iter().map(|value| value.to_f32()).collect();
+}
+
+impl<T: Number, R: Dim, S: RawStorage<T, R, nalgebra::U1>> From<&Matrix<T, R, nalgebra::U1, S>> for Action {
+    fn from(vector: &Matrix<T, R, nalgebra::U1, S>) -> Action {
+        Action { values: vector.iter().map(|value| value.to_f32()).collect() }
+    }
+}
+
+impl<T: Number, R: Dim, S: RawStorage<T, R, nalgebra::U1>> From<Matrix<T, R, nalgebra::U1, S>> for Action {
+    fn from(vector: Matrix<T, R, nalgebra::U1, S>) -> Action {
+        Action::from(&vector)
+    }
+}
+
+impl<T: Number, R: Dim, C: Dim, S: RawStorage<T, R, C>> From<&Matrix<T, R, C, S>> for ActionChunk {
+    fn from(matrix: &Matrix<T, R, C, S>) -> ActionChunk {
+        let is_vector = C::try_to_usize() == Some(1);
+        let dimension = if is_vector { matrix.nrows() } else { matrix.ncols() };
+        // A vector's column is its one row; a matrix is stored by columns and sent by rows.
+        let values = match is_vector {
+            true => matrix.iter().map(|value| value.to_f32()).collect(),
+            false => matrix.row_iter().flat_map(|row| row.iter().map(|value| value.to_f32()).collect::<Vec<_>>()).collect(),
+        };
+        ActionChunk { values, dimension }
+    }
+}
+
+impl<T: Number, R: Dim, C: Dim, S: RawStorage<T, R, C>> From<Matrix<T, R, C, S>> for ActionChunk {
+    fn from(matrix: Matrix<T, R, C, S>) -> ActionChunk {
+        ActionChunk::from(&matrix)
+    }
+}
+
+impl<T: Number, S: Data<Elem = T>> From<&ArrayBase<S, Ix2>> for ActionChunk {
+    fn from(rows: &ArrayBase<S, Ix2>) -> ActionChunk {
+        ActionChunk { values: rows.iter().map(|value| value.to_f32()).collect(), dimension: rows.ncols() }
+    }
+}
+
+impl<T: Number, S: Data<Elem = T>> From<ArrayBase<S, Ix2>> for ActionChunk {
+    fn from(rows: ArrayBase<S, Ix2>) -> ActionChunk {
+        ActionChunk::from(&rows)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use nalgebra::{DMatrix, DVector, SMatrix, SVector};
+    use ndarray::{Array1, Array2, array};
+
+    use super::*;
+
+    #[track_caller]
+    fn check(chunk: impl Into<ActionChunk>, rows: usize, values: &[f32]) {
+        let chunk = chunk.into();
+        assert_eq!((chunk.rows(), chunk.values()), (rows, values));
+    }
+
+    #[test]
+    fn a_chunk_is_made_from_what_a_policy_has() {
+        check(vec![1.0, 2.0], 1, &[1.0, 2.0]);
+        check([1.0, 2.0], 1, &[1.0, 2.0]);
+        check(&[1.0, 2.0][..], 1, &[1.0, 2.0]);
+        check(array![1.0f64, 2.0], 1, &[1.0, 2.0]);
+        check(Array1::<f32>::zeros(3).view(), 1, &[0.0; 3]);
+        check(array![[1.0f32, 2.0], [3.0, 4.0]].t(), 2, &[1.0, 3.0, 2.0, 4.0]);
+        check(Array2::<f64>::zeros((4, 2)), 4, &[0.0; 8]);
+        check(DVector::from_vec(vec![1.0f64, 2.0]), 1, &[1.0, 2.0]);
+        check(SVector::<f32, 2>::new(1.0, 2.0), 1, &[1.0, 2.0]);
+        check(SMatrix::<f32, 2, 3>::new(1.0, 2.0, 3.0, 4.0, 5.0, 6.0), 2, &[1.0, 2.0, 3.0, 4.0, 5.0, 6.0]);
+        check(DMatrix::<f64>::from_row_slice(2, 1, &[1.0, 2.0]), 2, &[1.0, 2.0]);
+        assert_eq!(Action::from(DVector::from_vec(vec![1.0f64, 2.0])).values, [1.0, 2.0]);
+    }
+
+    #[test]
+    fn only_whole_rows_of_finite_values_pass() {
+        let spec = ActionSpec { names: vec!["shoulder".into(), "elbow".into()], ..ActionSpec::joint_positions(2, 20.0) };
+        assert_eq!(spec.check(&[1.0, 2.0].into()), Ok(()));
+        assert_eq!(spec.check(&[1.0].into()), Err(InvalidAction::Dimension { expected: 2, found: 1 }));
+        assert_eq!(spec.check(&ActionChunk::new(2, vec![]).unwrap()), Err(InvalidAction::Rows { limit: 4096, found: 0 }));
+        assert_eq!(ActionChunk::new(2, vec![1.0; 3]), Err(InvalidAction::Ragged { dimension: 2, found: 3 }));
+        let error = spec.check(&array![[0.0f64, 0.0], [0.0, 1e300]].into()).unwrap_err();
+        assert_eq!(error.to_string(), "expected finite values, found inf at row 1, elbow");
+    }
+}

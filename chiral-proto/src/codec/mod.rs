@@ -1,0 +1,42 @@
+//! Messages to frames and back. Each codec's own words stay in its own file.
+
+mod protobuf;
+#[allow(missing_docs, unreachable_pub, clippy::all, clippy::pedantic, reason = "generated")]
+#[rustfmt::skip]
+mod wire;
+
+use crate::{
+    error::{DecodeError, Unsayable},
+    frame::Frame,
+    message::Message,
+};
+
+/// How messages are put into frames; agreed once for a connection.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum Codec {
+    /// The protocol of `proto/chiral/v1/chiral.proto`.
+    Protobuf,
+}
+
+impl Codec {
+    /// The frame of `message`, which shares the memory of its tensors.
+    ///
+    /// # Errors
+    /// [`Unsayable`] if the codec has no words for it.
+    pub fn encode(self, message: &Message) -> Result<Frame, Unsayable> {
+        match self {
+            Codec::Protobuf => protobuf::encode(message),
+        }
+    }
+
+    /// The message in `frame`, whose tensors share the frame's memory. Everything that a peer can get wrong is found here.
+    ///
+    /// # Errors
+    /// [`DecodeError`], which names the field, what was expected and what was found.
+    pub fn decode(self, frame: Frame) -> Result<Message, DecodeError> {
+        match self {
+            Codec::Protobuf => protobuf::decode(frame),
+        }
+    }
+}

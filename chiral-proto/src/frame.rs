@@ -1,0 +1,215 @@
+//! One encoded message: `u32 LE header_len | header | padding | payload`, in memory as segments that are never joined on the way out.
+//!
+//! What the header says is the codec's business; where things lie is decided here, for every codec.
+
+use bytes::{Bytes, BytesMut};
+
+use crate::{
+    error::{DecodeError, Unsayable},
+    pool::ALIGNMENT,
+};
+
+/// The bytes of one message, as an ordered list of segments.
+#[derive(Clone, Debug, Default)]
+pub struct Frame {
+    segments: Vec<Bytes>,
+}
+
+impl Frame {
+    /// The segments in order; joined they are the frame.
+    pub fn segments(&self) -> &[Bytes] {
+        &self.segments
+    }
+
+    /// Bytes in all.
+    pub fn len(&self) -> usize {
+        self.segments.iter().map(Bytes::len).sum()
+    }
+
+    /// Whether there are no bytes at all.
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
+    /// The frame in one piece; copied unless it is one already.
+    pub fn into_bytes(mut self) -> Bytes {
+        if self.segments.len() == 1 {
+            return self.segments.remove(0);
+        }
+        let mut whole = BytesMut::with_capacity(self.len());
+        for segment in &self.segments {
+            whole.extend_from_slice(segment);
+        }
+        whole.freeze()
+    }
+}
+
+impl From<Bytes> for Frame {
+    fn from(whole: Bytes) -> Frame {
+        Frame { segments: vec![whole] }
+    }
+}
+
+impl From<Vec<Bytes>> for Frame {
+    fn from(segments: Vec<Bytes>) -> Frame {
+        Frame { segments }
+    }
+}
+
+impl PartialEq for Frame {
+    fn eq(&self, other: &Frame) -> bool {
+        let bytes = |frame: &Frame| frame.segments.clone().into_iter().flatten();
+        self.len() == other.len() && bytes(self).eq(bytes(other))
+    }
+}
+
+/// Lays out a payload while the header that describes it is written.
+#[derive(Debug)]
+pub(crate) struct PayloadWriter {
+    alignment: usize,
+    segments: Vec<Bytes>,
+    len: usize,
+}
+
+impl PayloadWriter {
+    /// A payload whose parts begin at multiples of `alignment`, at most [`ALIGNMENT`].
+    pub(crate) fn new(alignment: usize) -> PayloadWriter {
+        PayloadWriter { alignment, segments: Vec::new(), len: 0 }
+    }
+
+    /// Appends `data`, by reference, and returns where it begins.
+    pub(crate) fn push(&mut self, data: &Bytes) -> usize {
+        let offset = self.len.next_multiple_of(self.alignment);
+        if !data.is_empty() {
+            if offset > self.len {
+                self.segments.push(zeros(offset - self.len));
+            }
+            self.segments.push(data.clone());
+            self.len = offset + data.len();
+        }
+        offset
+    }
+
+    /// The frame of this payload; `encode_header` appends the header, whose length is `header_len`.
+    pub(crate) fn finish(self, header_len: usize, encode_header: impl FnOnce(&mut BytesMut)) -> Result<Frame, Unsayable> {
+        let prefix = u32::try_from(header_len).map_err(|_| Unsayable::TooLong { len: header_len })?;
+        let head_len = (4 + header_len).next_multiple_of(self.alignment);
+        let mut head = BytesMut::with_capacity(head_len);
+        head.extend_from_slice(&prefix.to_le_bytes());
+        encode_header(&mut head);
+        debug_assert_eq!(head.len(), 4 + header_len);
+        head.resize(head_len, 0);
+        let mut segments = Vec::with_capacity(1 + self.segments.len());
+        segments.push(head.freeze());
+        segments.extend(self.segments);
+        Ok(Frame { segments })
+    }
+}
+
+/// A received payload, to be sliced.
+#[derive(Debug)]
+pub(crate) struct Payload {
+    segments: Vec<Bytes>,
+    len: usize,
+}
+
+impl Payload {
+    /// Bytes in all.
+    pub(crate) fn len(&self) -> usize {
+        self.len
+    }
+
+    /// The part at `offset`: a slice of what arrived, copied only if it lies across two segments. The caller has checked that it lies within.
+    pub(crate) fn slice(&self, offset: usize, len: usize) -> Bytes {
+        slice(&self.segments, offset, len)
+    }
+}
+
+/// Takes a received frame apart: the header's bytes, and the payload whose parts begin at multiples of `alignment`.
+pub(crate) fn open(frame: Frame, alignment: usize) -> Result<(Bytes, Payload), DecodeError> {
+    let len = frame.len();
+    if len < 4 {
+        return Err(DecodeError::new("frame", "at least 4 bytes", format_args!("{len}")));
+    }
+    let mut prefix = [0; 4];
+    prefix.copy_from_slice(&slice(&frame.segments, 0, 4));
+    let header_len = u32::from_le_bytes(prefix) as usize;
+    if header_len > len - 4 {
+        return Err(DecodeError::new("header_len", format_args!("at most the {} bytes that follow", len - 4), header_len));
+    }
+    let header = slice(&frame.segments, 4, header_len);
+    let mut skip = (4 + header_len).next_multiple_of(alignment).min(len);
+    let payload_len = len - skip;
+    let mut segments = frame.segments;
+    segments.retain_mut(|segment| {
+        let skipped = skip.min(segment.len());
+        skip -= skipped;
+        *segment = segment.slice(skipped..);
+        !segment.is_empty()
+    });
+    Ok((header, Payload { segments, len: payload_len }))
+}
+
+fn slice(segments: &[Bytes], mut offset: usize, len: usize) -> Bytes {
+    let mut joined = BytesMut::new();
+    for segment in segments {
+        if offset >= segment.len() {
+            offset -= segment.len();
+            continue;
+        }
+        let wanted = len - joined.len();
+        if joined.is_empty() && offset + wanted <= segment.len() {
+            return segment.slice(offset..offset + wanted);
+        }
+        joined.reserve(wanted);
+        joined.extend_from_slice(&segment[offset..segment.len().min(offset + wanted)]);
+        offset = 0;
+        if joined.len() == len {
+            break;
+        }
+    }
+    joined.freeze()
+}
+
+fn zeros(len: usize) -> Bytes {
+    static ZEROS: [u8; ALIGNMENT] = [0; ALIGNMENT];
+    Bytes::from_static(&ZEROS[..len])
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn parts_are_aligned_and_come_back_from_any_cut() {
+        let parts = [Bytes::from_static(b"first"), Bytes::new(), Bytes::from(vec![7; 100])];
+        let mut writer = PayloadWriter::new(64);
+        let offsets = parts.each_ref().map(|part| writer.push(part));
+        assert_eq!(offsets, [0, 64, 64]);
+        let frame = writer.finish(6, |head| head.extend_from_slice(b"header")).unwrap();
+        assert_eq!(frame.len(), 64 + 164);
+
+        let whole = frame.into_bytes();
+        for cut in 0..whole.len() {
+            let (header, payload) = open(Frame::from(vec![whole.slice(..cut), whole.slice(cut..)]), 64).unwrap();
+            assert_eq!((&header[..], payload.len()), (&b"header"[..], 164));
+            for (part, offset) in parts.iter().zip(offsets) {
+                assert_eq!(payload.slice(offset, part.len()), part);
+            }
+        }
+    }
+
+    #[test]
+    fn what_lies_in_one_segment_is_not_copied() {
+        let whole = Bytes::from(vec![0; 256]);
+        let (_, payload) = open(Frame::from(vec![whole.slice(..100), whole.slice(100..)]), 64).unwrap();
+        assert_eq!(payload.slice(64, 64).as_ptr(), whole[128..].as_ptr());
+    }
+
+    #[test]
+    fn a_header_longer_than_the_frame_is_refused() {
+        for bytes in [&[][..], &[1, 0, 0], &[9, 0, 0, 0, 1], &[255; 8]] {
+            assert!(open(Frame::from(Bytes::copy_from_slice(bytes)), 64).is_err());
+        }
+    }
+}

@@ -1,0 +1,93 @@
+//! Free-form values, as dynamic languages have them: metadata, `info` and `extra` are maps of these.
+
+use std::collections::BTreeMap;
+
+use bytes::Bytes;
+
+/// A map of free-form values.
+pub type ValueMap = BTreeMap<String, Value>;
+
+/// A free-form value.
+#[derive(Clone, Debug, Default, PartialEq)]
+#[non_exhaustive]
+pub enum Value {
+    /// Nothing.
+    #[default]
+    Null,
+    /// True or false.
+    Bool(bool),
+    /// A whole number.
+    Int(i64),
+    /// A number.
+    Float(f64),
+    /// Text.
+    Str(String),
+    /// Raw bytes.
+    Bytes(Bytes),
+    /// Values in order.
+    List(Vec<Value>),
+    /// Values by name.
+    Map(ValueMap),
+}
+
+impl Value {
+    /// How deep values may lie within values, so that no peer can exhaust a stack.
+    pub const MAX_DEPTH: usize = 24;
+
+    /// The boolean, if it is one.
+    pub fn as_bool(&self) -> Option<bool> {
+        if let Value::Bool(value) = self { Some(*value) } else { None }
+    }
+
+    /// The whole number, if it is one.
+    pub fn as_i64(&self) -> Option<i64> {
+        if let Value::Int(value) = self { Some(*value) } else { None }
+    }
+
+    /// The number, whole or not.
+    pub fn as_f64(&self) -> Option<f64> {
+        match self {
+            Value::Float(value) => Some(*value),
+            Value::Int(value) => Some(*value as f64),
+            _ => None,
+        }
+    }
+
+    /// The text, if it is one.
+    pub fn as_str(&self) -> Option<&str> {
+        if let Value::Str(value) = self { Some(value) } else { None }
+    }
+
+    /// The list, if it is one.
+    pub fn as_list(&self) -> Option<&[Value]> {
+        if let Value::List(value) = self { Some(value) } else { None }
+    }
+
+    /// The map, if it is one.
+    pub fn as_map(&self) -> Option<&ValueMap> {
+        if let Value::Map(value) = self { Some(value) } else { None }
+    }
+}
+
+macro_rules! from {
+    ($($rust:ty => $kind:ident),*) => {$(
+        impl From<$rust> for Value {
+            fn from(value: $rust) -> Value {
+                Value::$kind(value.into())
+            }
+        }
+    )*};
+}
+from!(bool => Bool, i32 => Int, i64 => Int, u32 => Int, f32 => Float, f64 => Float, &str => Str, String => Str, Bytes => Bytes, ValueMap => Map);
+
+impl<T: Into<Value>> From<Vec<T>> for Value {
+    fn from(items: Vec<T>) -> Value {
+        Value::List(items.into_iter().map(Into::into).collect())
+    }
+}
+
+impl<T: Into<Value>> FromIterator<T> for Value {
+    fn from_iter<I: IntoIterator<Item = T>>(items: I) -> Value {
+        Value::List(items.into_iter().map(Into::into).collect())
+    }
+}
