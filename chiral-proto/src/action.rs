@@ -43,7 +43,7 @@ impl ActionChunk {
     /// # Errors
     /// [`InvalidAction::Ragged`] if they are no whole rows.
     pub fn new(dimension: usize, values: Vec<f32>) -> Result<ActionChunk, InvalidAction> {
-        if dimension == 0 && !values.is_empty() || dimension > 0 && values.len() % dimension != 0 {
+        if !values.len().is_multiple_of(dimension) {
             return Err(InvalidAction::Ragged { dimension, found: values.len() });
         }
         Ok(ActionChunk { values, dimension })

@@ -73,7 +73,7 @@ pub enum Request {
 #[derive(Clone, Debug, PartialEq)]
 pub enum Reply {
     /// To a hello.
-    Welcome(Welcome),
+    Welcome(Box<Welcome>),
     /// To `GetMetadata`.
     Metadata(ValueMap),
     /// To `Reset`: captured after it was done.

@@ -7,6 +7,16 @@ use bytes::Bytes;
 /// A map of free-form values.
 pub type ValueMap = BTreeMap<String, Value>;
 
+/// The map of these entries.
+///
+/// ```
+/// let info = chiral_proto::value::map([("success", true.into()), ("joints", vec![0.1, 0.2].into())]);
+/// assert_eq!(info["success"].as_bool(), Some(true));
+/// ```
+pub fn map<const N: usize>(entries: [(&str, Value); N]) -> ValueMap {
+    entries.into_iter().map(|(name, value)| (name.to_owned(), value)).collect()
+}
+
 /// A free-form value.
 #[derive(Clone, Debug, Default, PartialEq)]
 #[non_exhaustive]

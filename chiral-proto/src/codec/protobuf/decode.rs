@@ -52,7 +52,7 @@ fn message(id: u64, kind: Kind, payload: &Payload) -> Result<Message> {
         }),
         Kind::Subscribe(said) => request(Request::Subscribe(subscribe(said)?)),
         Kind::Unsubscribe(wire::Unsubscribe {}) => request(Request::Unsubscribe),
-        Kind::Welcome(said) => reply(Reply::Welcome(welcome(said)?)),
+        Kind::Welcome(said) => reply(Reply::Welcome(Box::new(welcome(said)?))),
         Kind::Metadata(said) => reply(Reply::Metadata(value_map(said.data)?)),
         Kind::ResetResult(said) => reply(Reply::Reset {
             obs: observation(said.observation, payload).map_err(|error| error.within("reset_result"))?,

@@ -1,0 +1,327 @@
+"""The golden frames as another language sees them, through nothing but the descriptor set of the schema.
+
+Usage: golden.py SCHEMA GOLDEN FRAMES
+
+Reads every frame of the directory GOLDEN, checks that nothing in it is unknown to the schema and that its tensors lie where they should, and writes
+frames of every kind, made from scratch, to the directory FRAMES, which the test `golden` of chiral-proto then reads. What they say is written down a
+second time in frames/pythons.rs: keep the two in step.
+"""
+
+import pathlib
+import struct
+import sys
+
+from google.protobuf import descriptor_pb2, descriptor_pool, message_factory, unknown_fields
+
+ALIGNMENT = 64
+ELEMENT_SIZE = {"U8": 1, "I8": 1, "U16": 2, "I16": 2, "U32": 4, "I32": 4, "U64": 8, "I64": 8, "F32": 4, "F64": 8}
+
+
+def load(schema):
+    """The message classes of the schema, by their short names."""
+    pool = descriptor_pool.DescriptorPool()
+    files = descriptor_pb2.FileDescriptorSet.FromString(schema.read_bytes())
+    for file in files.file:
+        pool.Add(file)
+    names = [(file.package, message.name) for file in files.file for message in file.message_type]
+    return {name: message_factory.GetMessageClass(pool.FindMessageTypeByName(f"{package}.{name}")) for package, name in names}
+
+
+def padded(length):
+    return -(-length // ALIGNMENT) * ALIGNMENT
+
+
+# ---- Reading -------------------------------------------------------------------------------------------------------------------------------
+
+
+def split(frame):
+    """A frame's header and payload, as the schema's first comment lays them out."""
+    (length,) = struct.unpack_from("<I", frame)
+    end = 4 + length
+    assert end <= len(frame), f"header_len {length} in a frame of {len(frame)} bytes"
+    begin = padded(end)
+    assert len(frame) >= begin, f"a frame of {len(frame)} bytes, expected padding to {begin}"
+    assert not any(frame[end:begin]), "padding that is not zero"
+    return frame[4:end], frame[begin:]
+
+
+def messages(message):
+    """The message and all within it."""
+    yield message
+    for field, value in message.ListFields():
+        if field.message_type is None:
+            continue
+        if field.message_type.GetOptions().map_entry:
+            values = value.values()
+        else:
+            values = value if is_repeated(field) else [value]
+        for inner in values:
+            yield from messages(inner)
+
+
+def is_repeated(field):
+    return field.label == field.LABEL_REPEATED if hasattr(field, "label") else field.is_repeated
+
+
+def check_tensors(header, payload):
+    end = 0
+    for tensor in messages(header):
+        if tensor.DESCRIPTOR.name != "Tensor":
+            continue
+        name = tensor.DESCRIPTOR.fields_by_name["dtype"].enum_type.values_by_number[tensor.dtype].name
+        size = ELEMENT_SIZE[name.removeprefix("D_TYPE_")]
+        for axis in tensor.shape:
+            size *= axis
+        assert tensor.size == size, f"a tensor of {tensor.size} bytes, expected {size}: {tensor}"
+        assert tensor.offset % ALIGNMENT == 0, f"a tensor that begins at {tensor.offset}"
+        assert tensor.offset >= end, f"a tensor at {tensor.offset}, where another ends at {end}"
+        assert not any(payload[end : tensor.offset]), "padding between tensors that is not zero"
+        end = tensor.offset + tensor.size if tensor.size else end
+    assert end == len(payload), f"a payload of {len(payload)} bytes whose last tensor ends at {end}"
+
+
+def check_golden(types, path):
+    header_bytes, payload = split(path.read_bytes())
+    header = types["Header"].FromString(header_bytes)
+    for message in messages(header):
+        unknown = unknown_fields.UnknownFieldSet(message)
+        assert len(unknown) == 0, f"{message.DESCRIPTOR.name} has fields that the schema has not"
+    again = header.SerializeToString(deterministic=True)
+    assert len(again) == len(header_bytes), f"{len(header_bytes)} bytes of header come back as {len(again)}"
+    assert types["Header"].FromString(again) == header, "the header says something else after a round trip"
+    kind = header.WhichOneof("kind")
+    assert kind == path.stem.split("-")[0], f"the kind is {kind}"
+    check_tensors(header, payload)
+    return kind, header, payload
+
+
+def floats(payload, tensor):
+    return list(struct.unpack_from(f"<{tensor.size // 4}f", payload, tensor.offset))
+
+
+def check_known_values(golden):
+    """A few values by their names, against an encoder and a decoder that agree on the wrong field."""
+    hello = golden["hello"][0].hello
+    assert (hello.protocol, hello.role, hello.client_name, hello.auth) == (1, 1, "Ada's laptop", b"secret"), hello
+    assert golden["unsubscribe"][0].id == 2**64 - 1
+    assert golden["reset"][0].reset.HasField("seed") and golden["reset"][0].reset.seed == 0
+    assert not golden["reset-plain"][0].reset.HasField("seed")
+
+    header, payload = golden["step"]
+    assert list(header.step.actions.shape) == [2, 2], header
+    assert floats(payload, header.step.actions)[:3] == [0.5, -0.5, 1.0]
+
+    header, payload = golden["observation"]
+    wrist, head = header.observation.cameras
+    assert (wrist.name, wrist.seq, wrist.captured_at_ns, head.captured_at_ns) == ("wrist_cam", 17, 1_000_000_007, -5), header
+    assert list(wrist.intrinsics) == [1 + 0.5 * i for i in range(9)], "K is not row-major"
+    assert list(wrist.extrinsics) == [101 + 0.5 * i for i in range(16)], "T is not row-major"
+    assert payload[wrist.image.offset :][:18] == bytes(range(1, 19))
+    assert floats(payload, wrist.depth)[:3] == [0.5, 1.0, 1.5]
+    assert not head.HasField("depth")
+    assert floats(payload, header.observation.proprios[0].data) == [0.25, -0.5]
+    assert header.observation.extra.entries["phase"].str == "approach"
+
+    entries = golden["metadata"][0].metadata.data.entries
+    assert {key: value.WhichOneof("kind") for key, value in entries.items() if key} == {key: key for key in entries if key}
+    assert [item.WhichOneof("kind") for item in entries["list"].list.items] == ["null", "bool", "int", "list"]
+
+    spec = golden["welcome"][0].welcome.action_spec
+    assert (spec.dimension, list(spec.names), list(spec.low), spec.control_hz) == (2, ["shoulder", "elbow"], [-2.5, -1.5], 20.0), spec
+    error = golden["error"][0].error
+    assert (error.code, error.field, error.action_seq) == (8, "action.episode", 300), error
+    pong = golden["pong"][0].pong
+    assert (pong.t1_ns, pong.t2_ns, pong.t3_ns) == (-1, 2_000_000_000, 2**63 - 1), pong
+
+
+# ---- Writing -------------------------------------------------------------------------------------------------------------------------------
+
+
+class Payload:
+    """Lays out tensors while the header that describes them is made."""
+
+    def __init__(self):
+        self.bytes = bytearray()
+
+    def tensor(self, dtype, form, shape, values):
+        self.bytes += bytes(padded(len(self.bytes)) - len(self.bytes))
+        data = struct.pack(f"<{len(values)}{form}", *values)
+        offset = len(self.bytes)
+        self.bytes += data
+        return {"dtype": dtype, "shape": shape, "offset": offset, "size": len(data)}
+
+    def f32(self, shape, values):
+        return self.tensor("D_TYPE_F32", "f", shape, values)
+
+    def u8(self, shape, values):
+        return self.tensor("D_TYPE_U8", "B", shape, values)
+
+
+def frame(header, payload):
+    head = struct.pack("<I", len(header)) + header
+    return head + bytes(padded(len(head)) - len(head)) + bytes(payload.bytes)
+
+
+def varint_field(number, value):
+    """One field of a number that the schema has not, as bytes."""
+    encoded = bytearray()
+    for word in (number << 3, value):
+        while word > 0x7F:
+            encoded.append(word & 0x7F | 0x80)
+            word >>= 7
+        encoded.append(word)
+    return bytes(encoded)
+
+
+def value_map(types, **entries):
+    return types["ValueMap"](entries={key: types["Value"](**value) for key, value in entries.items()})
+
+
+def observation(types, payload):
+    camera = {
+        "name": "a",
+        "seq": 3,
+        "captured_at_ns": -77,
+        "image": payload.u8([1, 2, 3], [10, 20, 30, 40, 50, 60]),
+        "depth": payload.f32([1, 2], [0.5, 4.0]),
+        "intrinsics": [1.0 + 2.0 * i for i in range(9)],
+        "extrinsics": [101.0 + 2.0 * i for i in range(16)],
+    }
+    coil = {"name": "coil", "captured_at_ns": 88, "data": payload.f32([3], [1.0, 2.0, 4.0])}
+    extra = value_map(types, note={"str": "hi"})
+    return types["Observation"](session=5, episode=6, seq=8, timestamp=99.5, cameras=[camera], proprios=[coil], extra=extra)
+
+
+def welcome():
+    spec = {
+        "dimension": 2,
+        "names": ["left", "right"],
+        "low": [-1.0, -2.0],
+        "high": [1.0, 2.0],
+        "unit": "m/s",
+        "meaning": "ACTION_MEANING_END_EFFECTOR_DELTA",
+        "control_hz": 50.0,
+    }
+    return {
+        "protocol": 1,
+        "software": "python",
+        "session": 5,
+        "robot_name": "snake",
+        "cameras": [{"name": "a", "image_shape": [4, 5, 6], "image_dtype": "D_TYPE_I16", "has_depth": True}],
+        "proprios": [{"name": "coil", "size": 3, "unit": "N m"}],
+        "action_spec": spec,
+        "attach_token": bytes([7 + 2] * 16),
+    }
+
+
+def metadata(types):
+    newer = types["Value"].FromString(varint_field(100, 1))
+    assert newer.WhichOneof("kind") is None
+    items = types["ValueList"](items=[types["Value"](int=0), types["Value"](str="x")])
+    data = value_map(
+        types,
+        bool={"bool": False},
+        bytes={"bytes": b"\xfe"},
+        float={"float": 1.5},
+        int={"int": 2**63 - 1},
+        list={"list": items},
+        map={"map": value_map(types, null={"null": types["Null"]()})},
+        null={"null": types["Null"]()},
+        str={"str": "λ"},
+    )
+    data.entries["newer"].CopyFrom(newer)
+    return types["Metadata"](data=data)
+
+
+def known_frames(types):
+    """Frames of every kind: name, header, payload."""
+
+    def simple(name, id=0, **kind):
+        return name, types["Header"](id=id, **kind), Payload()
+
+    hello = {
+        "protocol": 1,
+        "software": "python",
+        "role": "ROLE_OBSERVER",
+        "client_name": "schlängel",
+        "auth": b"\0\1\2",
+        "attach_token": bytes([7] * 16),
+    }
+    again = value_map(types, why={"str": "again"})
+    yield simple("hello", 11, hello=hello)
+    yield simple("get_metadata", 12, get_metadata={})
+    yield simple("reset", 13, reset={"seed": 2**64 - 1, "options": again})
+    yield simple("reset-plain", 13, reset={})
+    yield simple("get_obs", 14, get_obs={})
+    yield simple("subscribe", 16, subscribe={"hz": 12.5, "cameras": ["a"], "depth": True, "window": 3})
+    yield simple("unsubscribe", 17, unsubscribe={})
+    yield simple("welcome", 11, welcome=welcome())
+    yield simple("metadata", 12, metadata=metadata(types))
+    yield simple("subscribed", 16, subscribed={"hz": 10.0, "cameras": ["a"]})
+    yield simple("stream_end", 17, stream_end={"reason": "asked"})
+    yield simple("credit", credit={"received": 9, "window": 4})
+    yield simple("ping", ping={"t1_ns": -123})
+    yield simple("pong", pong={"t1_ns": -(2**63), "t2_ns": 0, "t3_ns": 456})
+    yield simple("goodbye", goodbye={"reason": "bye"})
+    refused = {"code": "CODE_QUEUE_FULL", "text": "16 rows wait", "field": "action", "retryable": True, "action_seq": 7}
+    yield simple("error", error=refused)
+
+    payload = Payload()
+    actions = payload.f32([2, 3], [1.0, 2.0, 3.0, -1.0, -2.0, -3.0])
+    yield "step", types["Header"](id=15, step={"session": 5, "episode": 6, "actions": actions}), payload
+    payload = Payload()
+    action = {"session": 5, "episode": 6, "seq": 7, "actions": payload.f32([1, 2], [0.25, 0.75]), "observation_seq": 8}
+    yield "action", types["Header"](action=action), payload
+    payload = Payload()
+    yield "observation", types["Header"](id=14, observation=observation(types, payload)), payload
+    payload = Payload()
+    result = types["ResetResult"](observation=observation(types, payload))
+    yield "reset_result", types["Header"](id=13, reset_result=result), payload
+    payload = Payload()
+    info = value_map(types, rows={"int": 2})
+    result = types["StepResult"](observation=observation(types, payload), reward=0.5, truncated=True, info=info)
+    yield "step_result", types["Header"](id=15, step_result=result), payload
+
+
+def newer_frames(types):
+    """What a later version may say: name, header bytes."""
+    # A field of Credit, and one of Header, that nobody has yet.
+    credit = types["Credit"](received=9, window=4).SerializeToString() + varint_field(99, 5)
+    newer = types["Header"](credit=types["Credit"].FromString(credit)).SerializeToString()
+    yield "credit-unknown_fields", newer + varint_field(9, 2**63)
+    yield "error-unknown_code", types["Header"](error={"code": 4242, "text": "new"}).SerializeToString()
+    # A kind: field 200, of an empty message.
+    kind = b"\xc2\x0c\x00"
+    yield "unknown_kind", types["Header"](id=77).SerializeToString() + kind
+    yield "unknown_kind-notice", kind
+
+
+def main(schema, golden, frames):
+    types = load(schema)
+    kinds = {field.name for field in types["Header"].DESCRIPTOR.oneofs_by_name["kind"].fields}
+
+    read = {}
+    for path in sorted(golden.glob("*.bin")):
+        try:
+            kind, *read[path.stem] = check_golden(types, path)
+        except Exception as error:
+            raise SystemExit(f"{path.name}: {error!r}") from error
+    missing = kinds - {name.split("-")[0] for name in read}
+    assert not missing, f"kinds without a golden frame: {missing}"
+    check_known_values(read)
+
+    written = {}
+    for name, header, payload in known_frames(types):
+        check_tensors(header, bytes(payload.bytes))
+        written[name] = frame(header.SerializeToString(), payload)
+    missing = kinds - {name.split("-")[0] for name in written}
+    assert not missing, f"kinds that are not written: {missing}"
+    for name, header in newer_frames(types):
+        written[name] = frame(header, Payload())
+    for name, content in written.items():
+        (frames / f"{name}.bin").write_bytes(content)
+    print(f"Python read {len(read)} golden frames and wrote {len(written)} of its own, of all {len(kinds)} kinds")
+
+
+if __name__ == "__main__":
+    main(*map(pathlib.Path, sys.argv[1:]))

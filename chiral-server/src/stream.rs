@@ -1,0 +1,107 @@
+//! When the next observation of a stream is due, and what is in it. Pure: `now` is passed in.
+
+use std::{sync::Arc, time::Duration};
+
+use chiral_proto::{Camera, Observation, Timestamp, message::Subscribe};
+
+/// One client's observation stream.
+#[derive(Debug)]
+pub(crate) struct Stream {
+    asked: Subscribe,
+    started: Timestamp,
+    /// Number of the tick that is due next.
+    tick: u64,
+    sent: u64,
+    received: u64,
+    window: u32,
+}
+
+impl Stream {
+    pub(crate) fn new(asked: Subscribe, now: Timestamp) -> Stream {
+        Stream { started: now, tick: 0, sent: 0, received: 0, window: asked.window, asked }
+    }
+
+    /// The client's word on how far it has come.
+    pub(crate) fn credit(&mut self, received: u64, window: u32) {
+        self.received = self.received.max(received);
+        self.window = window;
+    }
+
+    /// How long until an observation is due; `None` while the client's credit is used up.
+    pub(crate) fn due_in(&self, now: Timestamp) -> Option<Duration> {
+        let has_credit = self.sent.saturating_sub(self.received) < u64::from(self.window);
+        has_credit.then(|| (self.started + self.period().mul_f64(self.tick as f64)).since(now))
+    }
+
+    /// An observation is being sent. Ticks that have passed meanwhile are skipped, so that none is sent in a burst.
+    pub(crate) fn take(&mut self, now: Timestamp) {
+        self.sent += 1;
+        let passed = (now.since(self.started).as_secs_f64() * self.asked.hz).floor() as u64;
+        self.tick = (self.tick + 1).max(passed + 1);
+    }
+
+    /// Only what was asked for.
+    pub(crate) fn select(&self, observation: Observation) -> Observation {
+        let Subscribe { cameras: wanted, depth, .. } = &self.asked;
+        let wanted = |camera: &Arc<Camera>| wanted.is_empty() || wanted.iter().any(|name| **name == *camera.name);
+        let strip = |camera: Arc<Camera>| match (depth, &camera.depth) {
+            (false, Some(_)) => Arc::new(Camera { depth: None, ..Camera::clone(&camera) }),
+            _ => camera,
+        };
+        let cameras = observation.cameras.into_iter().filter(wanted).map(strip).collect();
+        Observation { cameras, ..observation }
+    }
+
+    fn period(&self) -> Duration {
+        Duration::from_secs_f64(1.0 / self.asked.hz)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Runs a stream whose observations each take `transfer_ms`, credited on arrival; the times at which they were taken, in ms.
+    fn check(hz: f64, window: u32, transfer_ms: i64, until_ms: i64) -> Vec<i64> {
+        let asked = Subscribe { hz, cameras: vec![], depth: true, window };
+        let mut stream = Stream::new(asked, Timestamp(0));
+        let mut taken = Vec::new();
+        let mut now = 0;
+        while now < until_ms {
+            let at = Timestamp(now * 1_000_000);
+            match stream.due_in(at) {
+                Some(Duration::ZERO) => {
+                    stream.take(at);
+                    taken.push(now);
+                    now += transfer_ms;
+                    stream.credit(taken.len() as u64, window);
+                }
+                _ => now += 1,
+            }
+        }
+        taken
+    }
+
+    #[test]
+    fn deadlines_are_absolute_and_missed_ones_skipped() {
+        assert_eq!(check(100.0, 1, 1, 1000).len(), 100);
+        assert_eq!(check(10.0, 1, 1, 1000), (0..10).map(|k| k * 100).collect::<Vec<_>>());
+        assert_eq!(
+            check(10.0, 1, 150, 700),
+            [0, 150, 300, 450, 600],
+            "a link slower than the rate is kept busy, without a backlog"
+        );
+    }
+
+    #[test]
+    fn without_credit_nothing_is_due() {
+        let asked = Subscribe { hz: 10.0, cameras: vec![], depth: true, window: 2 };
+        let mut stream = Stream::new(asked, Timestamp(0));
+        let late = Timestamp(10_000_000_000);
+        stream.take(late);
+        stream.take(late);
+        assert_eq!(stream.due_in(late), None);
+        stream.credit(1, 2);
+        assert!(stream.due_in(late).is_some());
+    }
+}
