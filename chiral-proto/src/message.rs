@@ -181,6 +181,8 @@ pub struct Welcome {
     pub software: String,
     /// The session's number, not 0.
     pub session: u64,
+    /// The current episode.
+    pub episode: u64,
     /// What the robot is.
     pub robot: RobotInfo,
     /// Joins a second connection to the session; empty where none is offered.

@@ -54,13 +54,9 @@ def messages(message):
         if field.message_type.GetOptions().map_entry:
             values = value.values()
         else:
-            values = value if is_repeated(field) else [value]
+            values = value if field.is_repeated else [value]
         for inner in values:
             yield from messages(inner)
-
-
-def is_repeated(field):
-    return field.label == field.LABEL_REPEATED if hasattr(field, "label") else field.is_repeated
 
 
 def check_tensors(header, payload):
@@ -87,7 +83,6 @@ def check_golden(types, path):
         unknown = unknown_fields.UnknownFieldSet(message)
         assert len(unknown) == 0, f"{message.DESCRIPTOR.name} has fields that the schema has not"
     again = header.SerializeToString(deterministic=True)
-    assert len(again) == len(header_bytes), f"{len(header_bytes)} bytes of header come back as {len(again)}"
     assert types["Header"].FromString(again) == header, "the header says something else after a round trip"
     kind = header.WhichOneof("kind")
     assert kind == path.stem.split("-")[0], f"the kind is {kind}"
@@ -206,6 +201,7 @@ def welcome():
         "protocol": 1,
         "software": "python",
         "session": 5,
+        "episode": 6,
         "robot_name": "snake",
         "cameras": [{"name": "a", "image_shape": [4, 5, 6], "image_dtype": "D_TYPE_I16", "has_depth": True}],
         "proprios": [{"name": "coil", "size": 3, "unit": "N m"}],

@@ -1,4 +1,5 @@
 //! Whatever can be said comes back as it was said, in however many pieces the frame arrives.
+#![allow(clippy::unwrap_used, reason = "helpers of tests, too, fail by panicking")]
 
 use std::sync::Arc;
 
@@ -160,9 +161,16 @@ fn hellos() -> impl Strategy<Value = Hello> {
 }
 
 fn welcomes() -> impl Strategy<Value = Welcome> {
-    (any::<u32>(), text(), any::<u64>(), robots(), bytes()).prop_map(|(protocol, software, session, robot, attach_token)| {
-        Welcome { protocol, software, session, robot, attach_token }
-    })
+    (any::<u32>(), text(), any::<[u64; 2]>(), robots(), bytes()).prop_map(
+        |(protocol, software, [session, episode], robot, attach_token)| Welcome {
+            protocol,
+            software,
+            session,
+            episode,
+            robot,
+            attach_token,
+        },
+    )
 }
 
 fn robots() -> impl Strategy<Value = RobotInfo> {

@@ -165,6 +165,7 @@ impl Session {
             protocol: PROTOCOL_VERSION,
             software: concat!("chiral-server ", env!("CARGO_PKG_VERSION")).to_owned(),
             session: self.id,
+            episode: self.server.observer.episode(),
             robot: self.server.robot.clone(),
             attach_token: Bytes::new(),
         }));

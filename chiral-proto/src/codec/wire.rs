@@ -100,6 +100,9 @@ pub struct Welcome {
     /// 16 random bytes that join a second connection to this session, good once; empty where the server offers none.
     #[prost(bytes = "bytes", tag = "8")]
     pub attach_token: ::prost::bytes::Bytes,
+    /// The current episode, for a client that acts without a Reset of its own.
+    #[prost(uint64, tag = "9")]
+    pub episode: u64,
 }
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct CameraInfo {
@@ -426,7 +429,7 @@ pub struct ValueList {
     #[prost(message, repeated, tag = "1")]
     pub items: ::prost::alloc::vec::Vec<Value>,
 }
-/// Nested at most 32 deep.
+/// Nested at most 24 deep.
 #[derive(Clone, PartialEq, ::prost::Message)]
 pub struct ValueMap {
     #[prost(btree_map = "string, message", tag = "1")]

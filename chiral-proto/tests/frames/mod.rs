@@ -6,9 +6,7 @@ pub(crate) mod pythons;
 
 use std::sync::Arc;
 
-use chiral_proto::{
-    Camera, DType, Message, Notice, Proprio, Reply, Request, Tensor, Timestamp, Value, ValueMap, tensor::Element,
-};
+use chiral_proto::{Camera, DType, Message, Notice, Proprio, Reply, Request, Tensor, Timestamp, tensor::Element};
 use nalgebra::{Matrix3, Matrix4};
 
 pub(crate) type Named = (&'static str, Message);

@@ -138,7 +138,7 @@ fn every_value() -> ValueMap {
 }
 
 fn welcome(robot: RobotInfo, attach_token: Bytes) -> Welcome {
-    Welcome { protocol: 1, software: "chiral-server 0.1.0".to_owned(), session: 9, robot, attach_token }
+    Welcome { protocol: 1, software: "chiral-server 0.1.0".to_owned(), session: 9, episode: 3, robot, attach_token }
 }
 
 fn arm() -> RobotInfo {

@@ -54,6 +54,7 @@ fn replies() -> Vec<Named> {
         protocol: 1,
         software: "python".to_owned(),
         session: 5,
+        episode: 6,
         robot: RobotInfo {
             name: "snake".to_owned(),
             cameras: vec![CameraSpec { name: "a".to_owned(), image_shape: [4, 5, 6], image_dtype: DType::I16, has_depth: true }],

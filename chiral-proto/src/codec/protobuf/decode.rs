@@ -118,6 +118,7 @@ fn welcome(said: wire::Welcome) -> Result<Welcome> {
         protocol: said.protocol,
         software: said.software,
         session: said.session,
+        episode: said.episode,
         robot: RobotInfo {
             name: said.robot_name,
             cameras: each("welcome.cameras", said.cameras, camera_spec)?,

@@ -107,6 +107,7 @@ fn welcome(said: &Welcome) -> wire::Welcome {
         proprios: said.robot.proprios.iter().map(proprio_info).collect(),
         action_spec: Some(action_spec(&said.robot.action_spec)),
         attach_token: said.attach_token.clone(),
+        episode: said.episode,
     }
 }
 

@@ -1,0 +1,178 @@
+//! The same client for policy code without a runtime: every call blocks, the connection runs on a thread of its own.
+
+use std::{fmt, future::Future, sync::Arc, time::Duration};
+
+use chiral_proto::{ActionChunk, Observation, StepResult, ValueMap, action::Action, message::RobotInfo};
+use tokio::{
+    runtime::{Handle, Runtime},
+    time::timeout,
+};
+
+use crate::{ClientStats, Mode, PolicyClientBuilder, StreamOptions, client, error::Error};
+
+/// For the goodbye of a client that is dropped without `close`.
+const PARTING_LIMIT: Duration = Duration::from_millis(500);
+
+type Result<T, E = Error> = std::result::Result<T, E>;
+
+/// The policy's end of a connection to a robot; see [`crate::PolicyClient`], call by call. Not to be used within a tokio runtime.
+#[derive(Clone)]
+pub struct PolicyClient {
+    connection: Arc<Connection>,
+}
+
+/// A client and the runtime it lives on.
+struct Connection {
+    client: client::PolicyClient,
+    runtime: Option<Runtime>,
+}
+
+impl Drop for Connection {
+    fn drop(&mut self) {
+        let Some(runtime) = self.runtime.take() else { return };
+        // Within another runtime nothing may block; the connection then just closes.
+        if Handle::try_current().is_err() {
+            let _ = runtime.block_on(async { timeout(PARTING_LIMIT, self.client.close()).await });
+        }
+        runtime.shutdown_background();
+    }
+}
+
+impl PolicyClient {
+    /// Connects to the robot at `uri`, such as `ws://localhost:8765`, waiting until there is a server.
+    ///
+    /// # Errors
+    /// See [`PolicyClientBuilder::connect`].
+    #[cfg(feature = "websocket")]
+    pub fn connect(uri: &str) -> Result<PolicyClient> {
+        PolicyClient::builder(uri).connect_blocking()
+    }
+
+    /// A client to be configured, then connected by [`PolicyClientBuilder::connect_blocking`].
+    pub fn builder(uri: &str) -> PolicyClientBuilder {
+        PolicyClientBuilder::new(uri)
+    }
+
+    #[cfg(feature = "websocket")]
+    pub(crate) fn start(connecting: impl Future<Output = Result<client::PolicyClient>>) -> Result<PolicyClient> {
+        let runtime =
+            tokio::runtime::Builder::new_multi_thread().worker_threads(1).thread_name("chiral-client").enable_all().build();
+        let runtime = runtime.map_err(|error| Error::Runtime(Arc::new(error)))?;
+        let client = runtime.block_on(connecting)?;
+        Ok(PolicyClient { connection: Arc::new(Connection { client, runtime: Some(runtime) }) })
+    }
+
+    /// See [`crate::PolicyClient::robot`].
+    pub fn robot(&self) -> &RobotInfo {
+        self.connection.client.robot()
+    }
+
+    /// See [`crate::PolicyClient::get_metadata`].
+    ///
+    /// # Errors
+    /// As there; so with every call.
+    pub fn get_metadata(&self) -> Result<ValueMap> {
+        self.wait(self.connection.client.get_metadata())
+    }
+
+    /// See [`crate::PolicyClient::reset`].
+    pub fn reset(&self) -> Result<(Arc<Observation>, ValueMap)> {
+        self.wait(self.connection.client.reset())
+    }
+
+    /// See [`crate::PolicyClient::reset_with`].
+    pub fn reset_with(&self, seed: Option<u64>, options: ValueMap) -> Result<(Arc<Observation>, ValueMap)> {
+        self.wait(self.connection.client.reset_with(seed, options))
+    }
+
+    /// See [`crate::PolicyClient::get_obs`].
+    pub fn get_obs(&self) -> Result<Arc<Observation>> {
+        self.wait(self.connection.client.get_obs())
+    }
+
+    /// See [`crate::PolicyClient::step`].
+    pub fn step(&self, chunk: impl Into<ActionChunk>) -> Result<StepResult> {
+        self.wait(self.connection.client.step(chunk))
+    }
+
+    /// See [`crate::PolicyClient::start_obs_stream`].
+    pub fn start_obs_stream(&self, options: impl Into<StreamOptions>) -> Result<()> {
+        self.wait(self.connection.client.start_obs_stream(options))
+    }
+
+    /// See [`crate::PolicyClient::stop_obs_stream`].
+    pub fn stop_obs_stream(&self) -> Result<()> {
+        self.wait(self.connection.client.stop_obs_stream())
+    }
+
+    /// See [`crate::PolicyClient::latest_obs`].
+    pub fn latest_obs(&self) -> Result<Option<Arc<Observation>>> {
+        self.connection.client.latest_obs()
+    }
+
+    /// See [`crate::PolicyClient::next_obs`].
+    pub fn next_obs(&self, limit: Duration) -> Result<Arc<Observation>> {
+        self.wait(self.connection.client.next_obs(limit))
+    }
+
+    /// See [`crate::PolicyClient::start_action_dispatch`].
+    pub fn start_action_dispatch(&self, hz: f64) -> Result<()> {
+        self.connection.client.start_action_dispatch(hz)
+    }
+
+    /// See [`crate::PolicyClient::stop_action_dispatch`].
+    pub fn stop_action_dispatch(&self) {
+        self.connection.client.stop_action_dispatch();
+    }
+
+    /// See [`crate::PolicyClient::put_action`].
+    pub fn put_action(&self, action: impl Into<Action>) -> Result<()> {
+        self.wait(self.connection.client.put_action(action))
+    }
+
+    /// See [`crate::PolicyClient::put_chunk`].
+    pub fn put_chunk(&self, chunk: impl Into<ActionChunk>, mode: Mode) -> Result<()> {
+        self.wait(self.connection.client.put_chunk(chunk, mode))
+    }
+
+    /// See [`crate::PolicyClient::try_put_action`].
+    pub fn try_put_action(&self, action: impl Into<Action>) -> Result<()> {
+        self.connection.client.try_put_action(action)
+    }
+
+    /// See [`crate::PolicyClient::try_put_chunk`].
+    pub fn try_put_chunk(&self, chunk: impl Into<ActionChunk>, mode: Mode) -> Result<()> {
+        self.connection.client.try_put_chunk(chunk, mode)
+    }
+
+    /// See [`crate::PolicyClient::clear_actions`].
+    pub fn clear_actions(&self) {
+        self.connection.client.clear_actions();
+    }
+
+    /// See [`crate::PolicyClient::send_action`].
+    pub fn send_action(&self, actions: impl Into<ActionChunk>) -> Result<()> {
+        self.wait(self.connection.client.send_action(actions))
+    }
+
+    /// See [`crate::PolicyClient::stats`].
+    pub fn stats(&self) -> ClientStats {
+        self.connection.client.stats()
+    }
+
+    /// See [`crate::PolicyClient::close`].
+    pub fn close(&self) -> Result<()> {
+        self.wait(self.connection.client.close())
+    }
+
+    fn wait<T>(&self, call: impl Future<Output = T>) -> T {
+        let runtime = self.connection.runtime.as_ref().expect("only drop takes the runtime");
+        runtime.block_on(call)
+    }
+}
+
+impl fmt::Debug for PolicyClient {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.connection.client.fmt(f)
+    }
+}

@@ -1,0 +1,402 @@
+//! The client's calls: the surface that policy code sees.
+
+use std::{fmt, sync::Arc, time::Duration};
+
+use chiral_proto::{
+    ActionChunk, Message, Observation, Reply, Request, StepResult, ValueMap,
+    action::Action,
+    message::{RobotInfo, Subscribe, Welcome},
+};
+use tokio::{sync::mpsc, time::timeout};
+
+use crate::{
+    builder::PolicyClientBuilder,
+    dispatch::Mode,
+    error::Error,
+    lock,
+    session::{Outgoing, Shared},
+    state::{RequestKind, Stream},
+    stats::ClientStats,
+};
+
+type Result<T, E = Error> = std::result::Result<T, E>;
+
+/// How long `close` waits for its goodbye to leave.
+const CLOSE_LIMIT: Duration = Duration::from_secs(2);
+
+/// The policy's end of a connection to a robot. A clone is the same connection; the session ends when the last one is dropped.
+///
+/// Observations and actions flow on their own, at their own rates: `start_obs_stream` and `latest_obs` for the one, `start_action_dispatch` and
+/// `put_action` for the other. `step` couples them, for policies in lock-step.
+///
+/// Every failure reaches the caller. After the session ended, every call fails with the reason.
+#[derive(Clone)]
+pub struct PolicyClient {
+    shared: Arc<Shared>,
+    outgoing: mpsc::Sender<Outgoing>,
+    welcome: Arc<Welcome>,
+    request_timeout: Duration,
+}
+
+/// What the observation stream is to bring.
+#[derive(Clone, Debug, PartialEq)]
+pub struct StreamOptions {
+    hz: f64,
+    cameras: Vec<String>,
+    depth: bool,
+}
+
+impl StreamOptions {
+    /// Every camera, with depth, at this rate in hertz.
+    pub fn hz(hz: f64) -> StreamOptions {
+        StreamOptions { hz, cameras: Vec::new(), depth: true }
+    }
+
+    /// Only these cameras.
+    #[must_use]
+    pub fn cameras(mut self, names: impl IntoIterator<Item = impl Into<String>>) -> StreamOptions {
+        self.cameras = names.into_iter().map(Into::into).collect();
+        self
+    }
+
+    /// No depth images.
+    #[must_use]
+    pub fn without_depth(mut self) -> StreamOptions {
+        self.depth = false;
+        self
+    }
+}
+
+impl From<f64> for StreamOptions {
+    fn from(hz: f64) -> StreamOptions {
+        StreamOptions::hz(hz)
+    }
+}
+
+impl PolicyClient {
+    /// Connects to the robot at `uri`, such as `ws://localhost:8765`, waiting until there is a server.
+    ///
+    /// # Errors
+    /// See [`PolicyClientBuilder::connect`].
+    pub async fn connect(uri: &str) -> Result<PolicyClient> {
+        PolicyClient::builder(uri).connect().await
+    }
+
+    /// A client to be configured.
+    pub fn builder(uri: &str) -> PolicyClientBuilder {
+        PolicyClientBuilder::new(uri)
+    }
+
+    pub(crate) fn new(
+        shared: Arc<Shared>,
+        outgoing: mpsc::Sender<Outgoing>,
+        welcome: Welcome,
+        request_timeout: Duration,
+    ) -> Self {
+        PolicyClient { shared, outgoing, welcome: Arc::new(welcome), request_timeout }
+    }
+
+    /// What the robot is: its name, its cameras and proprioception, its actions.
+    pub fn robot(&self) -> &RobotInfo {
+        &self.welcome.robot
+    }
+
+    /// The application's own metadata. Call it once, before `reset`.
+    ///
+    /// # Errors
+    /// The session's end, [`Error::Timeout`], or [`Error::Rejected`] if the robot failed at it.
+    pub async fn get_metadata(&self) -> Result<ValueMap> {
+        match self.ask_briefly(Request::GetMetadata, RequestKind::Other, "metadata").await? {
+            Reply::Metadata(data) => Ok(data),
+            _ => Err(Error::Protocol { expected: "metadata" }),
+        }
+    }
+
+    /// Starts a new episode; waits for as long as the robot takes. Actions still queued are dropped, and none is sent before this returns.
+    ///
+    /// # Errors
+    /// The session's end, or [`Error::Rejected`] if the robot failed at it.
+    pub async fn reset(&self) -> Result<(Arc<Observation>, ValueMap)> {
+        self.reset_with(None, ValueMap::new()).await
+    }
+
+    /// The same, with a seed that makes the episode repeatable where the robot can, and options of the application's own.
+    ///
+    /// # Errors
+    /// As [`PolicyClient::reset`].
+    pub async fn reset_with(&self, seed: Option<u64>, options: ValueMap) -> Result<(Arc<Observation>, ValueMap)> {
+        match self.ask(Request::Reset { seed, options }, RequestKind::Reset).await? {
+            Reply::Reset { obs, info } => Ok((self.see(obs), info)),
+            _ => Err(Error::Protocol { expected: "the reset's observation" }),
+        }
+    }
+
+    /// The robot's newest observation, asked for now.
+    ///
+    /// # Errors
+    /// The session's end, [`Error::Timeout`], or [`Error::Rejected`] if a sensor published nothing in time.
+    pub async fn get_obs(&self) -> Result<Arc<Observation>> {
+        match self.ask_briefly(Request::GetObs, RequestKind::Other, "an observation").await? {
+            Reply::Observation(obs) => Ok(self.see(obs)),
+            _ => Err(Error::Protocol { expected: "an observation" }),
+        }
+    }
+
+    /// Has the robot carry out a chunk, all of its rows, and observe what came of it; waits for as long as that takes.
+    ///
+    /// # Errors
+    /// [`Error::InvalidAction`] before anything is sent, the session's end, or [`Error::Rejected`].
+    pub async fn step(&self, chunk: impl Into<ActionChunk>) -> Result<StepResult> {
+        let actions = self.checked(chunk.into())?;
+        let (episode, _) = lock(&self.shared.state).seen;
+        let step = Request::Step { session: self.welcome.session, episode, actions };
+        match self.ask(step, RequestKind::Other).await? {
+            Reply::Step(result) => {
+                self.see(Arc::clone(&result.obs));
+                Ok(result)
+            }
+            _ => Err(Error::Protocol { expected: "the step's result" }),
+        }
+    }
+
+    // ---- Observations ------------------------------------------------------------------------------------------------------------------
+
+    /// Has the server send observations at this rate: `start_obs_stream(30.0)`, or [`StreamOptions`] for some of the cameras. Replaces a stream that runs.
+    ///
+    /// # Errors
+    /// [`Error::InvalidArgument`], the session's end, [`Error::Timeout`], or [`Error::Rejected`] if there is no such camera or a sensor is silent.
+    pub async fn start_obs_stream(&self, options: impl Into<StreamOptions>) -> Result<()> {
+        let StreamOptions { hz, cameras, depth } = options.into();
+        check_hz("the stream's rate", hz)?;
+        let window = lock(&self.shared.state).window(hz);
+        let subscribe = Request::Subscribe(Subscribe { hz, cameras, depth, window });
+        match self.ask_briefly(subscribe, RequestKind::Subscribe, "the observation stream").await? {
+            Reply::Subscribed { .. } => Ok(()),
+            _ => Err(Error::Protocol { expected: "the stream's beginning" }),
+        }
+    }
+
+    /// Stops the stream. The latest observation stays.
+    ///
+    /// # Errors
+    /// The session's end, or [`Error::Timeout`].
+    pub async fn stop_obs_stream(&self) -> Result<()> {
+        match self.ask_briefly(Request::Unsubscribe, RequestKind::Unsubscribe, "the stream's end").await? {
+            Reply::StreamEnd { .. } => Ok(()),
+            _ => Err(Error::Protocol { expected: "the stream's end" }),
+        }
+    }
+
+    /// The newest observation of the stream in this episode; `None` before the first.
+    ///
+    /// # Errors
+    /// The session's end, or [`Error::StreamEnded`]: as soon as the stream was ended by anything but `stop_obs_stream`.
+    pub fn latest_obs(&self) -> Result<Option<Arc<Observation>>> {
+        self.check_stream()?;
+        let latest = self.shared.latest.borrow().clone();
+        Ok(latest.map(|obs| self.see(obs)))
+    }
+
+    /// The newest observation of the stream that the caller has not seen yet; waits for it.
+    ///
+    /// # Errors
+    /// [`Error::Timeout`] if none came, [`Error::NotStreaming`], the session's end, or [`Error::StreamEnded`].
+    pub async fn next_obs(&self, limit: Duration) -> Result<Arc<Observation>> {
+        let mut latest = self.shared.latest.subscribe();
+        let arrival = async {
+            loop {
+                self.check_stream()?;
+                let (_, seen) = lock(&self.shared.state).seen;
+                let newest = latest.borrow_and_update().clone();
+                match newest.filter(|obs| obs.seq > seen) {
+                    Some(obs) => return Ok(self.see(obs)),
+                    None if matches!(lock(&self.shared.state).stream, Stream::Off) => return Err(Error::NotStreaming),
+                    None => latest.changed().await.map_err(|_| Error::Closed)?,
+                }
+            }
+        };
+        timeout(limit, arrival).await.map_err(|_| Error::Timeout { what: "an observation", waited: limit })?
+    }
+
+    // ---- Actions -----------------------------------------------------------------------------------------------------------------------
+
+    /// Has one queued action sent at every tick of this rate, in hertz; on absolute deadlines, missed ones skipped.
+    ///
+    /// # Errors
+    /// [`Error::InvalidArgument`], or the session's end.
+    pub fn start_action_dispatch(&self, hz: f64) -> Result<()> {
+        check_hz("the dispatch's rate", hz)?;
+        let mut state = lock(&self.shared.state);
+        state.check_alive()?;
+        state.dispatch.start(hz, self.shared.now());
+        drop(state);
+        self.shared.changed.notify_one();
+        Ok(())
+    }
+
+    /// Stops sending; what is queued stays queued.
+    pub fn stop_action_dispatch(&self) {
+        lock(&self.shared.state).dispatch.stop();
+        self.shared.room.notify_waiters();
+    }
+
+    /// Queues one action. While dispatch runs, waits for room.
+    ///
+    /// # Errors
+    /// [`Error::InvalidAction`], [`Error::QueueFull`] without dispatch, [`Error::Refused`] for an action sent earlier, or the session's end.
+    pub async fn put_action(&self, action: impl Into<Action>) -> Result<()> {
+        self.put_chunk(action.into(), Mode::Append).await
+    }
+
+    /// Queues the rows of a chunk, all or none. While dispatch runs, waits for room.
+    ///
+    /// # Errors
+    /// As [`PolicyClient::put_action`]; also [`Error::QueueFull`] for a chunk that could never fit.
+    pub async fn put_chunk(&self, chunk: impl Into<ActionChunk>, mode: Mode) -> Result<()> {
+        let chunk = self.checked(chunk.into())?;
+        loop {
+            let room = self.shared.room.notified();
+            tokio::pin!(room);
+            // From here on no notification is missed.
+            room.as_mut().enable();
+            match self.offer(&chunk, mode) {
+                Err(Error::QueueFull { rows, capacity, dispatching: true, .. }) if rows <= capacity => room.await,
+                outcome => return outcome,
+            }
+        }
+    }
+
+    /// Queues one action, without waiting.
+    ///
+    /// # Errors
+    /// As [`PolicyClient::put_action`], and [`Error::QueueFull`] also while dispatch runs.
+    pub fn try_put_action(&self, action: impl Into<Action>) -> Result<()> {
+        self.try_put_chunk(action.into(), Mode::Append)
+    }
+
+    /// Queues the rows of a chunk, all or none, without waiting.
+    ///
+    /// # Errors
+    /// As [`PolicyClient::try_put_action`].
+    pub fn try_put_chunk(&self, chunk: impl Into<ActionChunk>, mode: Mode) -> Result<()> {
+        self.offer(&self.checked(chunk.into())?, mode)
+    }
+
+    /// Drops the actions that are queued.
+    pub fn clear_actions(&self) {
+        lock(&self.shared.state).dispatch.clear();
+        self.shared.room.notify_waiters();
+    }
+
+    /// Sends actions now, past the queue.
+    ///
+    /// # Errors
+    /// [`Error::InvalidAction`], [`Error::Refused`] for an action sent earlier, or the session's end.
+    pub async fn send_action(&self, actions: impl Into<ActionChunk>) -> Result<()> {
+        let actions = self.checked(actions.into())?;
+        let message = {
+            let mut state = lock(&self.shared.state);
+            state.check_alive()?;
+            if let Some(fault) = state.refusal.take() {
+                return Err(Error::Refused(fault));
+            }
+            let seen = state.seen;
+            state.action(actions, seen)
+        };
+        self.send(&message).await
+    }
+
+    /// How the session is doing.
+    pub fn stats(&self) -> ClientStats {
+        lock(&self.shared.state).stats(self.shared.now())
+    }
+
+    /// Says goodbye. Afterwards every call fails with [`Error::Closed`]. The robot holds.
+    ///
+    /// # Errors
+    /// None so far: a connection that is gone already is closed, too.
+    pub async fn close(&self) -> Result<()> {
+        let mut latest = self.shared.latest.subscribe();
+        let ended = async { while lock(&self.shared.state).ended.is_none() && latest.changed().await.is_ok() {} };
+        if self.outgoing.send(Outgoing::Goodbye).await.is_ok() {
+            let _ = timeout(CLOSE_LIMIT, ended).await;
+        }
+        lock(&self.shared.state).end(Error::Closed);
+        Ok(())
+    }
+
+    // ---- Helpers -----------------------------------------------------------------------------------------------------------------------
+
+    async fn ask(&self, request: Request, kind: RequestKind) -> Result<Reply> {
+        let (id, answered) = lock(&self.shared.state).ask(kind)?;
+        let message = Message::Request { id, request };
+        if let Err(error) = self.send(&message).await {
+            lock(&self.shared.state).settle(id, Err(error.clone()), self.shared.now());
+            return Err(error);
+        }
+        answered.await.unwrap_or(Err(Error::Closed))
+    }
+
+    async fn ask_briefly(&self, request: Request, kind: RequestKind, what: &'static str) -> Result<Reply> {
+        let waited = self.request_timeout;
+        timeout(waited, self.ask(request, kind)).await.map_err(|_| Error::Timeout { what, waited })?
+    }
+
+    async fn send(&self, message: &Message) -> Result<()> {
+        let frame = self.shared.codec.encode(message)?;
+        let sent = self.outgoing.send(Outgoing::Frame(frame)).await;
+        sent.map_err(|_| lock(&self.shared.state).ended.clone().unwrap_or(Error::Closed))
+    }
+
+    fn offer(&self, chunk: &ActionChunk, mode: Mode) -> Result<()> {
+        let mut state = lock(&self.shared.state);
+        state.check_alive()?;
+        if let Some(fault) = state.refusal.take() {
+            return Err(Error::Refused(fault));
+        }
+        let rows = state.rows(chunk);
+        state.dispatch.offer(rows, mode, self.shared.now()).map_err(|rows| Error::QueueFull {
+            rows: rows.len(),
+            queued: state.dispatch.queued(),
+            capacity: state.dispatch.capacity(),
+            dispatching: state.dispatch.is_running(),
+        })?;
+        drop(state);
+        self.shared.changed.notify_one();
+        Ok(())
+    }
+
+    fn checked(&self, chunk: ActionChunk) -> Result<ActionChunk> {
+        self.welcome.robot.action_spec.check(&chunk)?;
+        Ok(chunk)
+    }
+
+    fn check_stream(&self) -> Result<()> {
+        let state = lock(&self.shared.state);
+        state.check_alive()?;
+        if let Stream::Failed(error) = &state.stream { Err(error.clone()) } else { Ok(()) }
+    }
+
+    /// Notes what the caller has seen: its next actions come from it.
+    fn see(&self, obs: Arc<Observation>) -> Arc<Observation> {
+        let mut state = lock(&self.shared.state);
+        state.seen = state.seen.max((obs.episode, obs.seq));
+        obs
+    }
+}
+
+impl fmt::Debug for PolicyClient {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("PolicyClient")
+            .field("robot", &self.welcome.robot.name)
+            .field("session", &self.welcome.session)
+            .finish_non_exhaustive()
+    }
+}
+
+fn check_hz(name: &'static str, hz: f64) -> Result<()> {
+    if hz > 0.0 && hz <= Subscribe::MAX_HZ {
+        return Ok(());
+    }
+    Err(Error::InvalidArgument { name, expected: "more than 0 and at most 1000 Hz", found: hz.to_string() })
+}

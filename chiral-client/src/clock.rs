@@ -1,0 +1,12 @@
+//! The clock of the policy's host.
+
+use chiral_proto::{Clock, Timestamp};
+use rustix::time::{ClockId, clock_gettime};
+
+/// CLOCK_MONOTONIC, which every process of this host shares.
+pub(crate) fn monotonic() -> Clock {
+    Clock::new(|| {
+        let now = clock_gettime(ClockId::Monotonic);
+        Timestamp(now.tv_sec * 1_000_000_000 + now.tv_nsec)
+    })
+}

@@ -1,0 +1,219 @@
+//! The action queue, and which row is due when. Pure: std only, `now` is passed in.
+
+use std::{collections::VecDeque, time::Duration};
+
+use chiral_proto::Timestamp;
+
+/// What `put_chunk` does with the rows that are still queued.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Mode {
+    /// Keeps them; the new rows follow.
+    #[default]
+    Append,
+    /// Drops them; the new rows are next.
+    Replace,
+}
+
+/// One action that waits for its tick.
+#[derive(Clone, Debug, PartialEq)]
+pub(crate) struct Row {
+    pub(crate) values: Vec<f32>,
+    /// The episode it was chosen in.
+    pub(crate) episode: u64,
+    /// The observation it was chosen by.
+    pub(crate) observation_seq: u64,
+}
+
+/// The queue and its clockwork: one row a tick, on absolute deadlines.
+#[derive(Debug)]
+pub(crate) struct Dispatch {
+    queue: VecDeque<Row>,
+    capacity: usize,
+    clockwork: Option<Clockwork>,
+    /// Resets under way: while there are any, nothing is due.
+    resets: usize,
+    /// Ticks that were missed by more than a period while a row waited.
+    pub(crate) skipped: u64,
+    /// Rows dropped because a reset overtook them.
+    pub(crate) discarded: u64,
+}
+
+#[derive(Debug)]
+struct Clockwork {
+    started: Timestamp,
+    period: Duration,
+    /// Number of the tick that is due next.
+    tick: u64,
+}
+
+impl Clockwork {
+    fn deadline(&self) -> Timestamp {
+        self.started + self.period.mul_f64(self.tick as f64)
+    }
+
+    /// Number of the last tick at or before `now`.
+    fn passed(&self, now: Timestamp) -> u64 {
+        (now.since(self.started).as_nanos() / self.period.as_nanos().max(1)) as u64
+    }
+}
+
+impl Dispatch {
+    pub(crate) fn new(capacity: usize) -> Dispatch {
+        Dispatch { queue: VecDeque::new(), capacity, clockwork: None, resets: 0, skipped: 0, discarded: 0 }
+    }
+
+    pub(crate) fn capacity(&self) -> usize {
+        self.capacity
+    }
+
+    pub(crate) fn queued(&self) -> usize {
+        self.queue.len()
+    }
+
+    pub(crate) fn is_running(&self) -> bool {
+        self.clockwork.is_some()
+    }
+
+    pub(crate) fn start(&mut self, hz: f64, now: Timestamp) {
+        self.clockwork = Some(Clockwork { started: now, period: Duration::from_secs_f64(1.0 / hz), tick: 0 });
+    }
+
+    pub(crate) fn stop(&mut self) {
+        self.clockwork = None;
+    }
+
+    pub(crate) fn clear(&mut self) {
+        self.queue.clear();
+    }
+
+    /// Queues all of the rows; gives them back if there is no room for all.
+    pub(crate) fn offer(&mut self, rows: Vec<Row>, mode: Mode, now: Timestamp) -> Result<(), Vec<Row>> {
+        let kept = if mode == Mode::Replace { 0 } else { self.queue.len() };
+        if kept + rows.len() > self.capacity {
+            return Err(rows);
+        }
+        self.queue.truncate(kept);
+        if let Some(clockwork) = &mut self.clockwork
+            && self.queue.is_empty()
+        {
+            // Ticks that passed while there was nothing to send were not missed.
+            let upcoming = clockwork.passed(now) + u64::from(clockwork.deadline() < now);
+            clockwork.tick = clockwork.tick.max(upcoming);
+        }
+        self.queue.extend(rows);
+        Ok(())
+    }
+
+    /// A reset was asked for: what is queued was chosen in the old episode.
+    pub(crate) fn reset_began(&mut self) {
+        self.resets += 1;
+        self.discarded += self.queue.len() as u64;
+        self.queue.clear();
+    }
+
+    /// The reset was answered: what was queued meanwhile was chosen in the old episode, too.
+    pub(crate) fn reset_ended(&mut self, episode: Option<u64>, now: Timestamp) {
+        self.resets = self.resets.saturating_sub(1);
+        let before = self.queue.len();
+        if let Some(episode) = episode {
+            self.queue.retain(|row| row.episode >= episode);
+        }
+        self.discarded += (before - self.queue.len()) as u64;
+        if let Some(clockwork) = &mut self.clockwork {
+            clockwork.tick = clockwork.tick.max(clockwork.passed(now) + 1);
+        }
+    }
+
+    /// How long until a row is due; `None` while there is none, or dispatch does not run.
+    pub(crate) fn due_in(&self, now: Timestamp) -> Option<Duration> {
+        let clockwork = self.clockwork.as_ref().filter(|_| self.resets == 0 && !self.queue.is_empty())?;
+        Some(clockwork.deadline().since(now))
+    }
+
+    /// The row that is due, if one is. Ticks missed by more than a period are skipped and counted, never caught up.
+    pub(crate) fn take(&mut self, now: Timestamp) -> Option<Row> {
+        if self.due_in(now)? > Duration::ZERO {
+            return None;
+        }
+        let clockwork = self.clockwork.as_mut()?;
+        let missed = clockwork.passed(now).saturating_sub(clockwork.tick);
+        self.skipped += missed;
+        clockwork.tick += missed + 1;
+        self.queue.pop_front()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const MS: i64 = 1_000_000;
+
+    fn rows(n: usize) -> Vec<Row> {
+        (0..n).map(|i| Row { values: vec![i as f32], episode: 1, observation_seq: 0 }).collect()
+    }
+
+    /// Runs dispatch for `seconds`, its thread woken `late` after each deadline; how many rows it sent.
+    fn check(hz: f64, seconds: i64, late: impl Fn(u64) -> i64) -> (u64, u64) {
+        let mut dispatch = Dispatch::new(16);
+        dispatch.start(hz, Timestamp(0));
+        let (mut now, mut sent) = (Timestamp(0), 0);
+        loop {
+            if dispatch.queued() == 0 {
+                dispatch.offer(rows(16), Mode::Append, now).unwrap();
+            }
+            now = now + dispatch.due_in(now).unwrap() + Duration::from_nanos(late(sent) as u64);
+            if now >= Timestamp(seconds * 1000 * MS) {
+                return (sent, dispatch.skipped);
+            }
+            sent += u64::from(dispatch.take(now).is_some());
+        }
+    }
+
+    #[test]
+    fn the_rate_is_held_on_absolute_deadlines() {
+        assert_eq!(check(100.0, 60, |_| 0), (6000, 0));
+        assert_eq!(check(100.0, 60, |n| (n % 9) as i64 * MS), (6000, 0));
+        assert_eq!(check(30.0, 60, |_| 100_000), (1800, 0));
+    }
+
+    #[test]
+    fn missed_ticks_are_skipped_and_counted() {
+        let (sent, skipped) = check(100.0, 60, |n| if n == 1000 { 255 * MS } else { 0 });
+        assert_eq!((sent, skipped), (6000 - 25, 25));
+    }
+
+    #[test]
+    fn a_row_that_comes_late_waits_for_the_next_tick() {
+        let mut dispatch = Dispatch::new(4);
+        dispatch.start(10.0, Timestamp(0));
+        dispatch.offer(rows(2), Mode::Append, Timestamp(250 * MS)).unwrap();
+        assert_eq!(dispatch.due_in(Timestamp(250 * MS)), Some(Duration::from_millis(50)));
+        assert!(dispatch.take(Timestamp(300 * MS)).is_some());
+        assert!(dispatch.take(Timestamp(301 * MS)).is_none(), "one row a tick");
+        assert_eq!(dispatch.skipped, 0);
+    }
+
+    #[test]
+    fn all_rows_fit_or_none() {
+        let mut dispatch = Dispatch::new(4);
+        dispatch.offer(rows(3), Mode::Append, Timestamp(0)).unwrap();
+        assert!(dispatch.offer(rows(2), Mode::Append, Timestamp(0)).is_err());
+        assert_eq!(dispatch.queued(), 3);
+        dispatch.offer(rows(4), Mode::Replace, Timestamp(0)).unwrap();
+        assert_eq!(dispatch.queued(), 4);
+        assert!(dispatch.offer(rows(5), Mode::Replace, Timestamp(0)).is_err());
+    }
+
+    #[test]
+    fn a_reset_drops_what_was_chosen_before_it() {
+        let mut dispatch = Dispatch::new(4);
+        dispatch.start(10.0, Timestamp(0));
+        dispatch.offer(rows(2), Mode::Append, Timestamp(0)).unwrap();
+        dispatch.reset_began();
+        dispatch.offer(rows(1), Mode::Append, Timestamp(0)).unwrap();
+        assert_eq!(dispatch.due_in(Timestamp(0)), None);
+        dispatch.reset_ended(Some(2), Timestamp(50 * MS));
+        assert_eq!((dispatch.queued(), dispatch.discarded), (0, 3));
+    }
+}

@@ -1,0 +1,124 @@
+//! Everything that can go wrong on the policy's side. Every failure reaches the caller as one of these.
+
+use std::{error::Error as StdError, sync::Arc, time::Duration};
+
+use chiral_proto::{DecodeError, Fault, InvalidAction, PROTOCOL_VERSION, TransportError, Unsayable};
+
+/// Why a call failed. The end of a session is told to every call that comes after it.
+#[derive(Clone, Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum Error {
+    /// The address cannot be understood.
+    #[error("expected an address such as ws://localhost:8765, found {uri:?}: {reason}")]
+    Address {
+        /// The address.
+        uri: String,
+        /// What is wrong with it.
+        reason: String,
+    },
+    /// No server appeared within the deadline.
+    #[error("no server at {uri} within {} s: {last}", deadline.as_secs_f64())]
+    NoServer {
+        /// The address.
+        uri: String,
+        /// How long was waited.
+        deadline: Duration,
+        /// What the last attempt failed at.
+        last: String,
+    },
+    /// Something answered, but with an HTTP error in place of a WebSocket.
+    #[error("expected a Chiral server, found HTTP status {status}: {text}")]
+    Http {
+        /// The status.
+        status: u16,
+        /// What the other side said, cut short.
+        text: String,
+    },
+    /// There is no trust between the two sides, or no TLS on the other.
+    #[error("no TLS connection")]
+    Tls(#[source] Arc<dyn StdError + Send + Sync>),
+    /// Something listens, but does not speak WebSocket as expected.
+    #[error("no WebSocket connection")]
+    Handshake(#[source] Arc<dyn StdError + Send + Sync>),
+    /// The robot has a controller already; the text names it.
+    #[error("{0}")]
+    Busy(Fault),
+    /// The server speaks another version of the protocol.
+    #[error("this client speaks protocol version {PROTOCOL_VERSION}, and the server does not: {0}")]
+    VersionMismatch(Fault),
+    /// The server answered the request with an error.
+    #[error("{0}")]
+    Rejected(Fault),
+    /// The server refused an action that was sent earlier, or the robot failed at it.
+    #[error("an action was refused: {0}")]
+    Refused(Fault),
+    /// The connection is gone.
+    #[error("disconnected: {reason}")]
+    Disconnected {
+        /// In words.
+        reason: String,
+        /// What the transport said, where it said something.
+        #[source]
+        source: Option<TransportError>,
+    },
+    /// This client was closed.
+    #[error("this client was closed")]
+    Closed,
+    /// The server ended the observation stream.
+    #[error("the observation stream ended: {reason}")]
+    StreamEnded {
+        /// In words.
+        reason: String,
+    },
+    /// An observation was waited for while no stream runs.
+    #[error("no observation stream runs: call start_obs_stream first")]
+    NotStreaming,
+    /// Nothing came in time.
+    #[error("expected {what} within {} s, found none", waited.as_secs_f64())]
+    Timeout {
+        /// What was waited for.
+        what: &'static str,
+        /// How long.
+        waited: Duration,
+    },
+    /// The action queue has no room, and nothing that empties it.
+    #[error("expected room for {rows} rows, found {queued} of {capacity} queued{}", if *dispatching { "" } else { " and no action dispatch running" })]
+    QueueFull {
+        /// Rows to be queued.
+        rows: usize,
+        /// Rows in the queue.
+        queued: usize,
+        /// The most there may be.
+        capacity: usize,
+        /// Whether dispatch runs.
+        dispatching: bool,
+    },
+    /// The action is none that the robot takes.
+    #[error(transparent)]
+    InvalidAction(#[from] InvalidAction),
+    /// An argument is out of range.
+    #[error("{name}: expected {expected}, found {found}")]
+    InvalidArgument {
+        /// The argument.
+        name: &'static str,
+        /// What it must be.
+        expected: &'static str,
+        /// What it was.
+        found: String,
+    },
+    /// The request cannot be put on the wire.
+    #[error(transparent)]
+    Unsayable(#[from] Unsayable),
+    /// The server said something that cannot be understood.
+    #[error("the server sent a malformed message")]
+    Malformed(#[from] DecodeError),
+    /// The server said something out of turn.
+    #[error("expected {expected} from the server, found another message")]
+    Protocol {
+        /// What was expected.
+        expected: &'static str,
+    },
+    /// There can be no runtime for the blocking client.
+    #[error("cannot start a tokio runtime")]
+    Runtime(#[source] Arc<std::io::Error>),
+}

@@ -1,0 +1,257 @@
+//! What a session knows, between its loops and the caller's calls: pure, `now` passed in, kept behind one lock.
+
+use std::{collections::HashMap, sync::Arc, time::Duration};
+
+use chiral_proto::{
+    ActionChunk, Fault, Message, Notice, Observation, Reply, Timestamp,
+    clock::{OffsetFilter, PingSample},
+    message::ActionMessage,
+};
+use tokio::sync::oneshot;
+
+use crate::{
+    dispatch::{Dispatch, Row},
+    error::Error,
+    stats::{ClientStats, Recent},
+};
+
+/// How often the server is pinged; at first more often, for a quick estimate of the round trip.
+const PING_PERIOD: Duration = Duration::from_secs(1);
+const FIRST_PINGS: u32 = 5;
+const FIRST_PING_PERIOD: Duration = Duration::from_millis(50);
+/// The most stream observations that may be under way.
+const MAX_WINDOW: u32 = 8;
+
+/// The state of one session.
+#[derive(Debug)]
+pub(crate) struct State {
+    session: u64,
+    /// The newest episode that was heard of; older observations are discarded.
+    pub(crate) episode: u64,
+    /// Episode and number of the observation that the caller saw last: what its actions come from.
+    pub(crate) seen: (u64, u64),
+    pub(crate) stream: Stream,
+    pub(crate) dispatch: Dispatch,
+    /// The refusal that the next `put_*` returns.
+    pub(crate) refusal: Option<Fault>,
+    /// Why the session ended.
+    pub(crate) ended: Option<Error>,
+    pending: HashMap<u64, Pending>,
+    last_request: u64,
+    last_action: u64,
+    clocks: OffsetFilter,
+    /// The handshake's, until pings tell better.
+    first_round_trip: Duration,
+    next_ping: Timestamp,
+    pings: u32,
+    arrivals: Recent,
+    actions_sent: u64,
+    actions_refused: u64,
+}
+
+/// The observation stream, as the client sees it.
+#[derive(Debug)]
+pub(crate) enum Stream {
+    Off,
+    On {
+        hz: f64,
+        received: u64,
+        /// Whether the server has yet to be told of `received`.
+        credit_due: bool,
+    },
+    Failed(Error),
+}
+
+/// A request that is not answered yet.
+#[derive(Debug)]
+struct Pending {
+    kind: RequestKind,
+    answer: oneshot::Sender<Result<Reply, Error>>,
+}
+
+/// What the answer to a request changes, beyond being handed to who asked.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum RequestKind {
+    Reset,
+    Subscribe,
+    Unsubscribe,
+    Other,
+}
+
+/// What the send loop does next.
+pub(crate) enum Next {
+    Say(Message),
+    Wait(Duration),
+}
+
+impl State {
+    pub(crate) fn new(session: u64, episode: u64, queue_capacity: usize, first_round_trip: Duration, now: Timestamp) -> State {
+        State {
+            session,
+            episode,
+            seen: (episode, 0),
+            stream: Stream::Off,
+            dispatch: Dispatch::new(queue_capacity),
+            refusal: None,
+            ended: None,
+            pending: HashMap::new(),
+            last_request: 1,
+            last_action: 0,
+            clocks: OffsetFilter::default(),
+            first_round_trip,
+            next_ping: now,
+            pings: 0,
+            arrivals: Recent::new(now),
+            actions_sent: 0,
+            actions_refused: 0,
+        }
+    }
+
+    // ---- Requests ----------------------------------------------------------------------------------------------------------------------
+
+    /// A new request's id, and where its answer will come.
+    pub(crate) fn ask(&mut self, kind: RequestKind) -> Result<(u64, oneshot::Receiver<Result<Reply, Error>>), Error> {
+        self.check_alive()?;
+        self.last_request += 1;
+        let (answer, answered) = oneshot::channel();
+        self.pending.insert(self.last_request, Pending { kind, answer });
+        if kind == RequestKind::Reset {
+            self.dispatch.reset_began();
+            self.refusal = None;
+        }
+        Ok((self.last_request, answered))
+    }
+
+    /// Hands an answer to who asked, and follows what it changes.
+    pub(crate) fn settle(&mut self, id: u64, outcome: Result<Reply, Error>, now: Timestamp) {
+        let Some(Pending { kind, answer }) = self.pending.remove(&id) else {
+            tracing::debug!("an answer to request {id}, which nobody asked");
+            return;
+        };
+        if kind == RequestKind::Reset {
+            let episode = if let Ok(Reply::Reset { obs, .. }) = &outcome { Some(obs.episode) } else { None };
+            self.episode = self.episode.max(episode.unwrap_or(0));
+            self.dispatch.reset_ended(episode, now);
+        }
+        match (&outcome, kind) {
+            (Ok(Reply::Subscribed { hz, .. }), RequestKind::Subscribe) => {
+                self.stream = Stream::On { hz: *hz, received: 0, credit_due: false };
+                self.arrivals = Recent::new(now);
+            }
+            (Ok(_), RequestKind::Unsubscribe) => self.stream = Stream::Off,
+            _ => {}
+        }
+        // Whoever asked may have given up waiting.
+        let _ = answer.send(outcome);
+    }
+
+    // ---- The stream --------------------------------------------------------------------------------------------------------------------
+
+    /// An observation of the stream has arrived; whether it is to be kept.
+    pub(crate) fn arrived(&mut self, observation: &Observation, now: Timestamp) -> bool {
+        if let Stream::On { received, credit_due, .. } = &mut self.stream {
+            *received += 1;
+            *credit_due = true;
+        }
+        self.arrivals.add(now, self.age(observation, now));
+        let is_current = observation.episode >= self.episode;
+        self.episode = self.episode.max(observation.episode);
+        is_current
+    }
+
+    /// How long ago the oldest part of an observation was captured.
+    fn age(&self, observation: &Observation, now: Timestamp) -> Option<Duration> {
+        let cameras = observation.cameras.iter().map(|camera| camera.captured_at);
+        let proprios = observation.proprios.iter().map(|proprio| proprio.captured_at);
+        let captured_at = cameras.min().or(proprios.min())?;
+        Some(now.shifted(self.clocks.offset_ns()?).since(captured_at))
+    }
+
+    /// How many observations may be under way: enough to cover the round trip.
+    pub(crate) fn window(&self, hz: f64) -> u32 {
+        let under_way = (self.round_trip().as_secs_f64() * hz).ceil();
+        1 + under_way.min(f64::from(MAX_WINDOW - 1)) as u32
+    }
+
+    fn round_trip(&self) -> Duration {
+        self.clocks.round_trip().unwrap_or(self.first_round_trip)
+    }
+
+    // ---- Actions -----------------------------------------------------------------------------------------------------------------------
+
+    /// The rows of a chunk, as they wait for their ticks.
+    pub(crate) fn rows(&self, chunk: &ActionChunk) -> Vec<Row> {
+        let (episode, observation_seq) = self.seen;
+        chunk.iter().map(|row| Row { values: row.to_vec(), episode, observation_seq }).collect()
+    }
+
+    /// A chunk to be sent now.
+    pub(crate) fn action(&mut self, actions: ActionChunk, (episode, observation_seq): (u64, u64)) -> Message {
+        self.last_action += 1;
+        self.actions_sent += 1;
+        let action = ActionMessage { session: self.session, episode, seq: self.last_action, actions, observation_seq };
+        Message::Notice(Notice::Action(action))
+    }
+
+    pub(crate) fn refused(&mut self, fault: Fault) {
+        tracing::warn!("action {} was refused: {fault}", fault.action_seq);
+        self.actions_refused += 1;
+        self.refusal = Some(fault);
+    }
+
+    // ---- The loops ---------------------------------------------------------------------------------------------------------------------
+
+    /// What there is to say now, actions first, or how long to wait for it.
+    pub(crate) fn next(&mut self, now: Timestamp) -> Next {
+        if let Some(row) = self.dispatch.take(now) {
+            return Next::Say(self.action(row.values.into(), (row.episode, row.observation_seq)));
+        }
+        if let Stream::On { hz, received, credit_due: true } = self.stream {
+            self.stream = Stream::On { hz, received, credit_due: false };
+            return Next::Say(Message::Notice(Notice::Credit { received, window: self.window(hz) }));
+        }
+        if now >= self.next_ping {
+            self.pings += 1;
+            self.next_ping = now + if self.pings < FIRST_PINGS { FIRST_PING_PERIOD } else { PING_PERIOD };
+            return Next::Say(Message::Notice(Notice::Ping { t1: now }));
+        }
+        let ping = self.next_ping.since(now);
+        Next::Wait(self.dispatch.due_in(now).map_or(ping, |due| due.min(ping)))
+    }
+
+    pub(crate) fn pong(&mut self, sample: PingSample) {
+        self.clocks.add(sample);
+    }
+
+    /// The session is over: whoever waits is told.
+    pub(crate) fn end(&mut self, error: Error) {
+        for (_, pending) in self.pending.drain() {
+            let _ = pending.answer.send(Err(error.clone()));
+        }
+        self.ended.get_or_insert(error);
+    }
+
+    pub(crate) fn check_alive(&self) -> Result<(), Error> {
+        self.ended.clone().map_or(Ok(()), Err)
+    }
+
+    pub(crate) fn stats(&self, now: Timestamp) -> ClientStats {
+        let recent = self.arrivals.summary(now);
+        ClientStats {
+            observations: recent.total,
+            observation_hz: recent.hz,
+            observation_age_p50: recent.age_p50,
+            observation_age_p99: recent.age_p99,
+            round_trip: self.clocks.round_trip(),
+            clock_offset_ns: self.clocks.offset_ns(),
+            actions_queued: self.dispatch.queued(),
+            actions_sent: self.actions_sent,
+            actions_refused: self.actions_refused,
+            actions_skipped: self.dispatch.skipped,
+            actions_discarded: self.dispatch.discarded,
+        }
+    }
+}
+
+/// The newest observation, as waiters see it.
+pub(crate) type Latest = Option<Arc<Observation>>;
