@@ -329,6 +329,10 @@ impl PolicyClient {
 
     async fn ask(&self, request: Request, kind: RequestKind) -> Result<Reply> {
         let (id, answered) = lock(&self.shared.state).ask(kind)?;
+        if kind == RequestKind::Reset {
+            // It has emptied the action queue.
+            self.shared.room.notify_waiters();
+        }
         let message = Message::Request { id, request };
         if let Err(error) = self.send(&message).await {
             lock(&self.shared.state).settle(id, Err(error.clone()), self.shared.now());

@@ -111,17 +111,19 @@ impl Dispatch {
         self.queue.clear();
     }
 
-    /// The reset was answered: what was queued meanwhile was chosen in the old episode, too.
-    pub(crate) fn reset_ended(&mut self, episode: Option<u64>, now: Timestamp) {
+    /// The reset was answered.
+    pub(crate) fn reset_ended(&mut self, now: Timestamp) {
         self.resets = self.resets.saturating_sub(1);
-        let before = self.queue.len();
-        if let Some(episode) = episode {
-            self.queue.retain(|row| row.episode >= episode);
-        }
-        self.discarded += (before - self.queue.len()) as u64;
         if let Some(clockwork) = &mut self.clockwork {
             clockwork.tick = clockwork.tick.max(clockwork.passed(now) + 1);
         }
+    }
+
+    /// Drops the rows that were chosen in an episode before this one.
+    pub(crate) fn drop_older_than(&mut self, episode: u64) {
+        let before = self.queue.len();
+        self.queue.retain(|row| row.episode >= episode);
+        self.discarded += (before - self.queue.len()) as u64;
     }
 
     /// How long until a row is due; `None` while there is none, or dispatch does not run.
@@ -213,7 +215,8 @@ mod tests {
         dispatch.reset_began();
         dispatch.offer(rows(1), Mode::Append, Timestamp(0)).unwrap();
         assert_eq!(dispatch.due_in(Timestamp(0)), None);
-        dispatch.reset_ended(Some(2), Timestamp(50 * MS));
+        dispatch.reset_ended(Timestamp(50 * MS));
+        dispatch.drop_older_than(2);
         assert_eq!((dispatch.queued(), dispatch.discarded), (0, 3));
     }
 }

@@ -48,3 +48,7 @@ pub use stats::ClientStats;
 pub(crate) fn lock<T>(mutex: &std::sync::Mutex<T>) -> std::sync::MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
 }
+
+#[cfg(all(doctest, feature = "websocket"))]
+#[doc = include_str!("../../docs/client-guide.md")]
+struct ClientGuide;

@@ -53,6 +53,17 @@ impl Shared {
         self.clock.now()
     }
 
+    /// What there is to say next; who waits for room in the action queue is woken if that made some.
+    fn next(&self) -> Next {
+        let mut state = lock(&self.state);
+        let queued = state.dispatch.queued();
+        let next = state.next(self.now());
+        if state.dispatch.queued() < queued {
+            self.room.notify_waiters();
+        }
+        next
+    }
+
     /// The session is over: every call from now on, and every one that waits, gets this error or an earlier one.
     fn end(&self, error: Error) {
         lock(&self.state).end(error);
@@ -199,15 +210,10 @@ fn settle(shared: &Shared, id: u64, outcome: Result<Reply, Error>, now: Timestam
 
 async fn send<T: Transport>(shared: &Shared, transport: &T, mut outgoing: mpsc::Receiver<Outgoing>) -> Error {
     loop {
-        let next = lock(&shared.state).next(shared.now());
+        let next = shared.next();
         // Only the choice of what to send is interruptible, never the sending.
         let sent = match next {
-            Next::Say(message) => {
-                if matches!(message, Message::Notice(Notice::Action(_))) {
-                    shared.room.notify_waiters();
-                }
-                write(transport, &message).await
-            }
+            Next::Say(message) => write(transport, &message).await,
             Next::Wait(wait) => tokio::select! {
                 biased;
                 next = outgoing.recv() => match next {

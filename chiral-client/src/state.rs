@@ -131,7 +131,7 @@ impl State {
         if kind == RequestKind::Reset {
             let episode = if let Ok(Reply::Reset { obs, .. }) = &outcome { Some(obs.episode) } else { None };
             self.episode = self.episode.max(episode.unwrap_or(0));
-            self.dispatch.reset_ended(episode, now);
+            self.dispatch.reset_ended(now);
         }
         match (&outcome, kind) {
             (Ok(Reply::Subscribed { hz, .. }), RequestKind::Subscribe) => {
@@ -203,6 +203,8 @@ impl State {
 
     /// What there is to say now, actions first, or how long to wait for it.
     pub(crate) fn next(&mut self, now: Timestamp) -> Next {
+        // Also what was queued while the reset's answer was on its way to the caller.
+        self.dispatch.drop_older_than(self.episode);
         if let Some(row) = self.dispatch.take(now) {
             return Next::Say(self.action(row.values.into(), (row.episode, row.observation_seq)));
         }

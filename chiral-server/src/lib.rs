@@ -56,3 +56,7 @@ pub use server::{PolicyServer, PolicyServerBuilder, ServerHandle, ServerStats};
 pub(crate) fn lock<T>(mutex: &std::sync::Mutex<T>) -> std::sync::MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
 }
+
+#[cfg(all(doctest, feature = "websocket"))]
+#[doc = include_str!("../../docs/server-guide.md")]
+struct ServerGuide;

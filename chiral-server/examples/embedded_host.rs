@@ -1,0 +1,90 @@
+//! A robot host with an HTTP application of its own, which serves two arms beside its own routes: on its listener, on its runtime.
+//!
+//! ```text
+//! cargo run -p chiral-server --example embedded_host                     # at 127.0.0.1:8765, or give another address
+//! cargo run -p chiral-client --example guide_streaming ws://localhost:8765/robot/left
+//! curl http://localhost:8765/healthz http://localhost:8765/robot/right/healthz
+//! ```
+
+use std::{env, error::Error, net::SocketAddr, thread, time::Duration};
+
+use axum::{Router, routing::get, serve::ListenerExt};
+use chiral_server::{ActionContext, ActionSpec, PolicyServer, ProprioSpec, Robot, RobotError, Sensors, ValueMap, action::Action};
+use tokio::net::TcpListener;
+
+const JOINTS: usize = 7;
+
+struct Arm {
+    side: &'static str,
+}
+
+impl Robot for Arm {
+    fn action_spec(&self) -> ActionSpec {
+        ActionSpec::joint_positions(JOINTS, 20.0)
+    }
+
+    fn reset(&mut self, _seed: Option<u64>, _options: &ValueMap) -> Result<ValueMap, RobotError> {
+        println!("{}: homing", self.side);
+        Ok(ValueMap::new())
+    }
+
+    fn apply_action(&mut self, action: &Action, _context: &ActionContext) -> Result<(), RobotError> {
+        println!("{}: to {:?}", self.side, action.values);
+        Ok(())
+    }
+
+    fn hold(&mut self) {
+        println!("{}: holding", self.side);
+    }
+}
+
+/// One arm, its encoders and its server, which does not listen anywhere yet.
+fn serve_arm(side: &'static str) -> Result<PolicyServer, chiral_server::Error> {
+    let sensors = Sensors::new([], [ProprioSpec::new("joint_pos", JOINTS, "rad")])?;
+    let encoders = sensors.clone();
+    thread::spawn(move || {
+        loop {
+            encoders.update_proprio("joint_pos", &[0.0; JOINTS]).expect("it was declared so");
+            thread::sleep(Duration::from_millis(2));
+        }
+    });
+    PolicyServer::builder(Arm { side }, sensors).name(side).build()
+}
+
+/// What the library leaves to its host: what Ctrl-C means.
+async fn interrupted() {
+    if let Err(error) = tokio::signal::ctrl_c().await {
+        eprintln!("Ctrl-C cannot be heard, stopping: {error}");
+    }
+}
+
+#[tokio::main]
+async fn main() -> Result<(), Box<dyn Error>> {
+    let address = env::args().nth(1).unwrap_or_else(|| "127.0.0.1:8765".to_owned());
+    let (left, right) = (serve_arm("left")?, serve_arm("right")?);
+    let handles = [left.handle(), right.handle()];
+
+    let app = Router::new()
+        .route("/healthz", get(|| async { "the host is up\n" }))
+        .nest("/robot/left", left.health_router().merge(left.into_router()))
+        .nest("/robot/right", right.health_router().merge(right.into_router()));
+    // Small messages must not wait for large ones to fill a segment. Who owns the listener owns this setting.
+    let listener = TcpListener::bind(address).await?;
+    println!("serving at ws://{0}/robot/left and ws://{0}/robot/right; stop with Ctrl-C", listener.local_addr()?);
+    let listener = listener.tap_io(|stream| {
+        if let Err(error) = stream.set_nodelay(true) {
+            eprintln!("no TCP_NODELAY: {error}");
+        }
+    });
+
+    // With the peers' addresses, the servers' log lines say who connected.
+    let service = app.into_make_service_with_connect_info::<SocketAddr>();
+    let server = axum::serve(listener, service).with_graceful_shutdown(interrupted());
+    server.await?;
+
+    // The host no longer listens; now the arms take leave of their policies, and hold.
+    for handle in handles {
+        handle.shutdown_and_wait().await;
+    }
+    Ok(())
+}

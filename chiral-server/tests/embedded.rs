@@ -1,0 +1,110 @@
+//! Servers embedded in a host's own HTTP application, asked over plain TCP as a browser or a load balancer would.
+#![cfg(feature = "websocket")]
+#![allow(clippy::unwrap_used, reason = "helpers of tests, too, fail by panicking")]
+
+use std::{
+    io::{Read, Write},
+    net::{SocketAddr, TcpStream},
+    time::Duration,
+};
+
+use axum::{Router, routing::get};
+use chiral_server::{
+    ActionContext, ActionSpec, PolicyServer, Robot, RobotError, Sensors, ServerHandle, Value, ValueMap, action::Action, value,
+};
+use tokio::{net::TcpListener, runtime::Runtime};
+
+struct Still {
+    broken: bool,
+}
+
+impl Robot for Still {
+    fn action_spec(&self) -> ActionSpec {
+        ActionSpec::joint_positions(1, 10.0)
+    }
+
+    fn reset(&mut self, _seed: Option<u64>, _options: &ValueMap) -> Result<ValueMap, RobotError> {
+        Ok(ValueMap::new())
+    }
+
+    fn apply_action(&mut self, _action: &Action, _context: &ActionContext) -> Result<(), RobotError> {
+        Ok(())
+    }
+
+    fn metadata(&self) -> ValueMap {
+        assert!(!self.broken, "no encoder answers");
+        value::map([("broken", Value::Bool(false))])
+    }
+}
+
+/// A host of two robots, the right one out of service.
+struct Host {
+    runtime: Runtime,
+    address: SocketAddr,
+    left: ServerHandle,
+}
+
+impl Host {
+    fn start() -> Host {
+        let server = |broken| PolicyServer::new(Still { broken }, Sensors::new([], []).unwrap()).unwrap();
+        let (left, right) = (server(false), server(true));
+        let handle = left.handle();
+        let app = Router::new()
+            .route("/healthz", get(|| async { "the host is up\n" }))
+            .nest("/robot/left", left.health_router().merge(left.into_router()))
+            .nest("/robot/right", right.health_router().merge(right.into_router()));
+        let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build().unwrap();
+        let listener = runtime.block_on(TcpListener::bind("127.0.0.1:0")).unwrap();
+        let address = listener.local_addr().unwrap();
+        runtime.spawn(async { axum::serve(listener, app).await.unwrap() });
+        Host { runtime, address, left: handle }
+    }
+
+    /// Asks for a path, and checks the answer's status and that it holds these words.
+    #[track_caller]
+    fn check(&self, path: &str, headers: &[&str], status: u16, words: &str) {
+        let mut request = format!("GET {path} HTTP/1.1\r\nHost: {}\r\n", self.address);
+        for header in headers {
+            request += &format!("{header}\r\n");
+        }
+        let mut connection = TcpStream::connect(self.address).unwrap();
+        connection.set_read_timeout(Some(Duration::from_secs(20))).unwrap();
+        connection.write_all((request + "\r\n").as_bytes()).unwrap();
+        let mut answer = String::new();
+        connection.read_to_string(&mut answer).unwrap();
+        assert!(answer.starts_with(&format!("HTTP/1.1 {status} ")), "{path}: expected status {status}, found {answer}");
+        assert!(answer.contains(words), "{path}: expected {words:?}, found {answer}");
+    }
+}
+
+const PLAIN: &[&str] = &["Connection: close"];
+
+/// An upgrade as browsers ask for it, here with a close, so that the answer of a server that declines is the connection's last.
+const UPGRADE: &[&str] = &[
+    "Connection: upgrade, close",
+    "Upgrade: websocket",
+    "Sec-WebSocket-Version: 13",
+    "Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==",
+];
+
+#[test]
+fn two_servers_live_in_one_host() {
+    let host = Host::start();
+    host.check("/healthz", PLAIN, 200, "the host is up\n");
+    host.check("/robot/left/healthz", PLAIN, 200, "\r\n\r\nok\n");
+    host.check("/robot/right/healthz", PLAIN, 503, "the robot panicked in metadata and is out of service: no encoder answers\n");
+    for path in ["/robot/left", "/robot/right"] {
+        host.check(path, PLAIN, 426, "this is a Chiral policy server: connect with a PolicyClient");
+        host.check(path, UPGRADE, 400, "expected WebSocket subprotocol chiral.v1");
+        let foreign = [UPGRADE, &["Sec-WebSocket-Protocol: mqtt"]].concat();
+        host.check(path, &foreign, 400, "expected WebSocket subprotocol chiral.v1");
+    }
+    host.check("/robot", PLAIN, 404, "");
+}
+
+#[test]
+fn the_host_outlives_its_servers() {
+    let host = Host::start();
+    host.runtime.block_on(host.left.shutdown_and_wait());
+    host.check("/healthz", PLAIN, 200, "the host is up\n");
+}
