@@ -6,7 +6,7 @@ use bytes::Bytes;
 use chiral_proto::{Clock, Transport, message::Role};
 use tokio::{
     sync::{Notify, mpsc, watch},
-    time::{Instant, sleep},
+    time::{sleep, timeout},
 };
 
 use crate::{
@@ -190,25 +190,25 @@ impl PolicyClientBuilder {
     /// Attempts to connect until somebody is there.
     #[cfg_attr(not(feature = "websocket"), expect(dead_code, reason = "transports use it"))]
     async fn wait_for<T, F: Future<Output = Result<T, Attempt>>>(&self, attempt: impl Fn() -> F) -> Result<T, Error> {
-        let began = Instant::now();
         let mut said = self.quiet;
-        loop {
-            let last = match attempt().await {
-                Ok(connected) => return Ok(connected),
-                Err(Attempt::Failed(error)) => return Err(error),
-                Err(Attempt::Absent(last)) => last,
-            };
-            if !said {
-                eprintln!("chiral: waiting for server at {} …", self.uri);
-                said = true;
+        let mut last = "the first attempt is not over".to_owned();
+        let attempts = async {
+            loop {
+                match attempt().await {
+                    Ok(connected) => return Ok(connected),
+                    Err(Attempt::Failed(error)) => return Err(error),
+                    Err(Attempt::Absent(reason)) => last = reason,
+                }
+                if !said {
+                    eprintln!("chiral: waiting for server at {} …", self.uri);
+                    said = true;
+                }
+                sleep(RETRY_PERIOD).await;
             }
-            if let Some(deadline) = self.deadline
-                && began.elapsed() + RETRY_PERIOD > deadline
-            {
-                return Err(Error::NoServer { uri: self.uri.clone(), deadline, last });
-            }
-            sleep(RETRY_PERIOD).await;
-        }
+        };
+        let Some(deadline) = self.deadline else { return attempts.await };
+        let outcome = timeout(deadline, attempts).await;
+        outcome.unwrap_or_else(|_| Err(Error::NoServer { uri: self.uri.clone(), deadline, last }))
     }
 }
 

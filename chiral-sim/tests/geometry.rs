@@ -1,6 +1,8 @@
 //! What keeps the simulation honest: only pixels and depth tell where the target is, and whatever is wrong with what a camera says makes the
 //! policy fail.
 
+#![allow(clippy::unwrap_used, reason = "helpers of tests, too, fail by panicking")]
+
 use std::collections::{HashMap, VecDeque};
 use std::sync::atomic::AtomicBool;
 use std::sync::{Arc, Mutex};
@@ -14,12 +16,18 @@ use chiral_sim::face::Face;
 use chiral_sim::robot::{self, SimConfig, Tamper};
 use tokio::net::TcpListener;
 
-const SEEDS: std::ops::Range<u64> = 0..50;
+const SEEDS: std::ops::Range<u64> = 0..10;
 
-/// A robot with small pictures, served on an ephemeral port, and a client of it.
-async fn connect(tamper: Option<Tamper>) -> (PolicyClient, ServerHandle) {
-    // In step, nothing is drawn but what `step` publishes.
-    let config = SimConfig { width: 160, height: 120, fps: 1.0, tamper, ..SimConfig::default() };
+const WIDTH: usize = 160;
+const HEIGHT: usize = 120;
+
+/// Small pictures, and next to none but those that `reset` and `step` publish.
+fn small() -> SimConfig {
+    SimConfig { width: WIDTH, height: HEIGHT, fps: 1.0, ..SimConfig::default() }
+}
+
+/// A robot, served on an ephemeral port, and a client of it.
+async fn connect(config: SimConfig) -> (PolicyClient, ServerHandle) {
     let (robot, sensors) = robot::start(config).unwrap();
     let server = PolicyServer::new(robot, sensors).unwrap();
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
@@ -31,13 +39,12 @@ async fn connect(tamper: Option<Tamper>) -> (PolicyClient, ServerHandle) {
 
 /// Plays the seeds over a faulty wire; how many episodes succeed.
 async fn successes(tamper: Option<Tamper>) -> usize {
-    let (client, server) = connect(tamper).await;
+    let (client, server) = connect(SimConfig { tamper, ..small() }).await;
     let (client, interrupted) = (Face::Async(client), AtomicBool::new(false));
     let runner = Runner::start(&client, Coupling::Step, 30.0, &interrupted).await.unwrap();
     let mut successes = 0;
     for seed in SEEDS {
         let episode = runner.play(seed).await.unwrap();
-        eprintln!("seed {seed}: {} {} steps, {:.3} s", episode.success, episode.steps, episode.seconds);
         successes += usize::from(episode.success);
     }
     client.close().await.unwrap();
@@ -130,7 +137,7 @@ fn beside_pixels(obs: &Observation) -> String {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn moving_the_target_changes_nothing_but_pixels_and_depth() {
-    let (client, server) = connect(None).await;
+    let (client, server) = connect(small()).await;
     for seed in 0..4 {
         let mut seen = Vec::new();
         for target in [vec![0.5, 0.1, 0.2], vec![0.45, -0.15, 0.3], vec![0.5, 0.1, 0.2]] {
@@ -156,7 +163,7 @@ async fn moving_the_target_changes_nothing_but_pixels_and_depth() {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_target_that_is_none_is_refused() {
-    let (client, server) = connect(None).await;
+    let (client, server) = connect(small()).await;
     for target in [Value::Null, vec![0.5, 0.1].into(), vec![0.5, f64::NAN, 0.1].into(), "there".into()] {
         let error = client.reset_with(Some(0), value::map([("target", target)])).await.unwrap_err();
         assert!(error.to_string().contains("expected a list of three finite numbers"), "{error}");
@@ -165,25 +172,48 @@ async fn a_target_that_is_none_is_refused() {
     server.shutdown_and_wait().await;
 }
 
-#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn joints_and_extrinsics_tell_of_the_same_posture() {
-    let (client, server) = connect(None).await;
-    let (mut obs, _) = client.reset_with(Some(3), ValueMap::new()).await.unwrap();
-    let from: Vec<f32> = obs.proprio("joint_pos").unwrap().values().into_owned();
-    for k in 1..12 {
-        let joints: Joints = std::array::from_fn(|i| f64::from(obs.proprio("joint_pos").unwrap().values()[i]));
-        for mount in Mount::first(2) {
-            let camera = &obs[mount.name().as_str()];
-            let expected = mount.camera(&Links::at(&joints), 160, 120);
-            // Joints are f32 on the wire.
-            assert!((camera.extrinsics - expected.extrinsics).amax() < 1e-5, "{}: {}", mount.name(), camera.extrinsics);
-            assert_eq!(camera.intrinsics, expected.intrinsics);
-        }
+/// Moves the arm about in lock-step; each observation.
+async fn wander(client: &PolicyClient, seed: u64) -> Vec<Arc<Observation>> {
+    let (first, _) = client.reset_with(Some(seed), ValueMap::new()).await.unwrap();
+    let from = first.proprio("joint_pos").unwrap().values().into_owned();
+    let mut seen = vec![first];
+    for k in 1..20 {
         let row: Vec<f32> = from.iter().enumerate().map(|(i, q)| q + 0.3 * (0.2 * (k * (i + 1)) as f32).sin()).collect();
-        let result = client.step(row).await.unwrap();
-        assert!((result.obs.timestamp - 0.05 * k as f64).abs() < 1e-9, "step moves time by 1 / control_hz");
-        assert_ne!(result.obs.proprio("joint_vel").unwrap().values(), [0.0; 7].as_slice());
-        obs = result.obs;
+        seen.push(client.step(row).await.unwrap().obs);
     }
+    seen
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn in_lock_step_everything_is_of_one_instant() {
+    // Camera threads that look all the time must not get between.
+    let (width, height) = (32, 24);
+    let (client, server) = connect(SimConfig { width, height, fps: 1000.0, ..SimConfig::default() }).await;
+    for seed in 0..20 {
+        for (k, obs) in wander(&client, seed).await.iter().enumerate() {
+            assert!((obs.timestamp - 0.05 * k as f64).abs() < 1e-9, "step moves time by 1 / control_hz");
+            let joints: Joints = std::array::from_fn(|i| f64::from(obs.proprio("joint_pos").unwrap().values()[i]));
+            for mount in Mount::first(2) {
+                let camera = &obs[mount.name().as_str()];
+                let expected = mount.camera(&Links::at(&joints), width, height);
+                // Joints are f32 on the wire.
+                assert!((camera.extrinsics - expected.extrinsics).amax() < 1e-5, "{}: {}", mount.name(), camera.extrinsics);
+                assert_eq!(camera.intrinsics, expected.intrinsics);
+            }
+        }
+    }
+    server.shutdown_and_wait().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_seed_and_actions_make_an_episode() {
+    let (client, server) = connect(small()).await;
+    let everything = |obs: &Arc<Observation>| {
+        let pixels: Vec<_> = obs.cameras.iter().map(|camera| (camera.image.clone(), camera.depth.clone())).collect();
+        (beside_pixels(obs), pixels)
+    };
+    let runs = [wander(&client, 7).await, wander(&client, 8).await, wander(&client, 7).await];
+    let [first, other, again] = runs.map(|run| run.iter().map(everything).collect::<Vec<_>>());
+    assert!(first == again && first != other);
     server.shutdown_and_wait().await;
 }

@@ -1,0 +1,250 @@
+//! What only real sockets show: waiting for a server, what it means when something else answers, TLS, limits, embedding and stopping.
+
+mod stand;
+
+use std::{net::SocketAddr, sync::Arc, time::Duration};
+
+use axum::{Router, http::StatusCode, routing::get};
+use chiral_client::{Error, PolicyClient, PolicyClientBuilder, blocking};
+use futures_util::{SinkExt, StreamExt};
+use stand::{DIMENSION, Event, Stand};
+use tokio::{
+    io::{AsyncReadExt, AsyncWriteExt, copy_bidirectional},
+    net::{TcpListener, TcpStream},
+    task::JoinHandle,
+    time::{sleep, timeout},
+};
+use tokio_rustls::{TlsAcceptor, rustls};
+use tokio_tungstenite::tungstenite::{Message, client::IntoClientRequest};
+
+/// For what must come; no test measures time by it.
+const GUARD: Duration = Duration::from_secs(20);
+const CERTIFICATE: &[u8] = include_bytes!("tls/cert.pem");
+const KEY: &[u8] = include_bytes!("tls/test-only-key.pem");
+
+async fn listener() -> (TcpListener, SocketAddr) {
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let address = listener.local_addr().unwrap();
+    (listener, address)
+}
+
+/// A stand that listens; its task ends when the server was shut down.
+async fn serve(stand: &Stand) -> (SocketAddr, JoinHandle<()>) {
+    let (listener, address) = listener().await;
+    let server = stand.server.clone();
+    (address, tokio::spawn(async move { server.serve_on(listener).await.unwrap() }))
+}
+
+fn builder(uri: impl std::fmt::Display) -> PolicyClientBuilder {
+    PolicyClient::builder(&uri.to_string()).quiet().deadline(GUARD)
+}
+
+/// Connecting fails at once with an error that `is_expected`.
+async fn check_fails_at_once(uri: impl std::fmt::Display, is_expected: impl Fn(&Error) -> bool) {
+    let error = builder(uri).connect().await.unwrap_err();
+    assert!(is_expected(&error), "{error:?}");
+}
+
+#[tokio::test]
+async fn connect_waits_until_there_is_a_server() {
+    let (reserved, address) = listener().await;
+    drop(reserved);
+    let connecting = tokio::spawn(builder(format!("ws://{address}")).connect());
+    sleep(Duration::from_millis(250)).await;
+    assert!(!connecting.is_finished());
+    let stand = Stand::new();
+    let listener = TcpListener::bind(address).await.unwrap();
+    tokio::spawn(stand.server.clone().serve_on(listener));
+    let env = connecting.await.unwrap().unwrap();
+    assert_eq!(env.robot().name, "stand");
+    assert_eq!(env.reset().await.unwrap().0.episode, 1);
+}
+
+#[tokio::test]
+async fn a_deadline_ends_the_wait_and_says_what_was_the_matter() {
+    let (reserved, address) = listener().await;
+    drop(reserved);
+    let silent = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let uris =
+        [format!("ws://{address}"), format!("ws://{}", silent.local_addr().unwrap()), "ws://no-such-host.invalid:1".to_owned()];
+    for uri in uris {
+        let error = PolicyClient::builder(&uri).quiet().deadline(Duration::from_millis(300)).connect().await.unwrap_err();
+        assert!(matches!(&error, Error::NoServer { .. }), "{error:?}");
+        assert!(error.to_string().contains(&uri), "{error}");
+    }
+}
+
+#[tokio::test]
+async fn what_is_no_chiral_server_is_said_at_once() {
+    for uri in ["localhost:8765", "http://localhost", "tcp/localhost:7447", "ws://", ""] {
+        check_fails_at_once(uri, |error| matches!(error, Error::Address { .. })).await;
+    }
+    let (listener, address) = listener().await;
+    let app = Router::new().route("/teapot", get(|| async { (StatusCode::IM_A_TEAPOT, "short and stout") }));
+    tokio::spawn(axum::serve(listener, app).into_future());
+    check_fails_at_once(
+        format!("ws://{address}/teapot"),
+        |error| matches!(error, Error::Http { status: 418, text } if text == "short and stout"),
+    )
+    .await;
+    check_fails_at_once(format!("ws://{address}/"), |error| matches!(error, Error::Http { status: 404, .. })).await;
+    // A server without TLS.
+    check_fails_at_once(format!("wss://localhost:{}/", address.port()), |error| matches!(error, Error::Tls(_))).await;
+}
+
+#[tokio::test]
+async fn a_busy_robot_names_its_holder() {
+    let stand = Stand::new();
+    let (address, _serving) = serve(&stand).await;
+    let _holder = builder(format!("ws://{address}")).name("the night shift").connect().await.unwrap();
+    check_fails_at_once(
+        format!("ws://{address}"),
+        |error| matches!(error, Error::Busy(fault) if fault.text.contains("the night shift")),
+    )
+    .await;
+}
+
+#[tokio::test]
+async fn tls_by_a_proxy_works_and_distrust_is_said_at_once() {
+    let stand = Stand::new();
+    let (address, _serving) = serve(&stand).await;
+    let (listener, proxy) = listener().await;
+    tokio::spawn(async move {
+        use rustls::pki_types::{CertificateDer, PrivateKeyDer, pem::PemObject};
+        let certificate = CertificateDer::from_pem_slice(CERTIFICATE).unwrap();
+        let key = PrivateKeyDer::from_pem_slice(KEY).unwrap();
+        let config = rustls::ServerConfig::builder_with_provider(Arc::new(rustls::crypto::ring::default_provider()))
+            .with_safe_default_protocol_versions()
+            .unwrap()
+            .with_no_client_auth()
+            .with_single_cert(vec![certificate], key)
+            .unwrap();
+        let acceptor = TlsAcceptor::from(Arc::new(config));
+        while let Ok((stream, _)) = listener.accept().await {
+            let acceptor = acceptor.clone();
+            tokio::spawn(async move {
+                if let Ok(mut outside) = acceptor.accept(stream).await {
+                    let mut inside = TcpStream::connect(address).await.unwrap();
+                    let _ = copy_bidirectional(&mut outside, &mut inside).await;
+                }
+            });
+        }
+    });
+    let uri = format!("wss://localhost:{}", proxy.port());
+    check_fails_at_once(&uri, |error| matches!(error, Error::Tls(_))).await;
+    let env = builder(&uri).root_certificates(CERTIFICATE).connect().await.unwrap();
+    assert_eq!(env.get_obs().await.unwrap().cameras.len(), 1);
+}
+
+#[tokio::test]
+async fn a_server_that_stops_says_goodbye_holds_the_robot_and_returns() {
+    let stand = Stand::new();
+    let (address, serving) = serve(&stand).await;
+    let env = builder(format!("ws://{address}")).connect().await.unwrap();
+    env.start_obs_stream(100.0).await.unwrap();
+    env.next_obs(GUARD).await.unwrap();
+    // A connection that never says anything does not keep it.
+    let _idle = TcpStream::connect(address).await.unwrap();
+    stand.handle.shutdown();
+    timeout(GUARD, serving).await.expect("it returns").unwrap();
+    let error = loop {
+        if let Err(error) = env.next_obs(GUARD).await {
+            break error;
+        }
+    };
+    assert_eq!(error.to_string(), "disconnected: the server is shutting down");
+    assert_eq!(stand.script.events(), [Event::Held, Event::Disconnected]);
+}
+
+#[tokio::test]
+async fn a_client_that_is_dropped_frees_the_robot() {
+    let stand = Stand::new();
+    let (address, _serving) = serve(&stand).await;
+    for _ in 0..3 {
+        let env = builder(format!("ws://{address}")).connect().await.unwrap();
+        env.reset().await.unwrap();
+        drop(env);
+        stand.until("the robot is free", |stand| stand.handle.stats().sessions == 0).await;
+    }
+}
+
+#[tokio::test]
+async fn garbage_text_and_oversized_messages_end_their_connection_and_no_other() {
+    let stand = Stand::new();
+    let (address, _serving) = serve(&stand).await;
+    let watching = builder(format!("ws://{address}")).observer().connect().await.unwrap();
+
+    let mut garbage = TcpStream::connect(address).await.unwrap();
+    garbage.write_all(&[0xff; 4096]).await.unwrap();
+    let mut answer = Vec::new();
+    let _ = timeout(GUARD, garbage.read_to_end(&mut answer)).await.expect("the connection ends");
+
+    let offer = || {
+        let mut request = format!("ws://{address}").into_client_request().unwrap();
+        request.headers_mut().insert("Sec-WebSocket-Protocol", "chiral.v1".parse().unwrap());
+        request
+    };
+    for message in [Message::text("hello"), Message::binary(vec![0; 17 << 20]), Message::Close(None)] {
+        let (mut socket, _) = tokio_tungstenite::connect_async(offer()).await.unwrap();
+        let _ = socket.send(message).await;
+        let ended = async { while let Some(Ok(_)) = socket.next().await {} };
+        timeout(GUARD, ended).await.expect("the connection ends");
+    }
+    let refused = tokio_tungstenite::connect_async(format!("ws://{address}")).await.unwrap_err();
+    assert!(refused.to_string().contains("400"), "no subprotocol was offered: {refused}");
+
+    assert!(watching.get_obs().await.is_ok());
+    stand.until("only the watcher is left", |stand| stand.handle.stats().sessions == 1).await;
+}
+
+#[tokio::test]
+async fn servers_nest_in_a_host_under_any_path() {
+    let (left, right) = (Stand::new(), Stand::new());
+    let app = Router::new()
+        .route("/healthz", get(|| async { "the host is well" }))
+        .nest("/robot/left", left.server.clone().into_router())
+        .nest("/robot/right", right.server.clone().into_router())
+        .nest("/robot/right/health", right.server.health_router());
+    let (listener, address) = listener().await;
+    tokio::spawn(axum::serve(listener, app).into_future());
+    for (stand, path) in [(&left, "left"), (&right, "right")] {
+        let env = builder(format!("ws://{address}/robot/{path}")).connect().await.unwrap();
+        env.reset().await.unwrap();
+        assert_eq!(stand.script.events().len(), 2, "{path}");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn the_blocking_client_is_the_same() {
+    let stand = Stand::new();
+    let (address, _serving) = serve(&stand).await;
+    let uri = format!("ws://{address}");
+    let blocking = move || {
+        let env = blocking::PolicyClient::connect(&uri).unwrap();
+        assert_eq!(env.get_metadata().unwrap()["kind"].as_str(), Some("scripted"));
+        let (obs, _) = env.reset_with(Some(3), Default::default()).unwrap();
+        assert_eq!(obs["wrist_cam"].image.shape(), [8, 8, 3]);
+        assert_eq!(env.step([0.5; DIMENSION]).unwrap().reward, 1.0);
+        env.start_obs_stream(50.0).unwrap();
+        assert!(env.next_obs(GUARD).unwrap().seq > obs.seq);
+        assert!(env.latest_obs().unwrap().is_some());
+        env.start_action_dispatch(100.0).unwrap();
+        for _ in 0..5 {
+            env.put_action([0.25; DIMENSION]).unwrap();
+        }
+        while env.stats().actions_sent < 5 {
+            std::thread::sleep(Duration::from_millis(1));
+        }
+        env.stop_obs_stream().unwrap();
+        env.stop_action_dispatch();
+        env.close().unwrap();
+        assert!(matches!(env.latest_obs(), Err(Error::Closed)));
+        // And one that is only dropped.
+        drop(blocking::PolicyClient::connect(&uri).unwrap());
+    };
+    tokio::task::spawn_blocking(blocking).await.unwrap();
+    stand
+        .until("both have left", |stand| stand.script.events().iter().filter(|event| **event == Event::Disconnected).count() == 2)
+        .await;
+    assert_eq!(stand.script.applied().len(), 6);
+}
