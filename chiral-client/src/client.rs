@@ -240,7 +240,7 @@ impl PolicyClient {
         self.shared.room.notify_waiters();
     }
 
-    /// Queues one action. While dispatch runs, waits for room.
+    /// Queues one action. While dispatch runs, waits for room. On an error nothing is queued.
     ///
     /// # Errors
     /// [`Error::InvalidAction`], [`Error::QueueFull`] without dispatch, [`Error::Refused`] for an action sent earlier, or the session's end.

@@ -291,6 +291,14 @@ fn control_period(spec: &ActionSpec) -> Duration {
     Duration::try_from_secs_f64(1.0 / spec.control_hz).unwrap_or_default()
 }
 
+/// Fails if the episode ended while the action waited or was carried out.
+fn overtaken(context: &ActionContext) -> Result<(), Fault> {
+    match context.is_over() {
+        true => Err(Fault::new(Code::Stale, "the episode ended before all of it was carried out")),
+        false => Ok(()),
+    }
+}
+
 /// The thread itself.
 struct Thread {
     robot: Box<dyn Robot>,
@@ -336,10 +344,12 @@ impl Thread {
     }
 
     fn step(&mut self, chunk: &ActionChunk, context: &ActionContext) -> Result<StepResult, Fault> {
+        overtaken(context)?;
         let began = self.shared.clock.now();
         let StepOutcome { reward, terminated, truncated, info } =
             self.guard("step", |robot| robot.step(chunk, context).map_err(Fault::from))?;
         lock(&self.shared.state).counts.applied += chunk.rows() as u64;
+        overtaken(context)?;
         let obs = Arc::new(Observation { session: context.session, ..self.observe_since(began)? });
         Ok(StepResult { obs, reward, terminated, truncated, info })
     }

@@ -177,9 +177,14 @@ async fn actions_that_are_not_of_now_never_reach_the_robot() {
     }
     stand.until("the robot is busy", |stand| stand.script.apply_gate.is_waited_at()).await;
     // What waits when a reset comes is dropped; only the row that the robot is busy with already is carried out.
+    let step = raw.request(Request::Step { session, episode: 1, actions: ROW.into() }).await;
     let id = raw.request(reset(2)).await;
     assert!(matches!(raw.ask(Request::GetMetadata).await, Reply::Metadata(_)), "the reset has arrived");
     script.apply_gate.open();
+    match raw.answer(step).await {
+        Reply::Error(fault) => assert_eq!(fault.code, Code::Stale, "a step that the reset overtook: {fault}"),
+        other => panic!("{other:?}"),
+    }
     assert!(matches!(raw.answer(id).await, Reply::Reset { .. }));
     assert_eq!(script.applied().len(), 1);
     raw.act(session, 2, 224, ActionChunk::new(DIMENSION, vec![0.0; 17 * DIMENSION]).unwrap()).await;
