@@ -18,7 +18,7 @@ use std::{
 use chiral_client::{Code, Error, Mode, Observation, PolicyClient};
 use chiral_proto::{ActionChunk, Codec, Frame, Message, Notice, Reply, Request, ValueMap, message::Role};
 use chiral_server::Robot as _;
-use chiral_sim::link::LinkOptions;
+use chiral_sim::{arm, camera::Mount, link::LinkOptions, render, robot::SimConfig, scene::Scene};
 use stand::{CAMERA, DIMENSION, Event, Raw, Script, ScriptedRobot, Stand, listen, publish, tokio_clock};
 use tokio::time::{Instant, sleep, timeout};
 
@@ -593,5 +593,56 @@ async fn another_version_or_first_message_is_refused_with_the_reason() {
     match raw.hear().await {
         Message::Reply { id: 3, reply: Reply::Error(fault) } => assert_eq!(fault.code, Code::Protocol),
         other => panic!("{other:?}"),
+    }
+}
+
+/// The share of pixels whose depth differs by more than a centimetre.
+fn share_moved(seen: &[f32], expected: &[f32]) -> f64 {
+    let moved = seen.iter().zip(expected).filter(|(a, b)| (*a - *b).abs() > 0.01).count();
+    moved as f64 / seen.len() as f64
+}
+
+#[tokio::test]
+async fn the_picture_in_a_step_reply_shows_the_arm_after_the_action() {
+    const SEED: u64 = 5;
+    const SIZE: (usize, usize) = (160, 120);
+    let config = SimConfig { width: SIZE.0, height: SIZE.1, ..SimConfig::default() };
+    let (robot, sensors) = chiral_sim::robot::start(config).unwrap();
+    let server = chiral_server::PolicyServer::new(robot, sensors).unwrap();
+    let (ours, theirs, _) = chiral_sim::link::link(LinkOptions::default());
+    tokio::spawn(async move { server.serve_connection(theirs).await });
+    let env = PolicyClient::builder("link").connect_over(ours).await.unwrap();
+
+    let scene = Scene::sample(SEED);
+    let joints =
+        |obs: &Observation| -> arm::Joints { std::array::from_fn(|i| f64::from(obs.proprio("joint_pos").unwrap().values()[i])) };
+    let depth = |obs: &Observation| obs["head_cam"].depth.as_ref().unwrap().values::<f32>().unwrap().into_owned();
+    let drawn = |joints: &arm::Joints| {
+        let links = arm::Links::at(joints);
+        let (mut rgb, mut depth) = (vec![0; SIZE.0 * SIZE.1 * 3], vec![0.0; SIZE.0 * SIZE.1]);
+        render::Instant::new(scene.bodies(&links)).render(&Mount::Head.camera(&links, SIZE.0, SIZE.1), &mut rgb, &mut depth);
+        depth
+    };
+
+    let (obs, _) = env.reset_with(Some(SEED), ValueMap::new()).await.unwrap();
+    let (mut before, mut action) = (obs, [0.0f32; 7]);
+    for n in 0..6 {
+        for (i, joint) in joints(&before).iter().enumerate() {
+            action[i] = *joint as f32;
+        }
+        action[0] += if n % 2 == 0 { 0.6 } else { -0.6 };
+        // Five rows of 50 ms: the arm swings visibly.
+        let result = env.step(ActionChunk::new(7, action.repeat(5)).unwrap()).await.unwrap();
+        let (now, then) = (joints(&result.obs), joints(&before));
+        assert!((now[0] - then[0]).abs() > 0.05, "the arm moved: {then:?} to {now:?}");
+        let (as_now, as_then) = (share_moved(&depth(&result.obs), &drawn(&now)), share_moved(&depth(&result.obs), &drawn(&then)));
+        assert!(
+            as_now < 0.005 && as_then > 10.0 * as_now.max(0.001),
+            "off by {as_now} from the arm as it is, {as_then} as it was"
+        );
+        // And the hand's camera is where these joints put it.
+        let wrist = Mount::Wrist.camera(&arm::Links::at(&now), SIZE.0, SIZE.1).extrinsics;
+        assert!((wrist - result.obs["wrist_cam"].extrinsics).norm() < 1e-5);
+        before = result.obs;
     }
 }
