@@ -1,7 +1,7 @@
 //! Types, codecs and framing of the Chiral protocol: everything that both ends need and that is pure.
 //!
-//! There is no socket, runtime, thread, clock or log in this crate: bytes and times are passed in. A [`PolicyServer`] runs on the robot, a
-//! [`PolicyClient`] beside the policy; both speak [`Message`]s, which a [`Codec`] turns into [`Frame`]s, which a [`Transport`] carries.
+//! There is no socket, runtime, thread, clock or log in this crate: bytes and times are passed in. A `PolicyServer` runs on the robot, a
+//! `PolicyClient` beside the policy; both speak [`Message`]s, which a [`Codec`] turns into [`Frame`]s, which a [`Transport`] carries.
 //!
 //! ```
 //! use chiral_proto::{ActionChunk, Codec, Message, Notice};
@@ -13,9 +13,6 @@
 //! assert_eq!(Codec::Protobuf.decode(frame)?, message);
 //! # Ok::<(), Box<dyn std::error::Error>>(())
 //! ```
-//!
-//! [`PolicyServer`]: https://docs.rs/chiral-server
-//! [`PolicyClient`]: https://docs.rs/chiral-client
 #![forbid(unsafe_code)]
 
 #[cfg(target_endian = "big")]
