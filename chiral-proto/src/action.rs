@@ -9,7 +9,7 @@ use crate::error::InvalidAction;
 
 /// One action: D values.
 ///
-/// Made from what a policy has: slices, arrays and vectors of `f32`, one-dimensional `ndarray`s of `f32` or `f64`, and nalgebra vectors.
+/// Made from what a policy has, in `f32` or `f64`: slices, arrays, `Vec`s, one-dimensional `ndarray`s, nalgebra vectors.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct Action {
     /// The values, in the order and unit that the robot's [`ActionSpec`] says.
@@ -26,8 +26,8 @@ impl Deref for Action {
 
 /// N actions predicted together: (N, D), row-major, in one buffer.
 ///
-/// Made from what a policy has: whatever an [`Action`] is made from is a chunk of one row; two-dimensional `ndarray`s and nalgebra matrices of `f32` or
-/// `f64` are N rows. A nalgebra *column vector* (one column by its type) is one action.
+/// Made from what a policy has, in `f32` or `f64`: whatever an [`Action`] is made from is a chunk of one row; arrays of arrays, two-dimensional `ndarray`s
+/// and nalgebra matrices are N rows. A nalgebra *column vector* (one column by its type) is one action.
 #[derive(Clone, Debug, PartialEq)]
 pub struct ActionChunk {
     values: Vec<f32>,
@@ -165,10 +165,10 @@ impl From<Action> for ActionChunk {
 
 /// What is one action, and so also a chunk of one row.
 macro_rules! one_action {
-    ($([$($generics:tt)*] $source:ty, $values:ident => $convert:expr;)*) => {$(
+    ($([$($generics:tt)*] $source:ty;)*) => {$(
         impl<$($generics)*> From<$source> for Action {
-            fn from($values: $source) -> Action {
-                Action { values: $convert }
+            fn from(values: $source) -> Action {
+                Action { values: values.iter().map(|value| value.to_f32()).collect() }
             }
         }
 
@@ -180,13 +180,13 @@ macro_rules! one_action {
     )*};
 }
 one_action! {
-    [] Vec<f32>, values => values;
-    [] &Vec<f32>, values => values.clone();
-    [] &[f32], values => values.to_vec();
-    [const D: usize] [f32; D], values => values.to_vec();
-    [const D: usize] &[f32; D], values => values.to_vec();
-    [T: Number, S: Data<Elem = T>] ArrayBase<S, Ix1>, values => values.iter().map(|value| value.to_f32()).collect();
-    [T: Number, S: Data<Elem = T>] &ArrayBase<S, Ix1>, values => values.iter().map(|value| value.to_f32()).collect();
+    [T: Number] Vec<T>;
+    [T: Number] &Vec<T>;
+    [T: Number] &[T];
+    [T: Number, const D: usize] [T; D];
+    [T: Number, const D: usize] &[T; D];
+    [T: Number, S: Data<Elem = T>] ArrayBase<S, Ix1>;
+    [T: Number, S: Data<Elem = T>] &ArrayBase<S, Ix1>;
 }
 
 impl<T: Number, R: Dim, S: RawStorage<T, R, nalgebra::U1>> From<&Matrix<T, R, nalgebra::U1, S>> for Action {
@@ -220,6 +220,12 @@ impl<T: Number, R: Dim, C: Dim, S: RawStorage<T, R, C>> From<Matrix<T, R, C, S>>
     }
 }
 
+impl<T: Number, const D: usize, const N: usize> From<[[T; D]; N]> for ActionChunk {
+    fn from(rows: [[T; D]; N]) -> ActionChunk {
+        ActionChunk { values: rows.iter().flatten().map(|value| value.to_f32()).collect(), dimension: D }
+    }
+}
+
 impl<T: Number, S: Data<Elem = T>> From<&ArrayBase<S, Ix2>> for ActionChunk {
     fn from(rows: &ArrayBase<S, Ix2>) -> ActionChunk {
         ActionChunk { values: rows.iter().map(|value| value.to_f32()).collect(), dimension: rows.ncols() }
@@ -248,8 +254,10 @@ mod tests {
     #[test]
     fn a_chunk_is_made_from_what_a_policy_has() {
         check(vec![1.0, 2.0], 1, &[1.0, 2.0]);
-        check([1.0, 2.0], 1, &[1.0, 2.0]);
-        check(&[1.0, 2.0][..], 1, &[1.0, 2.0]);
+        check([1.0f32, 2.0], 1, &[1.0, 2.0]);
+        check(vec![1.0f64, 2.0], 1, &[1.0, 2.0]);
+        check([[1.0f32, 2.0], [3.0, 4.0]], 2, &[1.0, 2.0, 3.0, 4.0]);
+        check(&[1.0f32, 2.0][..], 1, &[1.0, 2.0]);
         check(array![1.0f64, 2.0], 1, &[1.0, 2.0]);
         check(Array1::<f32>::zeros(3).view(), 1, &[0.0; 3]);
         check(array![[1.0f32, 2.0], [3.0, 4.0]].t(), 2, &[1.0, 3.0, 2.0, 4.0]);

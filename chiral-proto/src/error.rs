@@ -126,6 +126,8 @@ pub enum Unsayable {
 pub struct DecodeError {
     /// The id of the request in which it was found; 0 where there is none, or it could not be read.
     pub id: u64,
+    /// The `seq` of the action in which it was found; 0 where there is none.
+    pub action_seq: u64,
     /// The field at fault, such as `observation.cameras[1].depth`.
     pub field: String,
     /// What the protocol asks for.
@@ -136,7 +138,7 @@ pub struct DecodeError {
 
 impl DecodeError {
     pub(crate) fn new(field: impl Into<String>, expected: impl fmt::Display, found: impl fmt::Display) -> DecodeError {
-        DecodeError { id: 0, field: field.into(), expected: expected.to_string(), found: found.to_string() }
+        DecodeError { id: 0, action_seq: 0, field: field.into(), expected: expected.to_string(), found: found.to_string() }
     }
 
     /// The same, found within `outer`.
@@ -233,7 +235,7 @@ impl Error for Fault {}
 
 impl From<DecodeError> for Fault {
     fn from(error: DecodeError) -> Fault {
-        Fault::new(Code::Malformed, error.to_string()).field(error.field)
+        Fault { action_seq: error.action_seq, ..Fault::new(Code::Malformed, error.to_string()).field(error.field) }
     }
 }
 
@@ -257,14 +259,6 @@ pub enum TransportError {
         expected: &'static str,
         /// What came.
         found: String,
-    },
-    /// A frame is larger than this side takes.
-    #[error("expected frames of at most {limit} bytes, found {len}")]
-    TooLarge {
-        /// The limit.
-        limit: usize,
-        /// The frame's length.
-        len: usize,
     },
 }
 

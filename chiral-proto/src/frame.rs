@@ -77,16 +77,17 @@ impl PayloadWriter {
         PayloadWriter { alignment, segments: Vec::new(), len: 0 }
     }
 
-    /// Appends `data`, by reference, and returns where it begins.
+    /// Appends `data`, by reference, and returns where it begins; what is empty is nowhere, which is 0.
     pub(crate) fn push(&mut self, data: &Bytes) -> usize {
-        let offset = self.len.next_multiple_of(self.alignment);
-        if !data.is_empty() {
-            if offset > self.len {
-                self.segments.push(zeros(offset - self.len));
-            }
-            self.segments.push(data.clone());
-            self.len = offset + data.len();
+        if data.is_empty() {
+            return 0;
         }
+        let offset = self.len.next_multiple_of(self.alignment);
+        if offset > self.len {
+            self.segments.push(zeros(offset - self.len));
+        }
+        self.segments.push(data.clone());
+        self.len = offset + data.len();
         offset
     }
 
@@ -185,7 +186,7 @@ mod tests {
         let parts = [Bytes::from_static(b"first"), Bytes::new(), Bytes::from(vec![7; 100])];
         let mut writer = PayloadWriter::new(64);
         let offsets = parts.each_ref().map(|part| writer.push(part));
-        assert_eq!(offsets, [0, 64, 64]);
+        assert_eq!(offsets, [0, 0, 64]);
         let frame = writer.finish(6, |head| head.extend_from_slice(b"header")).unwrap();
         assert_eq!(frame.len(), 64 + 164);
 

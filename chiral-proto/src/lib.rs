@@ -32,6 +32,9 @@ pub mod tensor;
 pub mod transport;
 pub mod value;
 
+// Their types are part of this crate's interface.
+pub use {bytes, nalgebra, ndarray};
+
 pub use action::{ActionChunk, ActionMeaning, ActionSpec};
 pub use clock::{Clock, Timestamp};
 pub use codec::Codec;

@@ -79,7 +79,7 @@ pub struct Camera {
     pub image: Tensor,
     /// (H, W) of `f32`: distance along the optical axis (z) in metres, 0 or NaN where unknown.
     pub depth: Option<Tensor>,
-    /// The camera matrix K, in pixels. Fresh in every observation.
+    /// The camera matrix K, in pixels, the centre of the first one at (0, 0), as OpenCV has it. Fresh in every observation.
     pub intrinsics: Matrix3<f64>,
     /// The pose T, camera to world: p_world = T p_camera, in metres; camera axes x right, y down, z forward. Fresh in every observation.
     pub extrinsics: Matrix4<f64>,

@@ -8,6 +8,8 @@ use std::{
 
 use bytes::Bytes;
 
+use crate::tensor::Element;
+
 /// Where every buffer begins, so that tensors at multiples of it can be read in place.
 pub const ALIGNMENT: usize = 64;
 
@@ -52,6 +54,12 @@ pub struct Buffer {
 }
 
 impl Buffer {
+    /// The memory as values, such as the `f32` of a depth image; as many as fit.
+    pub fn values_mut<T: Element>(&mut self) -> &mut [T] {
+        let whole = self.len - self.len % size_of::<T>();
+        bytemuck::cast_slice_mut(&mut self[..whole])
+    }
+
     /// What was written, to be shared; nothing is copied.
     pub fn freeze(self) -> Bytes {
         Bytes::from_owner(self)

@@ -175,9 +175,11 @@ impl fmt::Debug for Tensor {
     }
 }
 
-/// Bytes an array of this type and shape takes; `None` where that overflows.
+/// Bytes an array of this type and shape takes; `None` where that overflows. As `ndarray` has it, also an empty array's other axes must fit.
 pub(crate) fn byte_len(dtype: DType, shape: &[usize]) -> Option<usize> {
-    shape.iter().try_fold(dtype.size(), |len, &axis| len.checked_mul(axis))
+    let len = shape.iter().try_fold(dtype.size(), |len, &axis| len.checked_mul(axis.max(1)))?;
+    let is_empty = shape.contains(&0);
+    (len <= isize::MAX as usize).then_some(if is_empty { 0 } else { len })
 }
 
 /// A vector whose bytes are shared.

@@ -69,10 +69,13 @@ def check_tensors(header, payload):
         for axis in tensor.shape:
             size *= axis
         assert tensor.size == size, f"a tensor of {tensor.size} bytes, expected {size}: {tensor}"
+        if size == 0:
+            assert tensor.offset == 0, f"an empty tensor at {tensor.offset}"
+            continue
         assert tensor.offset % ALIGNMENT == 0, f"a tensor that begins at {tensor.offset}"
         assert tensor.offset >= end, f"a tensor at {tensor.offset}, where another ends at {end}"
         assert not any(payload[end : tensor.offset]), "padding between tensors that is not zero"
-        end = tensor.offset + tensor.size if tensor.size else end
+        end = tensor.offset + size
     assert end == len(payload), f"a payload of {len(payload)} bytes whose last tensor ends at {end}"
 
 

@@ -272,8 +272,9 @@ pub struct Observation {
     #[prost(uint64, tag = "3")]
     pub seq: u64,
     /// Seconds, application-defined; by default the server's monotonic clock when the observation was taken.
-    #[prost(double, tag = "4")]
-    pub timestamp: f64,
+    /// Always written, so that its bits survive whatever they are.
+    #[prost(double, optional, tag = "4")]
+    pub timestamp: ::core::option::Option<f64>,
     #[prost(message, repeated, tag = "5")]
     pub cameras: ::prost::alloc::vec::Vec<Camera>,
     #[prost(message, repeated, tag = "6")]
@@ -297,7 +298,7 @@ pub struct Camera {
     /// (H, W) float32: distance along the optical axis (z) in metres, 0 or NaN where unknown. Absent where the camera has none or it was not asked for.
     #[prost(message, optional, tag = "5")]
     pub depth: ::core::option::Option<Tensor>,
-    /// The camera matrix K, 9 values, row-major, in pixels, of this very image.
+    /// The camera matrix K, 9 values, row-major, in pixels, of this very image. The centre of the first pixel is at (0, 0), as OpenCV has it.
     #[prost(double, repeated, tag = "6")]
     pub intrinsics: ::prost::alloc::vec::Vec<f64>,
     /// The pose T, 16 values, row-major, camera to world: p_world = T p_camera, in metres; camera axes x right, y down, z forward. Of this very image.
@@ -386,7 +387,7 @@ pub struct Tensor {
     pub encoding: i32,
     #[prost(uint64, repeated, tag = "3")]
     pub shape: ::prost::alloc::vec::Vec<u64>,
-    /// From the payload's first byte; a multiple of 64.
+    /// From the payload's first byte; a multiple of 64. 0 where the array is empty.
     #[prost(uint64, tag = "4")]
     pub offset: u64,
     /// In bytes; for ENCODING_RAW the product of the shape and of the dtype's size.

@@ -78,7 +78,8 @@ fn message(id: u64, kind: Kind, payload: &Payload) -> Result<Message> {
             session: said.session,
             episode: said.episode,
             seq: said.seq,
-            actions: chunk(said.actions, payload).map_err(|error| error.within("action"))?,
+            actions: chunk(said.actions, payload)
+                .map_err(|error| DecodeError { action_seq: said.seq, ..error.within("action") })?,
             observation_seq: said.observation_seq,
         })),
         Kind::Credit(said) => notice(Notice::Credit { received: said.received, window: said.window }),
@@ -178,7 +179,7 @@ fn observation(said: Option<wire::Observation>, payload: &Payload) -> Result<Arc
         session: said.session,
         episode: said.episode,
         seq: said.seq,
-        timestamp: said.timestamp,
+        timestamp: said.timestamp.unwrap_or_default(),
         cameras: each("cameras", said.cameras, |item| camera(item, payload)).map_err(within)?,
         proprios: each("proprios", said.proprios, |item| proprio(item, payload)).map_err(within)?,
         extra: value_map(said.extra)?,
@@ -275,24 +276,29 @@ fn fault(said: wire::Error) -> Fault {
     }
 }
 
-/// How deep values may be nested is bounded by prost's own limit on messages.
 fn value_map(said: Option<wire::ValueMap>) -> Result<ValueMap> {
-    let entries = said.unwrap_or_default().entries.into_iter();
-    Ok(entries.map(|(key, item)| (key, value(item))).collect())
+    entries(said.unwrap_or_default(), Value::MAX_DEPTH)
+        .ok_or_else(|| DecodeError::new("values", format_args!("at most {} within each other", Value::MAX_DEPTH), "more"))
 }
 
-fn value(said: wire::Value) -> Value {
+/// `None` if anything lies deeper than `depth` values.
+fn entries(said: wire::ValueMap, depth: usize) -> Option<ValueMap> {
+    said.entries.into_iter().map(|(key, item)| Some((key, value(item, depth)?))).collect()
+}
+
+fn value(said: wire::Value, depth: usize) -> Option<Value> {
     use wire::value::Kind;
-    match said.kind {
+    let depth = depth.checked_sub(1)?;
+    Some(match said.kind {
         None | Some(Kind::Null(wire::Null {})) => Value::Null,
         Some(Kind::Bool(item)) => Value::Bool(item),
         Some(Kind::Int(item)) => Value::Int(item),
         Some(Kind::Float(item)) => Value::Float(item),
         Some(Kind::Str(item)) => Value::Str(item),
         Some(Kind::Bytes(item)) => Value::Bytes(item),
-        Some(Kind::List(list)) => Value::List(list.items.into_iter().map(value).collect()),
-        Some(Kind::Map(map)) => Value::Map(map.entries.into_iter().map(|(key, item)| (key, value(item))).collect()),
-    }
+        Some(Kind::List(list)) => Value::List(list.items.into_iter().map(|item| value(item, depth)).collect::<Option<_>>()?),
+        Some(Kind::Map(map)) => Value::Map(entries(map, depth)?),
+    })
 }
 
 /// Converts each item; an error says which.

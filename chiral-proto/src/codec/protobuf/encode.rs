@@ -158,7 +158,7 @@ fn observation(obs: &Observation, payload: &mut PayloadWriter) -> Result<wire::O
         session: obs.session,
         episode: obs.episode,
         seq: obs.seq,
-        timestamp: obs.timestamp,
+        timestamp: Some(obs.timestamp),
         cameras: obs.cameras.iter().map(|item| camera(item, payload)).collect(),
         proprios: obs.proprios.iter().map(|item| proprio(item, payload)).collect(),
         extra: Some(value_map(&obs.extra, "observation.extra")?),

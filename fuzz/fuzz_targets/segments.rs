@@ -1,0 +1,8 @@
+//! Arbitrary bytes in arbitrary pieces, taken for a frame.
+#![no_main]
+
+#[allow(dead_code, reason = "each fuzzer runs one of them")]
+#[path = "../targets.rs"]
+mod targets;
+
+libfuzzer_sys::fuzz_target!(|data: &[u8]| targets::segments(data));
