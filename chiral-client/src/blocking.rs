@@ -2,13 +2,13 @@
 
 use std::{fmt, future::Future, sync::Arc, time::Duration};
 
-use chiral_proto::{ActionChunk, Observation, StepResult, ValueMap, action::Action, message::RobotInfo};
+use chiral_proto::{ActionChunk, Observation, StepResult, Timestamp, ValueMap, action::Action, message::RobotInfo};
 use tokio::{
     runtime::{Handle, Runtime},
     time::timeout,
 };
 
-use crate::{ClientStats, Mode, PolicyClientBuilder, StreamOptions, client, error::Error};
+use crate::{ClientStats, PolicyClientBuilder, PutMode, StreamOptions, client, error::Error};
 
 /// For the goodbye of a client that is dropped without `close`.
 const PARTING_LIMIT: Duration = Duration::from_millis(500);
@@ -131,7 +131,7 @@ impl PolicyClient {
     }
 
     /// See [`crate::PolicyClient::put_chunk`].
-    pub fn put_chunk(&self, chunk: impl Into<ActionChunk>, mode: Mode) -> Result<()> {
+    pub fn put_chunk(&self, chunk: impl Into<ActionChunk>, mode: PutMode) -> Result<()> {
         self.wait(self.connection.client.put_chunk(chunk, mode))
     }
 
@@ -141,7 +141,7 @@ impl PolicyClient {
     }
 
     /// See [`crate::PolicyClient::try_put_chunk`].
-    pub fn try_put_chunk(&self, chunk: impl Into<ActionChunk>, mode: Mode) -> Result<()> {
+    pub fn try_put_chunk(&self, chunk: impl Into<ActionChunk>, mode: PutMode) -> Result<()> {
         self.connection.client.try_put_chunk(chunk, mode)
     }
 
@@ -153,6 +153,11 @@ impl PolicyClient {
     /// See [`crate::PolicyClient::send_action`].
     pub fn send_action(&self, actions: impl Into<ActionChunk>) -> Result<()> {
         self.wait(self.connection.client.send_action(actions))
+    }
+
+    /// See [`crate::PolicyClient::age`].
+    pub fn age(&self, captured_at: Timestamp) -> Option<Duration> {
+        self.connection.client.age(captured_at)
     }
 
     /// See [`crate::PolicyClient::stats`].

@@ -10,7 +10,6 @@ use tokio::{
 };
 
 use crate::{
-    blocking,
     client::PolicyClient,
     clock::monotonic,
     error::Error,
@@ -77,7 +76,7 @@ impl PolicyClientBuilder {
         self
     }
 
-    /// Whatever the server's operator asks for.
+    /// Whatever the server's operator asks for. No server looks at it yet.
     #[must_use]
     pub fn auth(mut self, auth: impl Into<Bytes>) -> Self {
         self.identity.auth = auth.into();
@@ -160,8 +159,8 @@ impl PolicyClientBuilder {
     /// # Errors
     /// As [`PolicyClientBuilder::connect`], and [`Error::Runtime`].
     #[cfg(feature = "websocket")]
-    pub fn connect_blocking(self) -> Result<blocking::PolicyClient, Error> {
-        blocking::PolicyClient::start(self.connect())
+    pub fn connect_blocking(self) -> Result<crate::blocking::PolicyClient, Error> {
+        crate::blocking::PolicyClient::start(self.connect())
     }
 
     /// Connects over a transport of the caller's.

@@ -3,7 +3,7 @@
 use std::{fmt, sync::Arc, time::Duration};
 
 use chiral_proto::{
-    ActionChunk, Message, Observation, Reply, Request, StepResult, ValueMap,
+    ActionChunk, Message, Observation, Reply, Request, StepResult, Timestamp, ValueMap,
     action::Action,
     message::{RobotInfo, Subscribe, Welcome},
 };
@@ -11,7 +11,7 @@ use tokio::{sync::mpsc, time::timeout};
 
 use crate::{
     builder::PolicyClientBuilder,
-    dispatch::Mode,
+    dispatch::PutMode,
     error::Error,
     lock,
     session::{Outgoing, Shared},
@@ -41,9 +41,12 @@ pub struct PolicyClient {
 /// What the observation stream is to bring.
 #[derive(Clone, Debug, PartialEq)]
 pub struct StreamOptions {
-    hz: f64,
-    cameras: Vec<String>,
-    depth: bool,
+    /// Observations a second.
+    pub hz: f64,
+    /// Only these cameras; none means all.
+    pub cameras: Vec<String>,
+    /// Whether depth images are wanted.
+    pub depth: bool,
 }
 
 impl StreamOptions {
@@ -78,6 +81,7 @@ impl PolicyClient {
     ///
     /// # Errors
     /// See [`PolicyClientBuilder::connect`].
+    #[cfg(feature = "websocket")]
     pub async fn connect(uri: &str) -> Result<PolicyClient> {
         PolicyClient::builder(uri).connect().await
     }
@@ -112,7 +116,8 @@ impl PolicyClient {
         }
     }
 
-    /// Starts a new episode; waits for as long as the robot takes. Actions still queued are dropped, and none is sent before this returns.
+    /// Starts a new episode; waits for as long as the robot takes. Actions still queued are dropped, and those queued before this returns are, too: they
+    /// were chosen by an observation of the old episode.
     ///
     /// # Errors
     /// The session's end, or [`Error::Rejected`] if the robot failed at it.
@@ -197,7 +202,7 @@ impl PolicyClient {
         Ok(latest.map(|obs| self.see(obs)))
     }
 
-    /// The newest observation of the stream that the caller has not seen yet; waits for it.
+    /// The newest observation of the stream that this client, or a clone of it, has not returned yet; waits for it.
     ///
     /// # Errors
     /// [`Error::Timeout`] if none came, [`Error::NotStreaming`], the session's end, or [`Error::StreamEnded`].
@@ -243,16 +248,16 @@ impl PolicyClient {
     /// Queues one action. While dispatch runs, waits for room. On an error nothing is queued.
     ///
     /// # Errors
-    /// [`Error::InvalidAction`], [`Error::QueueFull`] without dispatch, [`Error::Refused`] for an action sent earlier, or the session's end.
+    /// [`Error::InvalidAction`], [`Error::QueueFull`] without dispatch, [`Error::ActionRefused`] for an action sent earlier, or the session's end.
     pub async fn put_action(&self, action: impl Into<Action>) -> Result<()> {
-        self.put_chunk(action.into(), Mode::Append).await
+        self.put_chunk(action.into(), PutMode::Append).await
     }
 
     /// Queues the rows of a chunk, all or none. While dispatch runs, waits for room.
     ///
     /// # Errors
     /// As [`PolicyClient::put_action`]; also [`Error::QueueFull`] for a chunk that could never fit.
-    pub async fn put_chunk(&self, chunk: impl Into<ActionChunk>, mode: Mode) -> Result<()> {
+    pub async fn put_chunk(&self, chunk: impl Into<ActionChunk>, mode: PutMode) -> Result<()> {
         let chunk = self.checked(chunk.into())?;
         loop {
             let room = self.shared.room.notified();
@@ -271,14 +276,14 @@ impl PolicyClient {
     /// # Errors
     /// As [`PolicyClient::put_action`], and [`Error::QueueFull`] also while dispatch runs.
     pub fn try_put_action(&self, action: impl Into<Action>) -> Result<()> {
-        self.try_put_chunk(action.into(), Mode::Append)
+        self.try_put_chunk(action.into(), PutMode::Append)
     }
 
     /// Queues the rows of a chunk, all or none, without waiting.
     ///
     /// # Errors
     /// As [`PolicyClient::try_put_action`].
-    pub fn try_put_chunk(&self, chunk: impl Into<ActionChunk>, mode: Mode) -> Result<()> {
+    pub fn try_put_chunk(&self, chunk: impl Into<ActionChunk>, mode: PutMode) -> Result<()> {
         self.offer(&self.checked(chunk.into())?, mode)
     }
 
@@ -291,19 +296,25 @@ impl PolicyClient {
     /// Sends actions now, past the queue.
     ///
     /// # Errors
-    /// [`Error::InvalidAction`], [`Error::Refused`] for an action sent earlier, or the session's end.
+    /// [`Error::InvalidAction`], [`Error::ActionRefused`] for an action sent earlier, or the session's end.
     pub async fn send_action(&self, actions: impl Into<ActionChunk>) -> Result<()> {
         let actions = self.checked(actions.into())?;
         let message = {
             let mut state = lock(&self.shared.state);
             state.check_alive()?;
             if let Some(fault) = state.refusal.take() {
-                return Err(Error::Refused(fault));
+                return Err(Error::ActionRefused(fault));
             }
             let seen = state.seen;
             state.action(actions, seen)
         };
         self.send(&message).await
+    }
+
+    /// How long ago, by this host's clock, the server's host captured something, such as `obs["wrist_cam"].captured_at`; `None` before the clocks were
+    /// compared, which takes one round trip.
+    pub fn age(&self, captured_at: Timestamp) -> Option<Duration> {
+        lock(&self.shared.state).age(captured_at, self.shared.now())
     }
 
     /// How the session is doing.
@@ -328,15 +339,18 @@ impl PolicyClient {
     // ---- Helpers -----------------------------------------------------------------------------------------------------------------------
 
     async fn ask(&self, request: Request, kind: RequestKind) -> Result<Reply> {
-        let (id, answered) = lock(&self.shared.state).ask(kind)?;
+        // The place comes first: who gives up waiting for one has asked nothing.
+        let place = self.outgoing.reserve().await.map_err(|_| self.ended())?;
+        let answered = {
+            let mut state = lock(&self.shared.state);
+            let id = state.next_request()?;
+            let frame = self.shared.codec.encode(&Message::Request { id, request })?;
+            place.send(Outgoing::Frame(frame));
+            state.asked(id, kind)
+        };
         if kind == RequestKind::Reset {
             // It has emptied the action queue.
             self.shared.room.notify_waiters();
-        }
-        let message = Message::Request { id, request };
-        if let Err(error) = self.send(&message).await {
-            lock(&self.shared.state).settle(id, Err(error.clone()), self.shared.now());
-            return Err(error);
         }
         answered.await.unwrap_or(Err(Error::Closed))
     }
@@ -348,15 +362,18 @@ impl PolicyClient {
 
     async fn send(&self, message: &Message) -> Result<()> {
         let frame = self.shared.codec.encode(message)?;
-        let sent = self.outgoing.send(Outgoing::Frame(frame)).await;
-        sent.map_err(|_| lock(&self.shared.state).ended.clone().unwrap_or(Error::Closed))
+        self.outgoing.send(Outgoing::Frame(frame)).await.map_err(|_| self.ended())
     }
 
-    fn offer(&self, chunk: &ActionChunk, mode: Mode) -> Result<()> {
+    fn ended(&self) -> Error {
+        lock(&self.shared.state).ended.clone().unwrap_or(Error::Closed)
+    }
+
+    fn offer(&self, chunk: &ActionChunk, mode: PutMode) -> Result<()> {
         let mut state = lock(&self.shared.state);
         state.check_alive()?;
         if let Some(fault) = state.refusal.take() {
-            return Err(Error::Refused(fault));
+            return Err(Error::ActionRefused(fault));
         }
         let rows = state.rows(chunk);
         state.dispatch.offer(rows, mode, self.shared.now()).map_err(|rows| Error::QueueFull {

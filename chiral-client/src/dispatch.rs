@@ -6,7 +6,7 @@ use chiral_proto::Timestamp;
 
 /// What `put_chunk` does with the rows that are still queued.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub enum Mode {
+pub enum PutMode {
     /// Keeps them; the new rows follow.
     #[default]
     Append,
@@ -87,8 +87,8 @@ impl Dispatch {
     }
 
     /// Queues all of the rows; gives them back if there is no room for all.
-    pub(crate) fn offer(&mut self, rows: Vec<Row>, mode: Mode, now: Timestamp) -> Result<(), Vec<Row>> {
-        let kept = if mode == Mode::Replace { 0 } else { self.queue.len() };
+    pub(crate) fn offer(&mut self, rows: Vec<Row>, mode: PutMode, now: Timestamp) -> Result<(), Vec<Row>> {
+        let kept = if mode == PutMode::Replace { 0 } else { self.queue.len() };
         if kept + rows.len() > self.capacity {
             return Err(rows);
         }
@@ -162,7 +162,7 @@ mod tests {
         let (mut now, mut sent) = (Timestamp(0), 0);
         loop {
             if dispatch.queued() == 0 {
-                dispatch.offer(rows(16), Mode::Append, now).unwrap();
+                dispatch.offer(rows(16), PutMode::Append, now).unwrap();
             }
             now = now + dispatch.due_in(now).unwrap() + Duration::from_nanos(late(sent) as u64);
             if now >= Timestamp(seconds * 1000 * MS) {
@@ -189,7 +189,7 @@ mod tests {
     fn a_row_that_comes_late_waits_for_the_next_tick() {
         let mut dispatch = Dispatch::new(4);
         dispatch.start(10.0, Timestamp(0));
-        dispatch.offer(rows(2), Mode::Append, Timestamp(250 * MS)).unwrap();
+        dispatch.offer(rows(2), PutMode::Append, Timestamp(250 * MS)).unwrap();
         assert_eq!(dispatch.due_in(Timestamp(250 * MS)), Some(Duration::from_millis(50)));
         assert!(dispatch.take(Timestamp(300 * MS)).is_some());
         assert!(dispatch.take(Timestamp(301 * MS)).is_none(), "one row a tick");
@@ -199,21 +199,21 @@ mod tests {
     #[test]
     fn all_rows_fit_or_none() {
         let mut dispatch = Dispatch::new(4);
-        dispatch.offer(rows(3), Mode::Append, Timestamp(0)).unwrap();
-        assert!(dispatch.offer(rows(2), Mode::Append, Timestamp(0)).is_err());
+        dispatch.offer(rows(3), PutMode::Append, Timestamp(0)).unwrap();
+        assert!(dispatch.offer(rows(2), PutMode::Append, Timestamp(0)).is_err());
         assert_eq!(dispatch.queued(), 3);
-        dispatch.offer(rows(4), Mode::Replace, Timestamp(0)).unwrap();
+        dispatch.offer(rows(4), PutMode::Replace, Timestamp(0)).unwrap();
         assert_eq!(dispatch.queued(), 4);
-        assert!(dispatch.offer(rows(5), Mode::Replace, Timestamp(0)).is_err());
+        assert!(dispatch.offer(rows(5), PutMode::Replace, Timestamp(0)).is_err());
     }
 
     #[test]
     fn a_reset_drops_what_was_chosen_before_it() {
         let mut dispatch = Dispatch::new(4);
         dispatch.start(10.0, Timestamp(0));
-        dispatch.offer(rows(2), Mode::Append, Timestamp(0)).unwrap();
+        dispatch.offer(rows(2), PutMode::Append, Timestamp(0)).unwrap();
         dispatch.reset_began();
-        dispatch.offer(rows(1), Mode::Append, Timestamp(0)).unwrap();
+        dispatch.offer(rows(1), PutMode::Append, Timestamp(0)).unwrap();
         assert_eq!(dispatch.due_in(Timestamp(0)), None);
         dispatch.reset_ended(Timestamp(50 * MS));
         dispatch.drop_older_than(2);

@@ -1,8 +1,10 @@
-//! Everything that can go wrong on the policy's side. Every failure reaches the caller as one of these.
+//! Everything that can go wrong on the policy's side. Every failure reaches the caller as one of these, and its text says all there is to say.
 
 use std::{error::Error as StdError, sync::Arc, time::Duration};
 
-use chiral_proto::{DecodeError, Fault, InvalidAction, PROTOCOL_VERSION, TransportError, Unsayable};
+use chiral_proto::{
+    DecodeError, Fault, InvalidAction, PROTOCOL_VERSION, TensorError, TransportError, Unsayable, error::UnknownName,
+};
 
 /// Why a call failed. The end of a session is told to every call that comes after it.
 #[derive(Clone, Debug, thiserror::Error)]
@@ -35,11 +37,11 @@ pub enum Error {
         text: String,
     },
     /// There is no trust between the two sides, or no TLS on the other.
-    #[error("no TLS connection")]
-    Tls(#[source] Arc<dyn StdError + Send + Sync>),
+    #[error("no TLS connection: {0}")]
+    Tls(Arc<dyn StdError + Send + Sync>),
     /// Something listens, but does not speak WebSocket as expected.
-    #[error("no WebSocket connection")]
-    Handshake(#[source] Arc<dyn StdError + Send + Sync>),
+    #[error("no WebSocket connection: {0}")]
+    Handshake(Arc<dyn StdError + Send + Sync>),
     /// The robot has a controller already; the text names it.
     #[error("{0}")]
     Busy(Fault),
@@ -51,15 +53,14 @@ pub enum Error {
     Rejected(Fault),
     /// The server refused an action that was sent earlier, or the robot failed at it.
     #[error("an action was refused: {0}")]
-    Refused(Fault),
+    ActionRefused(Fault),
     /// The connection is gone.
     #[error("disconnected: {reason}")]
     Disconnected {
-        /// In words.
+        /// In words, what the transport said among them.
         reason: String,
         /// What the transport said, where it said something.
-        #[source]
-        source: Option<TransportError>,
+        cause: Option<TransportError>,
     },
     /// This client was closed.
     #[error("this client was closed")]
@@ -110,8 +111,14 @@ pub enum Error {
     #[error(transparent)]
     Unsayable(#[from] Unsayable),
     /// The server said something that cannot be understood.
-    #[error("the server sent a malformed message")]
-    Malformed(#[from] DecodeError),
+    #[error("the server sent a malformed message: {0}")]
+    Malformed(DecodeError),
+    /// An observation has no camera or proprio of this name.
+    #[error(transparent)]
+    UnknownName(#[from] UnknownName),
+    /// A tensor is not what it was taken for.
+    #[error(transparent)]
+    Tensor(#[from] TensorError),
     /// The server said something out of turn.
     #[error("expected {expected} from the server, found another message")]
     Protocol {
@@ -119,6 +126,6 @@ pub enum Error {
         expected: &'static str,
     },
     /// There can be no runtime for the blocking client.
-    #[error("cannot start a tokio runtime")]
-    Runtime(#[source] Arc<std::io::Error>),
+    #[error("cannot start a tokio runtime: {0}")]
+    Runtime(Arc<std::io::Error>),
 }

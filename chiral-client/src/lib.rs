@@ -2,7 +2,7 @@
 //!
 //! ```no_run
 //! use std::time::Duration;
-//! use chiral_client::{Mode, PolicyClient};
+//! use chiral_client::{PutMode, PolicyClient};
 //!
 //! # async fn run() -> Result<(), chiral_client::Error> {
 //! let env = PolicyClient::connect("ws://localhost:8765").await?; // waits until there is a server
@@ -14,7 +14,7 @@
 //!     let obs = env.next_obs(Duration::from_secs(1)).await?;
 //!     let k = obs["wrist_cam"].intrinsics; // fresh in every observation
 //!     let chunk = [0.0; 7]; // your policy's prediction from obs and k
-//!     env.put_chunk(chunk, Mode::Replace).await?;
+//!     env.put_chunk(chunk, PutMode::Replace).await?;
 //! }
 //! # }
 //! ```
@@ -33,6 +33,8 @@ mod stats;
 #[cfg(feature = "websocket")]
 mod websocket;
 
+/// The types and the protocol that both ends share.
+pub use chiral_proto as proto;
 pub use chiral_proto::{
     ActionChunk, ActionMeaning, ActionSpec, Camera, CameraSpec, Code, Fault, Observation, Proprio, StepResult, Tensor, Timestamp,
     Value, ValueMap, action, message::RobotInfo, value,
@@ -40,7 +42,7 @@ pub use chiral_proto::{
 
 pub use builder::PolicyClientBuilder;
 pub use client::{PolicyClient, StreamOptions};
-pub use dispatch::Mode;
+pub use dispatch::PutMode;
 pub use error::Error;
 pub use stats::ClientStats;
 

@@ -9,6 +9,7 @@ use bytes::Bytes;
 use chiral_proto::{
     Clock, Code, Codec, Fault, Frame, Message, Notice, PROTOCOL_VERSION, Reply, Request, Timestamp, Transport, TransportError,
     clock::PingSample,
+    error::chain,
     message::{Hello, Role, Welcome},
 };
 use tokio::{
@@ -96,8 +97,8 @@ pub(crate) async fn greet<T: Transport>(transport: &T, identity: &Identity) -> R
     let exchange = async {
         write(transport, &hello).await.map_err(lost)?;
         match transport.recv().await.map_err(lost)? {
-            Some(frame) => Ok(transport.codec().decode(frame)?),
-            None => Err(Error::Disconnected { reason: "the server closed the connection at the hello".to_owned(), source: None }),
+            Some(frame) => transport.codec().decode(frame).map_err(Error::Malformed),
+            None => Err(Error::Disconnected { reason: "the server closed the connection at the hello".to_owned(), cause: None }),
         }
     };
     let answer = timeout(HELLO_LIMIT, exchange)
@@ -138,11 +139,11 @@ async fn receive<T: Transport>(shared: &Shared, transport: &T) -> Error {
     loop {
         let frame = match timeout(shared.silence_limit, transport.recv()).await {
             Ok(Ok(Some(frame))) => frame,
-            Ok(Ok(None)) => return Error::Disconnected { reason: "the server closed the connection".to_owned(), source: None },
+            Ok(Ok(None)) => return Error::Disconnected { reason: "the server closed the connection".to_owned(), cause: None },
             Ok(Err(error)) => return lost(error),
             Err(_) => {
                 let reason = format!("nothing heard from the server for {} s", shared.silence_limit.as_secs_f64());
-                return Error::Disconnected { reason, source: None };
+                return Error::Disconnected { reason, cause: None };
             }
         };
         if let Err(end) = handle(shared, transport, frame) {
@@ -157,10 +158,10 @@ fn handle<T: Transport>(shared: &Shared, transport: &T, frame: Frame) -> Result<
         Ok(message) => message,
         // Only the request that it answers has failed; but what belongs to no request must not vanish in silence.
         Err(error) if error.id != 0 => {
-            settle(shared, error.id, Err(error.into()), now);
+            settle(shared, error.id, Err(Error::Malformed(error)), now);
             return Ok(());
         }
-        Err(error) => return Err(error.into()),
+        Err(error) => return Err(Error::Malformed(error)),
     };
     match message {
         Message::Reply { id, reply } => {
@@ -183,7 +184,7 @@ fn handle<T: Transport>(shared: &Shared, transport: &T, frame: Frame) -> Result<
         }
         Message::Notice(Notice::Error(fault)) => tracing::warn!("the server reports: {fault}"),
         Message::Notice(Notice::Pong { t1, t2, t3 }) => lock(&shared.state).pong(PingSample { t1, t2, t3, t4: now }),
-        Message::Notice(Notice::Goodbye { reason }) => return Err(Error::Disconnected { reason, source: None }),
+        Message::Notice(Notice::Goodbye { reason }) => return Err(Error::Disconnected { reason, cause: None }),
         // What only a client says, or a newer server: nothing that anybody here waits for.
         Message::Notice(Notice::Ping { .. } | Notice::Action(_) | Notice::Credit { .. })
         | Message::Request { .. }
@@ -242,6 +243,6 @@ async fn write<T: Transport>(transport: &T, message: &Message) -> Result<(), Tra
     }
 }
 
-fn lost(source: TransportError) -> Error {
-    Error::Disconnected { reason: "the connection to the server broke".to_owned(), source: Some(source) }
+fn lost(cause: TransportError) -> Error {
+    Error::Disconnected { reason: chain(&cause), cause: Some(cause) }
 }

@@ -101,7 +101,7 @@ impl State {
             first_round_trip,
             next_ping: now,
             pings: 0,
-            arrivals: Recent::new(now),
+            arrivals: Recent::default(),
             actions_sent: 0,
             actions_refused: 0,
         }
@@ -109,17 +109,22 @@ impl State {
 
     // ---- Requests ----------------------------------------------------------------------------------------------------------------------
 
-    /// A new request's id, and where its answer will come.
-    pub(crate) fn ask(&mut self, kind: RequestKind) -> Result<(u64, oneshot::Receiver<Result<Reply, Error>>), Error> {
+    /// A new request's id.
+    pub(crate) fn next_request(&mut self) -> Result<u64, Error> {
         self.check_alive()?;
         self.last_request += 1;
+        Ok(self.last_request)
+    }
+
+    /// The request is on its way; where its answer will come.
+    pub(crate) fn asked(&mut self, id: u64, kind: RequestKind) -> oneshot::Receiver<Result<Reply, Error>> {
         let (answer, answered) = oneshot::channel();
-        self.pending.insert(self.last_request, Pending { kind, answer });
+        self.pending.insert(id, Pending { kind, answer });
         if kind == RequestKind::Reset {
             self.dispatch.reset_began();
             self.refusal = None;
         }
-        Ok((self.last_request, answered))
+        answered
     }
 
     /// Hands an answer to who asked, and follows what it changes.
@@ -136,7 +141,7 @@ impl State {
         match (&outcome, kind) {
             (Ok(Reply::Subscribed { hz, .. }), RequestKind::Subscribe) => {
                 self.stream = Stream::On { hz: *hz, received: 0, credit_due: false };
-                self.arrivals = Recent::new(now);
+                self.arrivals = Recent::default();
             }
             (Ok(_), RequestKind::Unsubscribe) => self.stream = Stream::Off,
             _ => {}
@@ -153,17 +158,17 @@ impl State {
             *received += 1;
             *credit_due = true;
         }
-        self.arrivals.add(now, self.age(observation, now));
+        let cameras = observation.cameras.iter().map(|camera| camera.captured_at);
+        let proprios = observation.proprios.iter().map(|proprio| proprio.captured_at);
+        let oldest = cameras.min().or(proprios.min());
+        self.arrivals.add(now, oldest.and_then(|captured_at| self.age(captured_at, now)));
         let is_current = observation.episode >= self.episode;
         self.episode = self.episode.max(observation.episode);
         is_current
     }
 
-    /// How long ago the oldest part of an observation was captured.
-    fn age(&self, observation: &Observation, now: Timestamp) -> Option<Duration> {
-        let cameras = observation.cameras.iter().map(|camera| camera.captured_at);
-        let proprios = observation.proprios.iter().map(|proprio| proprio.captured_at);
-        let captured_at = cameras.min().or(proprios.min())?;
+    /// How long ago the server's host captured something.
+    pub(crate) fn age(&self, captured_at: Timestamp, now: Timestamp) -> Option<Duration> {
         Some(now.shifted(self.clocks.offset_ns()?).since(captured_at))
     }
 

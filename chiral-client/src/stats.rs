@@ -32,9 +32,8 @@ pub struct ClientStats {
 }
 
 /// The arrivals of the last seconds.
-#[derive(Debug)]
+#[derive(Debug, Default)]
 pub(crate) struct Recent {
-    since: Timestamp,
     total: u64,
     arrivals: VecDeque<(Timestamp, Option<Duration>)>,
 }
@@ -49,10 +48,6 @@ pub(crate) struct Summary {
 impl Recent {
     const SPAN: Duration = Duration::from_secs(10);
 
-    pub(crate) fn new(now: Timestamp) -> Recent {
-        Recent { since: now, total: 0, arrivals: VecDeque::new() }
-    }
-
     pub(crate) fn add(&mut self, now: Timestamp, age: Option<Duration>) {
         self.total += 1;
         self.arrivals.push_back((now, age));
@@ -63,14 +58,15 @@ impl Recent {
 
     pub(crate) fn summary(&self, now: Timestamp) -> Summary {
         let recent = self.arrivals.iter().filter(|(at, _)| now.since(*at) <= Self::SPAN);
-        let span = now.since(self.since).min(Self::SPAN).as_secs_f64();
-        let count = recent.clone().count();
+        // From the first arrival on, so many periods have passed: a stream that stalls shows at once.
+        let span = recent.clone().next().map_or(0.0, |(first, _)| now.since(*first).as_secs_f64());
+        let periods = recent.clone().count().saturating_sub(1);
         let mut ages: Vec<Duration> = recent.filter_map(|(_, age)| *age).collect();
         ages.sort_unstable();
         let percentile = |p: usize| ages.get((ages.len() * p / 100).min(ages.len().saturating_sub(1))).copied();
         Summary {
             total: self.total,
-            hz: if span > 0.0 { count as f64 / span } else { 0.0 },
+            hz: if span > 0.0 { periods as f64 / span } else { 0.0 },
             age_p50: percentile(50),
             age_p99: percentile(99),
         }

@@ -4,6 +4,20 @@ use std::{error::Error, fmt, sync::Arc};
 
 use crate::tensor::DType;
 
+/// An error and its causes, one after the other: what a log line or a peer needs. Some errors' own text has their causes' already.
+pub fn chain(error: &(dyn Error + 'static)) -> String {
+    let mut text = error.to_string();
+    let mut cause = error.source();
+    while let Some(error) = cause {
+        let more = error.to_string();
+        if !text.ends_with(&more) {
+            text = format!("{text}: {more}");
+        }
+        cause = error.source();
+    }
+    text
+}
+
 /// A tensor that is not what it is taken for.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[non_exhaustive]

@@ -2,6 +2,8 @@
 //!
 //! What the header says is the codec's business; where things lie is decided here, for every codec.
 
+use std::cell::Cell;
+
 use bytes::{Bytes, BytesMut};
 
 use crate::{
@@ -112,17 +114,33 @@ impl PayloadWriter {
 pub(crate) struct Payload {
     segments: Vec<Bytes>,
     len: usize,
+    alignment: usize,
+    /// Where the last part that was taken ends.
+    taken: Cell<usize>,
 }
 
 impl Payload {
-    /// Bytes in all.
-    pub(crate) fn len(&self) -> usize {
-        self.len
-    }
-
-    /// The part at `offset`: a slice of what arrived, copied only if it lies across two segments. The caller has checked that it lies within.
-    pub(crate) fn slice(&self, offset: usize, len: usize) -> Bytes {
-        slice(&self.segments, offset, len)
+    /// The part at `offset`: a slice of what arrived, copied only if it lies across two segments. Parts are taken in order, so that no peer has the same
+    /// bytes copied more than once.
+    pub(crate) fn take(&self, offset: usize, len: usize) -> Result<Bytes, DecodeError> {
+        if len == 0 {
+            return Ok(Bytes::new());
+        }
+        let earliest = self.taken.get().next_multiple_of(self.alignment);
+        if offset < earliest || !offset.is_multiple_of(self.alignment) {
+            let expected = format_args!("a multiple of {}, {earliest} or more", self.alignment).to_string();
+            return Err(DecodeError::new("offset", expected, offset));
+        }
+        match offset.checked_add(len) {
+            Some(end) if end <= self.len => {
+                self.taken.set(end);
+                Ok(slice(&self.segments, offset, len))
+            }
+            _ => {
+                let expected = format_args!("a part of the {} bytes of payload", self.len).to_string();
+                Err(DecodeError::new("offset", expected, format_args!("{len} bytes at {offset}")))
+            }
+        }
     }
 }
 
@@ -148,7 +166,7 @@ pub(crate) fn open(frame: Frame, alignment: usize) -> Result<(Bytes, Payload), D
         *segment = segment.slice(skipped..);
         !segment.is_empty()
     });
-    Ok((header, Payload { segments, len: payload_len }))
+    Ok((header, Payload { segments, len: payload_len, alignment, taken: Cell::new(0) }))
 }
 
 fn slice(segments: &[Bytes], mut offset: usize, len: usize) -> Bytes {
@@ -193,10 +211,11 @@ mod tests {
         let whole = frame.into_bytes();
         for cut in 0..whole.len() {
             let (header, payload) = open(Frame::from(vec![whole.slice(..cut), whole.slice(cut..)]), 64).unwrap();
-            assert_eq!((&header[..], payload.len()), (&b"header"[..], 164));
+            assert_eq!((&header[..], payload.len), (&b"header"[..], 164));
             for (part, offset) in parts.iter().zip(offsets) {
-                assert_eq!(payload.slice(offset, part.len()), part);
+                assert_eq!(payload.take(offset, part.len()).unwrap(), part);
             }
+            assert!(payload.take(0, 5).is_err(), "it was taken already");
         }
     }
 
@@ -204,7 +223,7 @@ mod tests {
     fn what_lies_in_one_segment_is_not_copied() {
         let whole = Bytes::from(vec![0; 256]);
         let (_, payload) = open(Frame::from(vec![whole.slice(..100), whole.slice(100..)]), 64).unwrap();
-        assert_eq!(payload.slice(64, 64).as_ptr(), whole[128..].as_ptr());
+        assert_eq!(payload.take(64, 64).unwrap().as_ptr(), whole[128..].as_ptr());
     }
 
     #[test]

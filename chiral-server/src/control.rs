@@ -20,7 +20,7 @@ use chiral_proto::{
 use crate::{
     error::Error,
     lock,
-    observe::Observer,
+    observe::Observations,
     robot::{ActionContext, EpisodeEnd, Robot, StepOutcome},
 };
 
@@ -45,7 +45,7 @@ struct Shared {
     state: Mutex<State>,
     wake: Condvar,
     spec: ActionSpec,
-    observer: Arc<Observer>,
+    observations: Arc<Observations>,
     clock: Clock,
 }
 
@@ -74,7 +74,7 @@ struct Controller {
 pub(crate) struct ControlCounts {
     /// Rows that the robot carried out.
     pub(crate) applied: u64,
-    /// Actions that were refused on arrival, or dropped because a reset or the controller's end overtook them.
+    /// Actions that were refused on arrival, or dropped or cut short because a reset or the controller's end overtook them.
     pub(crate) refused: u64,
     /// Actions at which the robot's own code failed.
     pub(crate) failed: u64,
@@ -92,7 +92,7 @@ impl Control {
     pub(crate) fn start(
         robot: Box<dyn Robot>,
         spec: ActionSpec,
-        observer: Arc<Observer>,
+        observations: Arc<Observations>,
         clock: Clock,
         ended: impl FnOnce() + Send + 'static,
     ) -> Result<Control, Error> {
@@ -107,7 +107,7 @@ impl Control {
             stopping: false,
             counts: ControlCounts::default(),
         };
-        let shared = Arc::new(Shared { state: Mutex::new(state), wake: Condvar::new(), spec, observer, clock });
+        let shared = Arc::new(Shared { state: Mutex::new(state), wake: Condvar::new(), spec, observations, clock });
         let mut thread = Thread { robot, shared: Arc::clone(&shared) };
         thread.ask_metadata();
         let run = move || {
@@ -213,7 +213,7 @@ impl Control {
                 Fault::new(Code::Resetting, "expected actions after the reset's reply, found a reset under way").retryable()
             );
         }
-        let current = self.shared.observer.episode();
+        let current = self.shared.observations.episode();
         if (chosen_in, episode) != (session, current) {
             let text =
                 format!("expected actions of session {session}, episode {current}, found session {chosen_in}, episode {episode}");
@@ -338,7 +338,7 @@ impl Thread {
             Ok((self.observe_since(began)?, info))
         });
         // Numbered only now: whatever was captured before the reset was done still belongs to the old episode.
-        let episode = self.shared.observer.begin_episode();
+        let episode = self.shared.observations.begin_episode();
         lock(&self.shared.state).resets -= 1;
         answer(outcome.map(|(observation, info)| (Arc::new(Observation { session, episode, ..observation }), info)));
     }
@@ -365,6 +365,7 @@ impl Thread {
         let mut state = lock(&self.shared.state);
         state.held_rows -= chunk.rows();
         match outcome {
+            Ok(()) if context.is_over() => state.counts.refused += 1,
             Ok(()) => state.counts.applied += chunk.rows() as u64,
             Err(fault) => {
                 state.counts.failed += 1;
@@ -390,7 +391,7 @@ impl Thread {
     fn observe_since(&mut self, began: Timestamp) -> Result<Observation, Fault> {
         let lock_step = self.guard("is_lock_step", |robot| Ok(robot.is_lock_step()))?;
         let after = if lock_step { began.shifted(-1) } else { self.shared.clock.now() };
-        self.shared.observer.observe_now(Some(after))
+        self.shared.observations.observe_now(Some(after))
     }
 
     fn ask_metadata(&mut self) {

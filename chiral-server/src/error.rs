@@ -2,7 +2,10 @@
 
 use std::{error::Error as StdError, fmt, io, net::SocketAddr, time::Duration};
 
-use chiral_proto::{Code, Fault, TensorError, error::UnknownName};
+use chiral_proto::{
+    Code, Fault, TensorError,
+    error::{UnknownName, chain},
+};
 
 /// Why a server could not start or go on serving.
 #[derive(Debug, thiserror::Error)]
@@ -103,13 +106,7 @@ impl<E: Into<Box<dyn StdError + Send + Sync>>> From<E> for RobotError {
 
 impl fmt::Display for RobotError {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{}", self.0)?;
-        let mut cause = self.0.source();
-        while let Some(error) = cause {
-            write!(f, ": {error}")?;
-            cause = error.source();
-        }
-        Ok(())
+        f.write_str(&chain(&*self.0))
     }
 }
 

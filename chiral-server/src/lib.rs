@@ -42,6 +42,8 @@ mod stream;
 #[cfg(feature = "websocket")]
 mod websocket;
 
+/// The types and the protocol that both ends share.
+pub use chiral_proto as proto;
 pub use chiral_proto::{
     ActionChunk, ActionMeaning, ActionSpec, CameraSpec, Clock, ProprioSpec, Timestamp, Value, ValueMap, action, value,
 };

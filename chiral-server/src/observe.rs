@@ -16,7 +16,7 @@ use crate::{
     sensors::{ObservationSource, Sensors},
 };
 
-pub(crate) struct Observer {
+pub(crate) struct Observations {
     source: Source,
     timeout: Duration,
     episode: AtomicU64,
@@ -29,9 +29,9 @@ pub(crate) enum Source {
     Host(Arc<dyn ObservationSource>),
 }
 
-impl Observer {
-    pub(crate) fn new(source: Source, timeout: Duration) -> Observer {
-        Observer { source, timeout, episode: AtomicU64::new(0), seq: AtomicU64::new(0) }
+impl Observations {
+    pub(crate) fn new(source: Source, timeout: Duration) -> Observations {
+        Observations { source, timeout, episode: AtomicU64::new(0), seq: AtomicU64::new(0) }
     }
 
     pub(crate) fn episode(&self) -> u64 {
@@ -57,16 +57,21 @@ impl Observer {
         Ok(self.label(observation, episode))
     }
 
+    /// Whether an observation is to be had without waiting. Once true of sensors, it stays true.
+    pub(crate) fn are_at_hand(&self) -> bool {
+        matches!(&self.source, Source::Sensors(sensors) if sensors.snapshot().is_some())
+    }
+
     /// The same, on a thread that may block unless there is nothing to wait for.
-    pub(crate) async fn observe(self: &Arc<Observer>) -> Result<Observation, Fault> {
+    pub(crate) async fn observe(self: &Arc<Observations>) -> Result<Observation, Fault> {
         let episode = self.episode();
         if let Source::Sensors(sensors) = &self.source
             && let Some(observation) = sensors.snapshot()
         {
             return Ok(self.label(observation, episode));
         }
-        let observer = Arc::clone(self);
-        let waited = tokio::task::spawn_blocking(move || observer.observe_now(None)).await;
+        let observations = Arc::clone(self);
+        let waited = tokio::task::spawn_blocking(move || observations.observe_now(None)).await;
         waited.unwrap_or_else(|_| Err(Fault::new(Code::ShuttingDown, "the server is shutting down")))
     }
 

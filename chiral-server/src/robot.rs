@@ -13,8 +13,8 @@ use crate::{error::RobotError, lock};
 /// The robot, or its simulator.
 ///
 /// Its methods are called on one thread that owns it, the *control thread*, so they may block: a `reset` that homes the arm for 10 s stops neither the
-/// observation stream nor anything else. A panic in one of them is caught; the robot is then out of service, which every peer is told, and the server
-/// goes on serving observations.
+/// observation stream nor anything else. (`action_spec`, and `metadata` for the first time, are called where the server is made.) A panic in one of them
+/// is caught; the robot is then out of service, which every peer is told, and the server goes on serving observations.
 pub trait Robot: Send + 'static {
     /// What an action of this robot is. Asked once, when the server is made.
     fn action_spec(&self) -> ActionSpec;
@@ -31,7 +31,7 @@ pub trait Robot: Send + 'static {
     /// Whatever keeps the robot from it; the peer is told.
     fn apply_action(&mut self, action: &Action, context: &ActionContext) -> Result<(), RobotError>;
 
-    /// Carries N actions out that were predicted together. By default row after row at `control_hz`, until the episode is over.
+    /// Carries N actions out that were predicted together; a single one comes by [`Robot::apply_action`]. By default row after row at `control_hz`, until the episode is over.
     ///
     /// # Errors
     /// As [`Robot::apply_action`].
@@ -56,7 +56,8 @@ pub trait Robot: Send + 'static {
         Ok(StepOutcome::default())
     }
 
-    /// What `get_metadata` answers: free-form. Asked when the server is made and after every reset, so that the answer never waits for the robot.
+    /// What `get_metadata` answers: free-form. Asked when the server is made and after every reset that succeeded, so that the answer never waits for the
+    /// robot.
     fn metadata(&self) -> ValueMap {
         ValueMap::new()
     }
@@ -87,8 +88,8 @@ pub struct StepOutcome {
     pub info: ValueMap,
 }
 
-/// What is known about an action, and whether it still counts.
-#[derive(Clone, Debug)]
+/// What is known about an action, and whether it still counts. The default is good for a robot's own tests: an episode that does not end.
+#[derive(Clone, Debug, Default)]
 pub struct ActionContext {
     /// The session it came in.
     pub session: u64,

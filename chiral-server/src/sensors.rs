@@ -322,7 +322,7 @@ impl CameraSensor {
         self.shared.pool.take(self.slot().image_len())
     }
 
-    /// Memory for one depth image, as [`CameraSensor::buffer`]; view it as `f32` by `bytemuck::cast_slice_mut`.
+    /// Memory for one depth image, as [`CameraSensor::buffer`]; written as `depth_buffer().values_mut::<f32>()`.
     pub fn depth_buffer(&self) -> Buffer {
         let [height, width] = self.slot().spec.depth_shape();
         self.shared.pool.take(height * width * size_of::<f32>())

@@ -18,7 +18,7 @@ use crate::{
     clock::monotonic,
     control::{Control, ControlCounts, panic_text},
     error::Error,
-    observe::{Observer, Source},
+    observe::{Observations, Source},
     robot::Robot,
     sensors::{ObservationSource, Sensors},
     session,
@@ -38,7 +38,7 @@ pub struct PolicyServer {
 /// What all sessions of a server share.
 pub(crate) struct Inner {
     pub(crate) robot: RobotInfo,
-    pub(crate) observer: Arc<Observer>,
+    pub(crate) observations: Arc<Observations>,
     pub(crate) control: Control,
     pub(crate) clock: Clock,
     pub(crate) options: Options,
@@ -189,15 +189,15 @@ impl PolicyServerBuilder {
             action_spec: spec.clone(),
         };
         let source = self.source.map_or(Source::Sensors(self.sensors), Source::Host);
-        let observer = Arc::new(Observer::new(source, self.observe_timeout));
+        let observations = Arc::new(Observations::new(source, self.observe_timeout));
         let (ended, control_ended) = watch::channel(false);
         let tell = move || {
             ended.send_replace(true);
         };
-        let control = Control::start(robot, spec, Arc::clone(&observer), self.clock.clone(), tell)?;
+        let control = Control::start(robot, spec, Arc::clone(&observations), self.clock.clone(), tell)?;
         let inner = Inner {
             robot: info,
-            observer,
+            observations,
             control,
             clock: self.clock,
             options: self.options,
@@ -223,7 +223,7 @@ pub struct ServerStats {
     pub sessions: usize,
     /// Rows that the robot carried out.
     pub rows_applied: u64,
-    /// Actions refused on arrival, or dropped because a reset or the controller's end overtook them.
+    /// Actions refused on arrival, or dropped or cut short because a reset or the controller's end overtook them.
     pub actions_refused: u64,
     /// Actions at which the robot's own code failed.
     pub actions_failed: u64,

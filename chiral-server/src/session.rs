@@ -6,6 +6,7 @@ use bytes::Bytes;
 use chiral_proto::{
     Code, DecodeError, Fault, Message, Notice, Observation, PROTOCOL_VERSION, Reply, Request, Timestamp, Transport,
     TransportError,
+    error::{UnknownName, chain},
     message::{Hello, Role, Subscribe, Welcome},
 };
 use tokio::{
@@ -38,29 +39,22 @@ pub(crate) async fn serve<T: Transport>(server: &Arc<Inner>, transport: T) {
     let end = session.run(&transport, id).await;
     drop(session);
     let _ = timeout(PARTING_LIMIT, transport.close()).await;
-    tracing::info!(parent: &span, "{end}");
+    tracing::info!(parent: &span, "disconnected: {end}");
 }
 
 /// Why a session ended.
-#[derive(Debug, thiserror::Error)]
+#[derive(Clone, Debug, thiserror::Error)]
 enum End {
-    #[error("disconnected: the peer said goodbye ({0})")]
+    #[error("the peer said goodbye ({0})")]
     Goodbye(String),
-    #[error("disconnected: the peer closed the connection")]
+    #[error("the peer closed the connection")]
     Closed,
-    #[error("disconnected: {}", chain(.0))]
-    Lost(#[source] TransportError),
-    #[error("disconnected: nothing heard for {} s", .0.as_secs_f64())]
+    #[error("{}", chain(.0))]
+    Lost(TransportError),
+    #[error("nothing heard for {} s", .0.as_secs_f64())]
     Silent(Duration),
-    #[error("disconnected: the server is shutting down")]
+    #[error("the server is shutting down")]
     ShuttingDown,
-}
-
-fn chain(error: &TransportError) -> String {
-    match std::error::Error::source(error) {
-        Some(source) => format!("{error}: {source}"),
-        None => error.to_string(),
-    }
 }
 
 /// A hello and its id; or why there is none, and the reply for a peer that wants one.
@@ -120,8 +114,8 @@ enum Outgoing {
         received: u64,
         window: u32,
     },
-    /// The last word.
-    Goodbye,
+    /// The last word, and why.
+    Goodbye(End),
 }
 
 /// A place in the outbox, reserved before a message is read, so that no answer ever waits and no flood of requests fills the memory.
@@ -165,7 +159,7 @@ impl Session {
             protocol: PROTOCOL_VERSION,
             software: concat!("chiral-server ", env!("CARGO_PKG_VERSION")).to_owned(),
             session: self.id,
-            episode: self.server.observer.episode(),
+            episode: self.server.observations.episode(),
             robot: self.server.robot.clone(),
             attach_token: Bytes::new(),
         }));
@@ -192,17 +186,13 @@ impl Session {
                     Ok(None) => return End::Closed,
                     Err(_) => return End::Silent(silence),
                 },
-                () = self.server.stopping() => {
-                    // The send loop ends the session, after what is already to be sent.
-                    let _ = timeout(PARTING_LIMIT, outbox.send(Outgoing::Goodbye)).await;
-                    sleep(PARTING_LIMIT).await;
-                    return End::ShuttingDown;
-                }
+                () = self.server.stopping() => return part(&outbox, End::ShuttingDown).await,
             };
             let frame = match received {
                 Ok(Some(frame)) => frame,
                 Ok(None) => return End::Closed,
-                Err(error) => return End::Lost(error),
+                // A peer that can still hear is told what was wrong.
+                Err(error) => return part(&outbox, End::Lost(error)).await,
             };
             let arrived = self.server.clock.now();
             if let Err(end) = self.handle(transport.codec().decode(frame), arrived, place) {
@@ -246,7 +236,7 @@ impl Session {
                 let done = move |outcome: Result<_, _>| reply(place, id, outcome.map(|(obs, info)| Reply::Reset { obs, info }));
                 control.reset(self.id, seed, options, Box::new(done));
             }
-            Request::GetObs => put(place, Outgoing::Observation { id }),
+            Request::GetObs => self.get_obs(id, place),
             Request::Step { session, episode, actions } => {
                 let request = StepRequest { session: self.id, chosen_in: session, episode, chunk: actions };
                 control.step(request, Box::new(move |outcome| reply(place, id, outcome.map(Reply::Step))));
@@ -256,16 +246,33 @@ impl Session {
         }
     }
 
-    fn subscribe(&self, id: u64, asked: Subscribe, place: Place) {
+    fn get_obs(&self, id: u64, place: Place) {
+        if self.server.observations.are_at_hand() {
+            return put(place, Outgoing::Observation { id });
+        }
+        let (observations, session) = (Arc::clone(&self.server.observations), self.id);
+        tokio::spawn(async move {
+            let observed = observations.observe().await;
+            reply(place, id, observed.map(|observed| Reply::Observation(Arc::new(Observation { session, ..observed }))));
+        });
+    }
+
+    fn subscribe(&self, id: u64, mut asked: Subscribe, place: Place) {
         let known = &self.server.robot.cameras;
         if let Some(name) = asked.cameras.iter().find(|name| known.iter().all(|camera| camera.name != **name)) {
-            let unknown = chiral_proto::error::UnknownName::new("camera", name, known.iter().map(|camera| &*camera.name));
+            let unknown = UnknownName::new("camera", name, known.iter().map(|camera| &*camera.name));
             return reply(place, id, Err(Fault::new(Code::Invalid, unknown.to_string()).field("subscribe.cameras")));
         }
+        if asked.cameras.is_empty() {
+            asked.cameras = known.iter().map(|camera| camera.name.clone()).collect();
+        }
         // Granted once there is something to send, so that a stream that can never begin is an error and not a silence.
-        let observer = Arc::clone(&self.server.observer);
+        if self.server.observations.are_at_hand() {
+            return put(place, Outgoing::Subscribe { id, asked });
+        }
+        let observations = Arc::clone(&self.server.observations);
         tokio::spawn(async move {
-            match observer.observe().await {
+            match observations.observe().await {
                 Ok(_) => put(place, Outgoing::Subscribe { id, asked }),
                 Err(fault) => reply(place, id, Err(fault)),
             }
@@ -276,20 +283,28 @@ impl Session {
 
     async fn send<T: Transport>(&self, transport: &T, mut outgoing: mpsc::Receiver<Outgoing>) -> End {
         let mut stream: Option<Stream> = None;
+        // The stream's next observation, being taken.
+        let mut taking = None;
         loop {
             // Only the choice of what to send is interruptible, never the sending.
             let message = tokio::select! {
                 biased;
                 next = outgoing.recv() => match next {
-                    Some(Outgoing::Goodbye) => {
-                        let goodbye = Notice::Goodbye { reason: "the server is shutting down".to_owned() };
-                        let _ = write(transport, Message::Notice(goodbye)).await;
-                        return End::ShuttingDown;
+                    Some(Outgoing::Goodbye(end)) => {
+                        let _ = write(transport, Message::Notice(Notice::Goodbye { reason: end.to_string() })).await;
+                        return end;
                     }
                     Some(next) => self.prepare(next, &mut stream).await,
                     None => return End::Closed,
                 },
-                () = self.due(stream.as_ref()) => self.next_of(&mut stream).await,
+                observed = async { taking.as_mut().expect("checked below").await }, if taking.is_some() => {
+                    taking = None;
+                    self.next_of(observed, &mut stream)
+                }
+                () = self.due(stream.as_ref()), if taking.is_none() => {
+                    taking = Some(Box::pin(self.observe()));
+                    None
+                }
             };
             if let Some(message) = message
                 && let Err(error) = write(transport, message).await
@@ -322,7 +337,7 @@ impl Session {
                 }
                 None
             }
-            Outgoing::Goodbye => unreachable!("the send loop ends before"),
+            Outgoing::Goodbye(_) => unreachable!("the send loop ends before"),
         }
     }
 
@@ -334,9 +349,9 @@ impl Session {
         }
     }
 
-    async fn next_of(&self, stream: &mut Option<Stream>) -> Option<Message> {
+    fn next_of(&self, observed: Result<Observation, Fault>, stream: &mut Option<Stream>) -> Option<Message> {
         let running = stream.as_mut()?;
-        match self.observe().await {
+        match observed {
             Ok(observation) => {
                 running.take(self.server.clock.now());
                 Some(Message::Notice(Notice::Observation(Arc::new(running.select(observation)))))
@@ -349,8 +364,16 @@ impl Session {
     }
 
     async fn observe(&self) -> Result<Observation, Fault> {
-        Ok(Observation { session: self.id, ..self.server.observer.observe().await? })
+        Ok(Observation { session: self.id, ..self.server.observations.observe().await? })
     }
+}
+
+/// Has the send loop end the session with a goodbye, after what is already to be sent.
+async fn part(outbox: &mpsc::Sender<Outgoing>, end: End) -> End {
+    let reason = end.clone();
+    let _ = timeout(PARTING_LIMIT, outbox.send(Outgoing::Goodbye(end))).await;
+    sleep(PARTING_LIMIT).await;
+    reason
 }
 
 fn put(place: Place, outgoing: Outgoing) {

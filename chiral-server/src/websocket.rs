@@ -8,7 +8,7 @@ use axum::{
         ConnectInfo, Request, WebSocketUpgrade,
         ws::{Message, WebSocket, rejection::WebSocketUpgradeRejection},
     },
-    http::StatusCode,
+    http::{StatusCode, header::UPGRADE},
     response::{IntoResponse, Response},
     routing::get,
     serve::ListenerExt,
@@ -116,7 +116,7 @@ async fn upgrade_or_explain(
         Ok(upgrade) => upgrade.protocols([SUBPROTOCOL]),
         Err(rejection) => {
             let text = format!("this is a Chiral policy server: connect with a PolicyClient ({rejection})\n");
-            return (StatusCode::UPGRADE_REQUIRED, text).into_response();
+            return (StatusCode::UPGRADE_REQUIRED, [(UPGRADE, "websocket")], text).into_response();
         }
     };
     if upgrade.selected_protocol().is_none() {

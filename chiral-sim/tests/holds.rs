@@ -3,6 +3,7 @@
 //!
 //! A paused clock leaps ahead whenever the runtime is idle, also while the robot's own thread has work to do. So tests in which that thread answers
 //! run in real time, and pause the clock only for their long waits.
+#![allow(clippy::unwrap_used, reason = "helpers of tests, too, fail by panicking")]
 
 mod stand;
 
@@ -15,7 +16,7 @@ use std::{
     time::Duration,
 };
 
-use chiral_client::{Code, Error, Mode, Observation, PolicyClient};
+use chiral_client::{Code, Error, Observation, PolicyClient, PutMode};
 use chiral_proto::{ActionChunk, Codec, Frame, Message, Notice, Reply, Request, ValueMap, message::Role};
 use chiral_server::Robot as _;
 use chiral_sim::{arm, camera::Mount, link::LinkOptions, render, robot::SimConfig, scene::Scene};
@@ -447,7 +448,9 @@ async fn a_panic_in_any_robot_method_is_told_and_the_server_serves_on() {
             }
         };
         match &told {
-            Error::Rejected(fault) | Error::Refused(fault) => assert_eq!(fault.code, Code::OutOfService, "{method}: {fault}"),
+            Error::Rejected(fault) | Error::ActionRefused(fault) => {
+                assert_eq!(fault.code, Code::OutOfService, "{method}: {fault}")
+            }
             other => panic!("{method}: {other}"),
         }
         assert!(told.to_string().contains(&format!("panicked in {method}")), "{method}: {told}");
@@ -523,9 +526,9 @@ async fn put_action_waits_for_room_while_dispatch_runs_and_fails_when_it_does_no
     }
     assert!((ms(800)..=ms(1000)).contains(&began.elapsed()), "{:?}", began.elapsed());
     assert_eq!(arrivals.lock().unwrap().len(), 10);
-    let never = env.put_chunk(ActionChunk::new(DIMENSION, ROW.repeat(257)).unwrap(), Mode::Replace).await;
+    let never = env.put_chunk(ActionChunk::new(DIMENSION, ROW.repeat(257)).unwrap(), PutMode::Replace).await;
     assert!(matches!(never, Err(Error::QueueFull { rows: 257, .. })));
-    env.put_chunk([9.0; DIMENSION], Mode::Replace).await.unwrap();
+    env.put_chunk([9.0; DIMENSION], PutMode::Replace).await.unwrap();
     sleep(ms(1000)).await;
     assert_eq!(arrivals.lock().unwrap().last().unwrap().1, [9.0; DIMENSION]);
     assert_eq!(arrivals.lock().unwrap().len(), 11, "what was replaced is not sent");
@@ -551,7 +554,7 @@ async fn a_refusal_is_returned_by_the_next_put_and_counted() {
     }
     stand.until("the refusal", |_| env.stats().actions_refused == 1).await;
     match env.put_action(ROW).await {
-        Err(Error::Refused(fault)) => assert_eq!((fault.code, fault.action_seq), (Code::QueueFull, 17)),
+        Err(Error::ActionRefused(fault)) => assert_eq!((fault.code, fault.action_seq), (Code::QueueFull, 17)),
         other => panic!("{other:?}"),
     }
     env.put_action(ROW).await.unwrap();

@@ -1,4 +1,5 @@
 //! What happens when the process on the other side is killed, with real processes and real sockets.
+#![allow(clippy::unwrap_used, reason = "helpers of tests, too, fail by panicking")]
 
 use std::{
     process::{Child, Command, Stdio},

@@ -1,4 +1,5 @@
 //! What only real sockets show: waiting for a server, what it means when something else answers, TLS, limits, embedding and stopping.
+#![allow(clippy::unwrap_used, reason = "helpers of tests, too, fail by panicking")]
 
 mod stand;
 

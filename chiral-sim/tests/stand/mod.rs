@@ -1,6 +1,7 @@
 //! The test stand: a robot that does as it is told, sensors on the test's clock, and peers that say anything.
 
 #![allow(dead_code, missing_docs, unreachable_pub, reason = "shared by several test binaries, each of which uses its part")]
+#![allow(clippy::unwrap_used, reason = "helpers of tests, too, fail by panicking")]
 
 use std::{
     sync::{

@@ -242,12 +242,8 @@ fn tensor(field: &str, said: Option<wire::Tensor>, payload: &Payload) -> Result<
         if said.size != len as u64 {
             return Err(DecodeError::new("size", format_args!("{len} bytes for {dtype} of shape {shape:?}"), said.size));
         }
-        let offset = size("offset", said.offset)?;
-        if offset.checked_add(len).is_none_or(|end| end > payload.len()) {
-            let found = format_args!("{len} bytes at {offset}").to_string();
-            return Err(DecodeError::new("offset", format_args!("a part of the {} bytes of payload", payload.len()), found));
-        }
-        Ok(Tensor::new(dtype, shape, payload.slice(offset, len)).expect("the length was checked against the shape"))
+        let data = payload.take(size("offset", said.offset)?, len)?;
+        Ok(Tensor::new(dtype, shape, data).expect("the length was checked against the shape"))
     };
     read(said.ok_or_else(|| missing(field))?).map_err(|error| error.within(field))
 }

@@ -1,0 +1,208 @@
+//! `chiral-sim policy`: the policy, and how it did.
+
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+use std::time::Instant;
+
+use anyhow::{Context, Result};
+use chiral_sim::episode::{Coupling, Episode, Runner, percentile};
+use chiral_sim::face::{Face, run_now};
+use chiral_sim::sheet;
+use indicatif::{ProgressBar, ProgressStyle};
+use serde_json::json;
+
+use super::{INTERRUPTED, Interrupt};
+
+/// Drive a robot to the red ball, from pixels, depth, K, T and joints as they come over the wire.
+///
+/// It waits for the robot's server, plays the episodes and says how they went. Exit status: 0 if every episode succeeded, 1 if not,
+/// 130 after Ctrl-C.
+#[derive(clap::Args)]
+pub(crate) struct Arguments {
+    /// The robot
+    #[arg(default_value = "ws://localhost:8765", value_name = "URI")]
+    uri: String,
+    /// How policy and robot are coupled
+    #[arg(long, value_enum, default_value_t = Mode::Stream)]
+    mode: Mode,
+    /// Which client
+    #[arg(long, value_enum, default_value_t = Client::Async)]
+    client: Client,
+    /// How many episodes
+    #[arg(long, default_value_t = 1, value_name = "N")]
+    episodes: u64,
+    /// Seed of the first episode; each further one takes the next
+    #[arg(long, default_value_t = 0, value_name = "S")]
+    seed: u64,
+    /// Observations a second to ask for, in mode stream
+    #[arg(long, default_value_t = 30.0)]
+    hz: f64,
+    /// Save a picture of what the cameras saw, first and last, for each episode
+    #[arg(long, value_name = "DIR")]
+    save: Option<PathBuf>,
+    /// Print one JSON object in place of words
+    #[arg(long)]
+    json: bool,
+    /// Print the summary only
+    #[arg(long)]
+    quiet: bool,
+    /// Give up if there is no server for so long; without, wait for ever
+    #[arg(long, value_name = "SECONDS")]
+    wait: Option<f64>,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
+enum Mode {
+    /// Observations and actions stream in real time
+    Stream,
+    /// The robot waits for every step
+    Step,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
+enum Client {
+    /// On a tokio runtime
+    Async,
+    /// Without one
+    Blocking,
+}
+
+/// All episodes.
+struct Played {
+    episodes: Vec<Episode>,
+    /// From the first reset to the last episode's end.
+    seconds: f64,
+    /// Observations a second, over all of that time; in mode stream.
+    obs_hz: Option<f64>,
+    interrupted: bool,
+}
+
+pub(crate) fn run(arguments: &Arguments) -> Result<ExitCode> {
+    super::log("warn");
+    if let Some(directory) = &arguments.save {
+        std::fs::create_dir_all(directory).with_context(|| format!("creating {}", directory.display()))?;
+    }
+    let interrupt = Interrupt::listen()?;
+    let builder = super::client(&arguments.uri, arguments.quiet, arguments.wait)?;
+    let played = match arguments.client {
+        Client::Async => {
+            let runtime = tokio::runtime::Runtime::new().context("starting a runtime")?;
+            runtime.block_on(async { play(arguments, &Face::Async(builder.connect().await?), interrupt).await })?
+        }
+        Client::Blocking => run_now(play(arguments, &Face::Blocking(builder.connect_blocking()?), interrupt))?,
+    };
+    if arguments.json {
+        println!("{}", report(arguments, &played));
+    } else {
+        summarize(&played);
+    }
+    let failed = played.successes() < played.episodes.len();
+    Ok(match (played.interrupted, failed) {
+        (true, _) => ExitCode::from(INTERRUPTED),
+        (false, true) => ExitCode::FAILURE,
+        (false, false) => ExitCode::SUCCESS,
+    })
+}
+
+async fn play(arguments: &Arguments, client: &Face, interrupt: &Interrupt) -> Result<Played> {
+    interrupt.connected();
+    let played = play_all(arguments, client, interrupt).await;
+    client.close().await?;
+    played
+}
+
+async fn play_all(arguments: &Arguments, client: &Face, interrupt: &Interrupt) -> Result<Played> {
+    let coupling = match arguments.mode {
+        Mode::Stream => Coupling::Stream,
+        Mode::Step => Coupling::Step,
+    };
+    let progress = progress(arguments);
+    let runner = Runner::start(client, coupling, arguments.hz, interrupt.asked()).await?;
+    let (mut episodes, began) = (Vec::new(), Instant::now());
+    for number in 0..arguments.episodes {
+        let seed = arguments.seed + number;
+        progress.set_message(format!("seed {seed}"));
+        let episode = runner.play(seed).await.with_context(|| format!("the episode of seed {seed}"))?;
+        if interrupt.was_asked() {
+            break;
+        }
+        progress.inc(1);
+        if let Some(directory) = &arguments.save {
+            let path = directory.join(format!("episode-{seed}.png"));
+            save(&episode, &path)?;
+        }
+        if !arguments.json && !arguments.quiet {
+            progress.suspend(|| println!("{}", line(&episode)));
+        }
+        episodes.push(episode.without_pictures());
+    }
+    progress.finish_and_clear();
+    let seconds = began.elapsed().as_secs_f64();
+    let obs_hz = (coupling == Coupling::Stream).then(|| client.stats().observations as f64 / seconds);
+    Ok(Played { episodes, seconds, obs_hz, interrupted: interrupt.was_asked() })
+}
+
+/// On a terminal, and nowhere else.
+fn progress(arguments: &Arguments) -> ProgressBar {
+    if arguments.quiet {
+        return ProgressBar::hidden();
+    }
+    let style = ProgressStyle::with_template("{bar:24} episode {pos} of {len}, {msg}").expect("a template that is well-formed");
+    ProgressBar::new(arguments.episodes).with_style(style)
+}
+
+fn save(episode: &Episode, path: &Path) -> Result<()> {
+    sheet::save(episode, path).with_context(|| format!("writing {}", path.display()))
+}
+
+fn line(episode: &Episode) -> String {
+    let outcome = if episode.success { "reached    " } else { "NOT REACHED" };
+    let Episode { seed, steps, reward, seconds, obs_hz, .. } = episode;
+    let rate = obs_hz.map_or(String::new(), |hz| format!(", {hz:.1} Hz"));
+    let times = [spread("age", &episode.ages_ms), spread("step", &episode.steps_ms)].concat();
+    format!("seed {seed:3}  {outcome}  {seconds:5.2} s, {steps:3} actions, reward {reward:.3}{rate}{times}")
+}
+
+/// Median and 99th percentile, if there is anything.
+fn spread(name: &str, values: &[f64]) -> String {
+    match (percentile(values, 50), percentile(values, 99)) {
+        (Some(p50), Some(p99)) => format!(", {name} p50 {p50:.1} ms p99 {p99:.1} ms"),
+        _ => String::new(),
+    }
+}
+
+impl Played {
+    fn successes(&self) -> usize {
+        self.episodes.iter().filter(|episode| episode.success).count()
+    }
+
+    fn all(&self, values: fn(&Episode) -> &Vec<f64>) -> Vec<f64> {
+        self.episodes.iter().flat_map(values).copied().collect()
+    }
+}
+
+fn summarize(played: &Played) {
+    let (successes, count) = (played.successes(), played.episodes.len());
+    let rate = played.obs_hz.map_or(String::new(), |hz| format!(", {hz:.1} Hz"));
+    let times = [spread("age", &played.all(|e| &e.ages_ms)), spread("step", &played.all(|e| &e.steps_ms))].concat();
+    let interrupted = if played.interrupted { ", interrupted" } else { "" };
+    println!("{successes} of {count} episodes reached the target in {:.1} s{rate}{times}{interrupted}", played.seconds);
+}
+
+fn report(arguments: &Arguments, played: &Played) -> serde_json::Value {
+    let (ages, steps) = (played.all(|e| &e.ages_ms), played.all(|e| &e.steps_ms));
+    json!({
+        "client": match arguments.client { Client::Async => "async", Client::Blocking => "blocking" },
+        "mode": match arguments.mode { Mode::Stream => "stream", Mode::Step => "step" },
+        "transport": "websocket",
+        "codec": "protobuf",
+        "episodes": played.episodes.len(),
+        "successes": played.successes(),
+        "obs_hz": played.obs_hz,
+        "obs_age_ms_p50": percentile(&ages, 50),
+        "obs_age_ms_p99": percentile(&ages, 99),
+        "step_ms_p50": percentile(&steps, 50),
+        "step_ms_p99": percentile(&steps, 99),
+        "seconds": played.seconds,
+    })
+}

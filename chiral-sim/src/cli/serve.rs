@@ -1,0 +1,90 @@
+//! `chiral-sim serve`: the robot.
+
+use std::net::{SocketAddr, ToSocketAddrs};
+use std::time::Instant;
+
+use anyhow::{Context, Result};
+use chiral_server::PolicyServer;
+use chiral_sim::robot::{self, SimConfig};
+
+/// Serve a simulated robot: a Franka Panda before a table, with cameras that see it all.
+///
+/// Each episode there is a red ball to be held between the fingertips, somewhere else for every seed. Cameras give colour, depth, and their
+/// K and T of the very instant. In real time it moves as it is told by actions; `step` moves it in lock-step. Ctrl-C ends it.
+#[derive(clap::Args)]
+pub(crate) struct Arguments {
+    /// Where to listen; there is no authentication yet
+    #[arg(long, default_value = "127.0.0.1:8765", value_name = "ADDRESS", value_parser = resolve)]
+    bind: SocketAddr,
+    /// The robot's name, as peers see it
+    #[arg(long, default_value = "panda")]
+    name: String,
+    /// Columns of every picture
+    #[arg(long, default_value_t = 320, value_name = "PIXELS")]
+    width: usize,
+    /// Rows of every picture
+    #[arg(long, default_value_t = 240, value_name = "PIXELS")]
+    height: usize,
+    /// Pictures a second
+    #[arg(long, default_value_t = 30.0, value_name = "HZ")]
+    fps: f64,
+    /// How many: wrist_cam, head_cam, then table_cam_0, table_cam_1, ...
+    #[arg(long, default_value_t = 2, value_name = "N")]
+    cameras: usize,
+    /// Draw K instants once and replay them, to measure Chiral and not the renderer; the pictures then do not follow the arm
+    #[arg(long, value_name = "K", value_parser = clap::value_parser!(u32).range(1..))]
+    prerender: Option<u32>,
+    /// Log warnings and errors only
+    #[arg(long)]
+    quiet: bool,
+}
+
+fn resolve(text: &str) -> Result<SocketAddr, String> {
+    let found = text.to_socket_addrs().map_err(|error| format!("{error} (expected an address such as 127.0.0.1:8765)"))?;
+    found.into_iter().next().ok_or_else(|| "no such host".to_owned())
+}
+
+pub(crate) fn run(arguments: &Arguments) -> Result<()> {
+    super::log(if arguments.quiet { "warn" } else { "info" });
+    let Arguments { width, height, fps, cameras, .. } = *arguments;
+    let prerender = arguments.prerender.map(|instants| instants as usize);
+    if let Some(instants) = prerender {
+        let megabytes = (instants * cameras * width * height) as f64 * 7e-6;
+        tracing::info!("drawing {instants} instants, {megabytes:.0} MB");
+    }
+    let config = SimConfig { width, height, fps, cameras, prerender, ..SimConfig::default() };
+    let (robot, sensors) = robot::start(config).context("the robot cannot start")?;
+    let server = PolicyServer::builder(robot, sensors).name(&arguments.name).bind(arguments.bind).build()?;
+    tracing::info!("{cameras} cameras of {width} x {height} at {fps} Hz");
+
+    let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build().context("starting a runtime")?;
+    let (began, cpu_before) = (Instant::now(), super::cpu_seconds());
+    runtime.block_on(async {
+        let handle = server.handle();
+        tokio::spawn(async move {
+            asked_to_end().await;
+            tracing::info!("shutting down");
+            handle.shutdown();
+        });
+        server.serve().await
+    })?;
+    let (cpu, seconds) = (super::cpu_seconds() - cpu_before, began.elapsed().as_secs_f64());
+    tracing::info!("served for {seconds:.1} s on {cpu:.1} s of CPU");
+    Ok(())
+}
+
+/// Returns on Ctrl-C, or when a supervisor asks for the end.
+async fn asked_to_end() {
+    #[cfg(unix)]
+    {
+        use tokio::signal::unix::{SignalKind, signal};
+        if let Ok(mut terminate) = signal(SignalKind::terminate()) {
+            tokio::select! {
+                _ = terminate.recv() => {}
+                _ = tokio::signal::ctrl_c() => {}
+            }
+            return;
+        }
+    }
+    let _ = tokio::signal::ctrl_c().await;
+}

@@ -1,0 +1,124 @@
+//! Programs that run beside us: each writes its log to a file, is waited for with a limit, and never outlives its guard.
+
+use std::fs::File;
+use std::io::ErrorKind;
+use std::net::{Ipv4Addr, SocketAddr, TcpListener, TcpStream};
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, ExitStatus, Stdio};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, bail};
+use rustix::process::{Pid, Signal, kill_process};
+
+use crate::command::shown;
+
+/// How often a running child is looked at.
+const LOOK: Duration = Duration::from_millis(10);
+
+/// How long a child has to end after it was asked to.
+const LEAVE: Duration = Duration::from_secs(5);
+
+/// A running program; dropping it kills it.
+pub(crate) struct Running {
+    name: &'static str,
+    command: String,
+    child: Child,
+    log: PathBuf,
+}
+
+impl Running {
+    /// Starts a program that writes to `log`, which the output begins with what was typed. With `answer`, what it prints on stdout goes there instead.
+    pub(crate) fn start(name: &'static str, command: &mut Command, log: &Path, answer: Option<&Path>) -> Result<Running> {
+        let create = |path: &Path| File::create(path).with_context(|| format!("creating {}", path.display()));
+        let errors = create(log)?;
+        let output = match answer {
+            Some(path) => create(path)?,
+            None => errors.try_clone().context("sharing the log")?,
+        };
+        let child = command
+            .stdin(Stdio::null())
+            .stdout(output)
+            .stderr(errors)
+            .spawn()
+            .with_context(|| format!("starting `{}`", shown(command)))?;
+        Ok(Running { name, command: shown(command), child, log: log.to_owned() })
+    }
+
+    /// Fails if the program has ended already.
+    pub(crate) fn still_runs(&mut self) -> Result<()> {
+        match self.child.try_wait().context("looking at a child")? {
+            Some(status) => bail!("the {} ended too early: {status}", self.name),
+            None => Ok(()),
+        }
+    }
+
+    /// Waits for the program's end until `deadline`.
+    pub(crate) fn wait_until(&mut self, deadline: Instant) -> Result<ExitStatus> {
+        loop {
+            if let Some(status) = self.child.try_wait().context("waiting for a child")? {
+                return Ok(status);
+            }
+            if Instant::now() >= deadline {
+                bail!("the {} was still running at its time limit", self.name);
+            }
+            std::thread::sleep(LOOK);
+        }
+    }
+
+    /// Waits until the program accepts connections at `address`.
+    pub(crate) fn wait_until_it_listens(&mut self, address: SocketAddr, deadline: Instant) -> Result<()> {
+        while TcpStream::connect(address).is_err() {
+            self.still_runs()?;
+            if Instant::now() >= deadline {
+                bail!("the {} did not listen on {address} within its time limit", self.name);
+            }
+            std::thread::sleep(LOOK);
+        }
+        Ok(())
+    }
+
+    /// Asks the program to leave, as Ctrl-C does; it must end cleanly, and soon.
+    pub(crate) fn interrupt(&mut self) -> Result<()> {
+        self.still_runs()?;
+        let pid = Pid::from_child(&self.child);
+        kill_process(pid, Signal::INT).with_context(|| format!("interrupting the {}", self.name))?;
+        let status = self.wait_until(Instant::now() + LEAVE).context("after it was interrupted")?;
+        if !status.success() {
+            bail!("the {} was interrupted and did not end cleanly: {status}", self.name);
+        }
+        Ok(())
+    }
+
+    /// What was typed and the last lines of its log, to be shown when something went wrong.
+    pub(crate) fn tail(&self) -> String {
+        const LINES: usize = 25;
+        let log = std::fs::read(&self.log).unwrap_or_default();
+        let log = String::from_utf8_lossy(&log);
+        let lines: Vec<&str> = log.lines().collect();
+        let mut text = format!("--- {}: {}\n", self.name, self.command);
+        if lines.is_empty() {
+            text.push_str("    (said nothing)\n");
+        }
+        for line in &lines[lines.len().saturating_sub(LINES)..] {
+            text.push_str(&format!("    {line}\n"));
+        }
+        text
+    }
+}
+
+impl Drop for Running {
+    fn drop(&mut self) {
+        match self.child.kill() {
+            Err(error) if error.kind() != ErrorKind::InvalidInput => {
+                eprintln!("could not end the {}: {error}", self.name);
+            }
+            _ => drop(self.child.wait()),
+        }
+    }
+}
+
+/// An address on loopback that was free a moment ago.
+pub(crate) fn free_address() -> Result<SocketAddr> {
+    let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).context("reserving a port")?;
+    listener.local_addr().context("reading the reserved port")
+}

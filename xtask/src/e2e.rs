@@ -1,0 +1,246 @@
+//! Robot and policy as separate processes, over real sockets: every transport, codec, client and mode, each a row of data here.
+
+mod pair;
+mod report;
+
+use std::net::SocketAddr;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, anyhow, bail};
+
+use crate::child;
+use crate::command::{self, Profile};
+use crate::table::table;
+use pair::Pair;
+use report::{Asked, Report};
+
+/// Run robot and policy as separate processes, in every combination, and tabulate how they did.
+///
+/// In half of the rows the policy is started first and waits for its robot. A failed episode fails the run and shows both logs, which are
+/// kept under target/e2e.
+#[derive(clap::Args)]
+pub(crate) struct Arguments {
+    /// Episodes a row, with the same seeds in every row.
+    #[arg(long, default_value_t = 10, value_name = "N")]
+    episodes: u32,
+    /// Write the figures as {"rows": [...]}, also when a row failed.
+    #[arg(long, value_name = "PATH")]
+    json: Option<PathBuf>,
+    /// Build for release, as is right for figures to be shown.
+    #[arg(long)]
+    release: bool,
+}
+
+/// A way for two peers to meet.
+struct Link {
+    transport: &'static str,
+    codec: &'static str,
+    /// What `chiral-sim serve` is told.
+    serve: fn(SocketAddr) -> Vec<String>,
+    /// What the client is told.
+    uri: fn(SocketAddr) -> String,
+}
+
+/// A program that drives the robot. It takes `URI --mode MODE --client NAME --episodes N --seed S --json --quiet`.
+struct Client {
+    name: &'static str,
+    /// Given the directory of the built programs.
+    command: fn(&Path) -> Command,
+}
+
+const LINKS: &[Link] = &[Link {
+    transport: "websocket",
+    codec: "protobuf",
+    serve: |address| vec!["--bind".to_owned(), address.to_string()],
+    uri: |address| format!("ws://{address}"),
+}];
+
+const CLIENTS: &[Client] =
+    &[Client { name: "async", command: policy_in_rust }, Client { name: "blocking", command: policy_in_rust }];
+
+const MODES: &[&str] = &["stream", "step"];
+
+/// The guide's complete programs; each takes the server's URI and ends by itself.
+const GUIDES: &[&str] = &["guide_streaming", "guide_episode"];
+
+/// What the guide's programs may take.
+const GUIDE_LIMIT: Duration = Duration::from_secs(20);
+
+/// The seed of every row's first episode.
+const SEED: u32 = 1;
+
+pub(crate) fn run(arguments: &Arguments) -> Result<()> {
+    let profile = match arguments.release {
+        true => Profile::Release,
+        false => Profile::Dev,
+    };
+    let outcome = play_all(profile, arguments.episodes)?;
+    if let Some(path) = &arguments.json {
+        let rows: Vec<&Report> = outcome.rows.iter().filter_map(|row| row.report.as_ref()).collect();
+        let text = serde_json::to_string_pretty(&serde_json::json!({ "rows": rows }))?;
+        std::fs::write(path, text + "\n").with_context(|| format!("writing {}", path.display()))?;
+    }
+    outcome.conclude()
+}
+
+/// Plays every row and every program of the guide, and fails, when all are played, if one failed.
+pub(crate) fn check(profile: Profile, episodes: u32) -> Result<()> {
+    play_all(profile, episodes)?.conclude()
+}
+
+/// All that was played.
+struct Outcome {
+    rows: Vec<Played>,
+    guides: Vec<(&'static str, Result<Duration>)>,
+}
+
+/// A row that was played, whether it went well or not.
+struct Played {
+    asked: Asked,
+    client_first: bool,
+    /// Absent where the policy did not get as far as to print one.
+    report: Option<Report>,
+    result: Result<()>,
+}
+
+fn play_all(profile: Profile, episodes: u32) -> Result<Outcome> {
+    let programs = command::build(profile)?;
+    let logs = command::target()?.join("e2e");
+
+    let mut rows = Vec::new();
+    for link in LINKS {
+        for mode in MODES {
+            for client in CLIENTS {
+                let asked = Asked { client: client.name, mode, transport: link.transport, codec: link.codec, episodes };
+                // Every other row, and the other ones in the next mode, so that each client is first somewhere.
+                let client_first = (rows.len() + rows.len() / CLIENTS.len()) % 2 == 1;
+                let row = play_row(&programs, &logs, link, client, asked, client_first)?;
+                say(&row.asked.name(), &row.result);
+                rows.push(row);
+            }
+        }
+    }
+    let mut guides = Vec::new();
+    for name in GUIDES {
+        let result = play_guide(&programs, &logs, name);
+        say(name, &result);
+        guides.push((*name, result));
+    }
+    Ok(Outcome { rows, guides })
+}
+
+fn say<T>(name: &str, result: &Result<T>) {
+    match result {
+        Ok(_) => println!("{name}: ok"),
+        Err(error) => println!("{name}: FAILED: {error:#}"),
+    }
+}
+
+/// Fails only where nothing could be played; what went wrong in playing is the row's result.
+fn play_row(programs: &Path, logs: &Path, link: &Link, client: &Client, asked: Asked, client_first: bool) -> Result<Played> {
+    let address = child::free_address()?;
+    let mut policy = (client.command)(programs);
+    policy
+        .arg((link.uri)(address))
+        .args(["--mode", asked.mode, "--client", asked.client])
+        .args(["--episodes", &asked.episodes.to_string()])
+        .args(["--seed", &SEED.to_string(), "--json", "--quiet"]);
+    let pair = Pair {
+        robot: robot(programs, (link.serve)(address)),
+        client: policy,
+        address,
+        client_first,
+        logs: logs.join(asked.name()),
+        limit: Duration::from_secs(30) + 10 * Duration::from_secs(asked.episodes.into()),
+    };
+    let (result, answer) = pair.play();
+    let report = Report::read(&answer);
+    // A policy that fails tells most itself; its report, if there is one, goes into the table all the same.
+    let result = result.and_then(|()| report.as_ref().map_err(|error| anyhow!("{error:#}"))?.check(&asked));
+    Ok(Played { asked, client_first, report: report.ok(), result })
+}
+
+fn play_guide(programs: &Path, logs: &Path, name: &str) -> Result<Duration> {
+    let address = child::free_address()?;
+    let mut client = Command::new(programs.join("examples").join(name));
+    client.arg(format!("ws://{address}"));
+    let start = Instant::now();
+    let pair = Pair {
+        robot: robot(programs, vec!["--bind".to_owned(), address.to_string()]),
+        client,
+        address,
+        client_first: false,
+        logs: logs.join(name),
+        limit: GUIDE_LIMIT,
+    };
+    pair.play().0?;
+    Ok(start.elapsed())
+}
+
+fn robot(programs: &Path, link: Vec<String>) -> Command {
+    let mut command = Command::new(programs.join("chiral-sim"));
+    command.arg("serve").args(link).args(["--width", "160", "--height", "120", "--quiet"]);
+    command
+}
+
+fn policy_in_rust(programs: &Path) -> Command {
+    let mut command = Command::new(programs.join("chiral-sim"));
+    command.arg("policy");
+    command
+}
+
+impl Outcome {
+    /// Prints the table, and fails if anything that was played failed.
+    fn conclude(&self) -> Result<()> {
+        let heading = "transport codec client mode first episodes successes obs_hz age_p50_ms age_p99_ms step_p50_ms step_p99_ms s/episode result";
+        let mut cells = vec![heading.split(' ').map(str::to_owned).collect()];
+        cells.extend(self.rows.iter().map(Played::cells));
+        println!("\n{}", table(&cells));
+
+        let mut cells = vec![["guide", "seconds", "result"].map(str::to_owned).to_vec()];
+        cells.extend(self.guides.iter().map(|(name, result)| {
+            let seconds = figure(result.as_ref().ok().map(Duration::as_secs_f64));
+            vec![name.to_string(), seconds, word(result)]
+        }));
+        println!("{}", table(&cells));
+
+        let rows = self.rows.iter().filter(|row| row.result.is_err()).count();
+        let guides = self.guides.iter().filter(|(_, result)| result.is_err()).count();
+        if rows + guides > 0 {
+            bail!("{rows} of {} rows and {guides} of {} guides failed: see above", self.rows.len(), self.guides.len());
+        }
+        Ok(())
+    }
+}
+
+impl Played {
+    fn cells(&self) -> Vec<String> {
+        let asked = &self.asked;
+        let first = if self.client_first { "client" } else { "robot" };
+        let report = self.report.as_ref();
+        let mut cells = [asked.transport, asked.codec, asked.client, asked.mode, first].map(str::to_owned).to_vec();
+        cells.push(asked.episodes.to_string());
+        cells.push(report.map_or("-".to_owned(), |report| report.successes.to_string()));
+        let figures = [
+            report.and_then(|report| report.obs_hz),
+            report.and_then(|report| report.obs_age_ms_p50),
+            report.and_then(|report| report.obs_age_ms_p99),
+            report.and_then(|report| report.step_ms_p50),
+            report.and_then(|report| report.step_ms_p99),
+            report.map(|report| report.seconds / f64::from(report.episodes)),
+        ];
+        cells.extend(figures.map(figure));
+        cells.push(word(&self.result));
+        cells
+    }
+}
+
+fn figure(value: Option<f64>) -> String {
+    value.map_or("-".to_owned(), |value| format!("{value:.2}"))
+}
+
+fn word<T>(result: &Result<T>) -> String {
+    if result.is_ok() { "ok" } else { "FAILED" }.to_owned()
+}

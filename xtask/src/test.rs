@@ -1,0 +1,99 @@
+//! Everything that must hold before a commit, in parts, one after the other.
+
+use std::process::Stdio;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result};
+use clap::builder::PossibleValuesParser;
+
+use crate::command::{self, Profile, cargo};
+use crate::table::table;
+use crate::{codegen, dependencies, e2e, python};
+
+/// Run every check, stopping at the first that fails; CI runs exactly this.
+///
+/// All parts build in the dev profile and with the same features, so that nothing is built twice.
+#[derive(clap::Args)]
+pub(crate) struct Arguments {
+    /// Only these parts; without any: all of them, in this order.
+    #[arg(value_parser = PossibleValuesParser::new(PARTS.iter().map(|part| part.name)))]
+    parts: Vec<String>,
+}
+
+struct Part {
+    name: &'static str,
+    run: fn() -> Result<()>,
+}
+
+/// Those that fail fast come first, and those that need what others have built come after them.
+const PARTS: &[Part] = &[
+    Part { name: "fmt", run: fmt },
+    Part { name: "codegen", run: codegen::check },
+    Part { name: "banned", run: dependencies::check_banned },
+    Part { name: "budget", run: dependencies::check_budget },
+    Part { name: "clippy", run: clippy },
+    Part { name: "tests", run: tests },
+    Part { name: "doctests", run: doctests },
+    Part { name: "python", run: python::check },
+    Part { name: "e2e", run: two_episodes_a_row },
+];
+
+pub(crate) fn run(arguments: &Arguments) -> Result<()> {
+    let wanted = |part: &&Part| arguments.parts.is_empty() || arguments.parts.iter().any(|name| name == part.name);
+    let start = Instant::now();
+    let mut rows = vec![row("part", "result", "seconds")];
+    for part in PARTS.iter().filter(wanted) {
+        println!("\n==== {} ====", part.name);
+        let start = Instant::now();
+        let result = (part.run)();
+        let word = if result.is_ok() { "ok" } else { "FAILED" };
+        rows.push(row(part.name, word, &seconds(start.elapsed())));
+        if result.is_err() {
+            println!("\n{}", table(&rows));
+            return result.with_context(|| format!("`cargo xtask test` stopped at its part \"{}\"", part.name));
+        }
+    }
+    rows.push(row("together", "ok", &seconds(start.elapsed())));
+    println!("\n{}", table(&rows));
+    Ok(())
+}
+
+fn row(part: &str, result: &str, seconds: &str) -> Vec<String> {
+    [part, result, seconds].map(str::to_owned).to_vec()
+}
+
+fn seconds(duration: Duration) -> String {
+    format!("{:.1}", duration.as_secs_f64())
+}
+
+fn fmt() -> Result<()> {
+    command::run(&mut cargo(["fmt", "--all", "--check"]))?;
+    command::run(&mut cargo(["fmt", "--manifest-path", "fuzz/Cargo.toml", "--check"]))
+}
+
+fn clippy() -> Result<()> {
+    command::run(&mut cargo(["clippy", "--workspace", "--all-targets", "--", "-D", "warnings"]))
+}
+
+/// With nextest where it is installed: it runs the tests of all crates side by side and names a hanging one. Both build the same, the
+/// binaries and examples of the part `e2e` included.
+fn tests() -> Result<()> {
+    if has_nextest() {
+        command::run(&mut cargo(["nextest", "run", "--workspace", "--no-fail-fast"]))
+    } else {
+        let targets = ["--lib", "--bins", "--tests", "--examples"];
+        command::run(cargo(["test", "--workspace", "--no-fail-fast"]).args(targets))
+    }
+}
+
+fn has_nextest() -> bool {
+    cargo(["nextest", "--version"]).stdout(Stdio::null()).stderr(Stdio::null()).status().is_ok_and(|status| status.success())
+}
+
+fn doctests() -> Result<()> {
+    command::run(&mut cargo(["test", "--workspace", "--doc"]))
+}
+
+fn two_episodes_a_row() -> Result<()> {
+    e2e::check(Profile::Dev, 2)
+}
