@@ -55,7 +55,7 @@ impl Camera {
         let [height, width] = self.sensor.spec().depth_shape();
         let (mut image, mut depth) = (self.sensor.buffer(), self.sensor.depth_buffer());
         let camera = self.mount.camera(links, width, height);
-        instant.render(&camera, &mut image, bytemuck::cast_slice_mut(&mut depth));
+        instant.render(&camera, &mut image, depth.values_mut());
         CameraFrame {
             image: image.freeze(),
             depth: Some(depth.freeze()),

@@ -265,7 +265,7 @@ pub fn publish(sensors: &Sensors, n: u64) {
     let mut image = camera.buffer();
     image.fill(n as u8);
     let mut depth = camera.depth_buffer();
-    bytemuck::cast_slice_mut(&mut depth).fill(n as f32);
+    depth.values_mut().fill(n as f32);
     let frame = CameraFrame {
         image: image.into(),
         depth: Some(depth.into()),
