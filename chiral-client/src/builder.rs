@@ -3,6 +3,7 @@
 use std::{future::Future, sync::Arc, time::Duration};
 
 use bytes::Bytes;
+use chiral_link::monotonic;
 use chiral_proto::{Clock, Transport, message::Role};
 use tokio::{
     sync::{Notify, mpsc, watch},
@@ -11,7 +12,6 @@ use tokio::{
 
 use crate::{
     client::PolicyClient,
-    clock::monotonic,
     error::Error,
     session::{self, Identity, Shared},
     state::State,
@@ -150,7 +150,7 @@ impl PolicyClientBuilder {
     pub async fn connect(self) -> Result<PolicyClient, Error> {
         let address = crate::websocket::Address::parse(&self.uri)?;
         let tls = crate::websocket::tls_for(&address, self.root_certificates.as_deref())?;
-        let transport = self.wait_for(|| crate::websocket::connect(&address, &tls, self.max_frame)).await?;
+        let transport = self.wait_for(|| crate::websocket::connect(&address, tls.as_ref(), self.max_frame)).await?;
         self.connect_over(transport).await
     }
 

@@ -24,7 +24,6 @@
 pub mod blocking;
 mod builder;
 mod client;
-mod clock;
 mod dispatch;
 mod error;
 mod session;

@@ -1,32 +1,41 @@
-//! WebSocket by tokio-tungstenite: addresses, attempts to connect, and the transport over one socket.
+//! WebSocket by tungstenite's handshake: addresses, TLS, and attempts to connect. What comes after the handshake is `chiral-link`'s.
 
-use std::{error::Error as StdError, io, sync::Arc, time::Duration};
+use std::{
+    error::Error as StdError,
+    io,
+    pin::Pin,
+    sync::Arc,
+    task::{Context, Poll, ready},
+    time::Duration,
+};
 
-use chiral_proto::{Codec, Frame, Transport, TransportError};
-use futures_util::{
-    SinkExt, StreamExt,
-    stream::{SplitSink, SplitStream},
+use chiral_link::{Role, SUBPROTOCOL, WebSocketTransport, tune};
+use chiral_proto::Codec;
+use tokio::{
+    io::{AsyncRead, AsyncWrite, ReadBuf},
+    net::TcpStream,
+    time::timeout,
 };
-use rustls::{
-    ClientConfig, RootCertStore,
-    crypto::ring,
-    pki_types::{CertificateDer, pem::PemObject},
+use tokio_rustls::{
+    TlsConnector,
+    client::TlsStream,
+    rustls::{
+        ClientConfig, RootCertStore,
+        crypto::ring,
+        pki_types::{CertificateDer, ServerName, pem::PemObject},
+    },
 };
-use tokio::{net::TcpStream, sync::Mutex, time::timeout};
 use tokio_tungstenite::{
-    Connector, MaybeTlsStream, WebSocketStream, client_async_tls_with_config,
+    client_async,
     tungstenite::{
-        self, Message,
+        self,
         client::IntoClientRequest,
         http::{HeaderValue, Uri, header::SEC_WEBSOCKET_PROTOCOL},
-        protocol::WebSocketConfig,
     },
 };
 
 use crate::{builder::Attempt, error::Error};
 
-/// The subprotocol that means the protobuf codec.
-const SUBPROTOCOL: &str = "chiral.v1";
 /// For the name, the connection, TLS and the upgrade together.
 const HANDSHAKE_LIMIT: Duration = Duration::from_secs(5);
 /// Of what a server that is none says, as much as an error should show.
@@ -57,10 +66,10 @@ impl Address {
     }
 }
 
-/// How to reach a server at `address` securely, or plainly.
-pub(crate) fn tls_for(address: &Address, root_certificates: Option<&[u8]>) -> Result<Connector, Error> {
+/// How to reach a server at `address` securely; `None` where that is not asked for.
+pub(crate) fn tls_for(address: &Address, root_certificates: Option<&[u8]>) -> Result<Option<TlsConnector>, Error> {
     if !address.is_tls {
-        return Ok(Connector::Plain);
+        return Ok(None);
     }
     let tls = |error: Box<dyn StdError + Send + Sync>| Error::Tls(Arc::from(error));
     let mut roots = RootCertStore::empty();
@@ -77,21 +86,60 @@ pub(crate) fn tls_for(address: &Address, root_certificates: Option<&[u8]>) -> Re
     }
     let config = ClientConfig::builder_with_provider(Arc::new(ring::default_provider())).with_safe_default_protocol_versions();
     let config = config.map_err(|error| tls(error.into()))?.with_root_certificates(roots).with_no_client_auth();
-    Ok(Connector::Rustls(Arc::new(config)))
+    Ok(Some(Arc::new(config).into()))
+}
+
+/// A connection, secure or not. (A boxed trait object would do, if futures that hold one could be shown to be `Send`.)
+pub(crate) enum Stream {
+    Plain(TcpStream),
+    Tls(Box<TlsStream<TcpStream>>),
+}
+
+impl AsyncRead for Stream {
+    fn poll_read(self: Pin<&mut Self>, context: &mut Context<'_>, buffer: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
+        match self.get_mut() {
+            Stream::Plain(stream) => Pin::new(stream).poll_read(context, buffer),
+            Stream::Tls(stream) => Pin::new(stream).poll_read(context, buffer),
+        }
+    }
+}
+
+impl AsyncWrite for Stream {
+    fn poll_write(self: Pin<&mut Self>, context: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
+        match self.get_mut() {
+            Stream::Plain(stream) => Pin::new(stream).poll_write(context, bytes),
+            Stream::Tls(stream) => Pin::new(stream).poll_write(context, bytes),
+        }
+    }
+
+    fn poll_flush(self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {
+        match self.get_mut() {
+            Stream::Plain(stream) => Pin::new(stream).poll_flush(context),
+            Stream::Tls(stream) => Pin::new(stream).poll_flush(context),
+        }
+    }
+
+    fn poll_shutdown(self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {
+        match self.get_mut() {
+            Stream::Plain(stream) => Pin::new(stream).poll_shutdown(context),
+            Stream::Tls(stream) => Pin::new(stream).poll_shutdown(context),
+        }
+    }
 }
 
 /// One attempt to connect.
-pub(crate) async fn connect(address: &Address, connector: &Connector, max_frame: usize) -> Result<WebSocketTransport, Attempt> {
+pub(crate) async fn connect(
+    address: &Address,
+    tls: Option<&TlsConnector>,
+    max_frame: usize,
+) -> Result<WebSocketTransport<Stream>, Attempt> {
     let attempt = async {
-        let absent = |error: io::Error| Attempt::Absent(error.to_string());
-        let stream = TcpStream::connect((address.host.as_str(), address.port)).await.map_err(absent)?;
-        stream.set_nodelay(true).map_err(absent)?;
-        let mut request = address.uri.clone().into_client_request().map_err(|error| judge(error, address.is_tls))?;
+        let mut request = address.uri.clone().into_client_request().map_err(judge)?;
         request.headers_mut().insert(SEC_WEBSOCKET_PROTOCOL, HeaderValue::from_static(SUBPROTOCOL));
-        let config = WebSocketConfig::default().max_message_size(Some(max_frame)).max_frame_size(Some(max_frame));
-        let upgraded = client_async_tls_with_config(request, stream, Some(config), Some(connector.clone())).await;
-        let (socket, _) = upgraded.map_err(|error| judge(error, address.is_tls))?;
-        Ok(WebSocketTransport::new(socket, address.uri.to_string()))
+        let stream = open(address, tls).await?;
+        let (socket, _) = client_async(request, Frugal::new(stream)).await.map_err(judge)?;
+        let Frugal { stream, .. } = socket.into_inner();
+        Ok(WebSocketTransport::new(stream, Role::Client, max_frame, Codec::Protobuf, address.uri.to_string()))
     };
     match timeout(HANDSHAKE_LIMIT, attempt).await {
         Ok(outcome) => outcome,
@@ -99,8 +147,21 @@ pub(crate) async fn connect(address: &Address, connector: &Connector, max_frame:
     }
 }
 
+async fn open(address: &Address, tls: Option<&TlsConnector>) -> Result<Stream, Attempt> {
+    let absent = |error: io::Error| Attempt::Absent(error.to_string());
+    let stream = TcpStream::connect((address.host.as_str(), address.port)).await.map_err(absent)?;
+    tune(&stream, stream.peer_addr().map_err(absent)?);
+    let Some(tls) = tls else { return Ok(Stream::Plain(stream)) };
+    let distrust = |error: Arc<dyn StdError + Send + Sync>| Attempt::Failed(Error::Tls(error));
+    let name = ServerName::try_from(address.host.clone()).map_err(|error| distrust(Arc::new(error)))?;
+    match tls.connect(name, stream).await {
+        Ok(stream) => Ok(Stream::Tls(Box::new(stream))),
+        Err(error) => Err(distrust(Arc::new(error))),
+    }
+}
+
 /// Whether a failed handshake is worth another attempt.
-fn judge(error: tungstenite::Error, is_tls: bool) -> Attempt {
+fn judge(error: tungstenite::Error) -> Attempt {
     use tungstenite::{Error::*, error::ProtocolError::HandshakeIncomplete};
     match error {
         Http(response) => {
@@ -112,58 +173,66 @@ fn judge(error: tungstenite::Error, is_tls: bool) -> Attempt {
         Io(error) if matches!(error.kind(), io::ErrorKind::ConnectionReset | io::ErrorKind::ConnectionAborted) => {
             Attempt::Absent(error.to_string())
         }
-        Protocol(HandshakeIncomplete) if !is_tls => Attempt::Absent("the connection closed during the handshake".to_owned()),
-        Io(error) if is_tls => Attempt::Failed(Error::Tls(Arc::new(error))),
-        Tls(error) => Attempt::Failed(Error::Tls(Arc::new(error))),
+        Protocol(HandshakeIncomplete) => Attempt::Absent("the connection closed during the handshake".to_owned()),
         error => Attempt::Failed(Error::Handshake(Arc::new(error))),
     }
 }
 
-type Socket = WebSocketStream<MaybeTlsStream<TcpStream>>;
-
-/// Frames as binary messages over one socket.
-pub(crate) struct WebSocketTransport {
-    sink: Mutex<SplitSink<Socket, Message>>,
-    stream: Mutex<SplitStream<Socket>>,
-    peer: String,
+/// Reads no byte beyond the response's head, since what the handshake reads too much of would be lost with it; and hands the head over in one piece, since
+/// a handshake in small pieces is taken for an attack. A refusal may have a body, of which it gets what is there.
+struct Frugal {
+    stream: Stream,
+    head: Vec<u8>,
+    is_complete: bool,
+    handed_over: usize,
 }
 
-impl WebSocketTransport {
-    fn new(socket: Socket, peer: String) -> WebSocketTransport {
-        let (sink, stream) = socket.split();
-        WebSocketTransport { sink: Mutex::new(sink), stream: Mutex::new(stream), peer }
+impl Frugal {
+    const END: &[u8] = b"\r\n\r\n";
+    const MAX_HEAD: usize = 8 * 1024;
+    const STATUS: std::ops::Range<usize> = 9..12;
+
+    fn new(stream: Stream) -> Frugal {
+        Frugal { stream, head: Vec::new(), is_complete: false, handed_over: 0 }
+    }
+
+    /// Reads up to `N` bytes more; none at the stream's end.
+    fn poll_more<const N: usize>(&mut self, context: &mut Context<'_>) -> Poll<io::Result<usize>> {
+        let mut bytes = [0; N];
+        let mut buffer = ReadBuf::new(&mut bytes);
+        ready!(Pin::new(&mut self.stream).poll_read(context, &mut buffer))?;
+        self.head.extend_from_slice(buffer.filled());
+        Poll::Ready(Ok(buffer.filled().len()))
     }
 }
 
-impl Transport for WebSocketTransport {
-    async fn send(&self, frame: Frame) -> Result<(), TransportError> {
-        self.sink.lock().await.send(Message::Binary(frame.into_bytes())).await.map_err(TransportError::lost)
-    }
-
-    async fn recv(&self) -> Result<Option<Frame>, TransportError> {
-        let mut stream = self.stream.lock().await;
-        loop {
-            match stream.next().await {
-                Some(Ok(Message::Binary(bytes))) => return Ok(Some(Frame::from(bytes))),
-                Some(Ok(Message::Ping(_) | Message::Pong(_) | Message::Frame(_))) => {}
-                Some(Ok(Message::Text(_))) => {
-                    return Err(TransportError::Protocol { expected: "binary messages", found: "a text message".to_owned() });
-                }
-                Some(Ok(Message::Close(_))) | None => return Ok(None),
-                Some(Err(error)) => return Err(TransportError::lost(error)),
+impl AsyncRead for Frugal {
+    fn poll_read(mut self: Pin<&mut Self>, context: &mut Context<'_>, buffer: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
+        while !self.is_complete {
+            let read = ready!(self.poll_more::<1>(context))?;
+            self.is_complete = read == 0 || self.head.ends_with(Self::END) || self.head.len() == Self::MAX_HEAD;
+            if self.is_complete && self.head.get(Self::STATUS).is_some_and(|status| status != b"101") {
+                let _ = self.poll_more::<1024>(context)?;
             }
         }
+        let rest = &self.head[self.handed_over..];
+        let taken = rest.len().min(buffer.remaining());
+        buffer.put_slice(&rest[..taken]);
+        self.handed_over += taken;
+        Poll::Ready(Ok(()))
+    }
+}
+
+impl AsyncWrite for Frugal {
+    fn poll_write(mut self: Pin<&mut Self>, context: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
+        Pin::new(&mut self.stream).poll_write(context, bytes)
     }
 
-    async fn close(&self) {
-        let _ = self.sink.lock().await.close().await;
+    fn poll_flush(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.stream).poll_flush(context)
     }
 
-    fn codec(&self) -> Codec {
-        Codec::Protobuf
-    }
-
-    fn peer(&self) -> &str {
-        &self.peer
+    fn poll_shutdown(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.stream).poll_shutdown(context)
     }
 }

@@ -138,7 +138,8 @@ impl Control {
             state.end_episode();
             let resets = state.queue.iter().filter(|command| matches!(command, Command::Reset { .. })).count();
             state.resets -= resets;
-            state.queue.clear();
+            // What is left of an earlier controller's end is still to be done.
+            state.queue.retain(|command| matches!(command, Command::Left));
             state.queue.push_back(Command::Left);
             self.shared.wake.notify_one();
         }

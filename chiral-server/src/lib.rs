@@ -30,7 +30,6 @@
 //! # Ok::<(), chiral_server::Error>(())
 //! ```
 
-mod clock;
 mod control;
 mod error;
 mod observe;
@@ -48,7 +47,7 @@ pub use chiral_proto::{
     ActionChunk, ActionMeaning, ActionSpec, CameraSpec, Clock, ProprioSpec, Timestamp, Value, ValueMap, action, value,
 };
 
-pub use clock::monotonic;
+pub use chiral_link::monotonic;
 pub use error::{Error, ObserveError, RobotError, SensorError};
 pub use robot::{ActionContext, Robot, StepOutcome};
 pub use sensors::{CameraFrame, CameraSensor, ObservationSource, Sensors};

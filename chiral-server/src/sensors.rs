@@ -6,6 +6,7 @@ use std::{
 };
 
 use bytes::Bytes;
+use chiral_link::monotonic;
 use chiral_proto::{
     Camera, CameraSpec, Clock, DType, Observation, Proprio, ProprioSpec, Tensor, Timestamp, ValueMap,
     error::UnknownName,
@@ -14,7 +15,6 @@ use chiral_proto::{
 use nalgebra::{Matrix3, Matrix4};
 
 use crate::{
-    clock::monotonic,
     error::{ObserveError, SensorError},
     lock,
 };

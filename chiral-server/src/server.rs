@@ -11,11 +11,11 @@ use std::{
     time::Duration,
 };
 
+use chiral_link::monotonic;
 use chiral_proto::{Clock, Code, Fault, Transport, message::RobotInfo};
 use tokio::sync::watch;
 
 use crate::{
-    clock::monotonic,
     control::{Control, ControlCounts, panic_text},
     error::Error,
     observe::{Observations, Source},

@@ -1,33 +1,30 @@
-//! WebSocket by axum: the route, the listener around it, and the transport over one socket.
+//! WebSocket by axum and tungstenite's handshake: the route and the listener around it. What comes after the handshake is `chiral-link`'s.
 
 use std::{future::IntoFuture, net::SocketAddr, sync::Arc};
 
 use axum::{
     Router,
-    extract::{
-        ConnectInfo, Request, WebSocketUpgrade,
-        ws::{Message, WebSocket, rejection::WebSocketUpgradeRejection},
+    body::Body,
+    extract::{ConnectInfo, Request},
+    http::{
+        HeaderValue, StatusCode,
+        header::{SEC_WEBSOCKET_PROTOCOL, UPGRADE},
     },
-    http::{StatusCode, header::UPGRADE},
     response::{IntoResponse, Response},
     routing::get,
     serve::ListenerExt,
 };
-use chiral_proto::{Codec, Frame, Transport, TransportError};
-use futures_util::{
-    SinkExt, StreamExt,
-    stream::{SplitSink, SplitStream},
-};
-use tokio::{net::TcpListener, sync::Mutex};
+use chiral_link::{Role, SUBPROTOCOL, WebSocketTransport, tune};
+use chiral_proto::Codec;
+use hyper_util::rt::TokioIo;
+use tokio::net::TcpListener;
+use tungstenite::handshake::server::create_response_with_body;
 
 use crate::{
     error::Error,
     server::{Inner, PolicyServer, STOP_LIMIT},
     session,
 };
-
-/// The subprotocol that means the protobuf codec.
-const SUBPROTOCOL: &str = "chiral.v1";
 
 impl PolicyServer {
     /// Serves until it is shut down, on a runtime of its own; blocks. Not to be called within a tokio runtime: there, use [`PolicyServer::serve`].
@@ -64,13 +61,13 @@ impl PolicyServer {
         }
         let inner = Arc::clone(&self.inner);
         let app = self.health_router().merge(self.into_router());
-        let no_delay = listener.tap_io(|stream| {
-            if let Err(error) = stream.set_nodelay(true) {
-                tracing::debug!("no TCP_NODELAY: {error}");
+        let listener = listener.tap_io(|stream| {
+            if let Ok(peer) = stream.peer_addr() {
+                tune(stream, peer);
             }
         });
         let stopping = Arc::clone(&inner);
-        let serving = axum::serve(no_delay, app.into_make_service_with_connect_info::<SocketAddr>())
+        let serving = axum::serve(listener, app.into_make_service_with_connect_info::<SocketAddr>())
             .with_graceful_shutdown(async move { stopping.stopping().await })
             .into_future();
         let stopped = async {
@@ -91,7 +88,7 @@ impl PolicyServer {
     /// The WebSocket route alone, at `/`, for a host to merge or to nest under any path. The server lives as long as the router and its sessions.
     pub fn into_router(self) -> Router {
         let inner = self.inner;
-        Router::new().route("/", get(move |upgrade, request| upgrade_or_explain(inner, upgrade, request)))
+        Router::new().route("/", get(move |request| upgrade_or_explain(inner, request)))
     }
 
     /// `GET /healthz`: 200 while the robot is in service, 503 and the reason when it is not.
@@ -107,73 +104,33 @@ impl PolicyServer {
     }
 }
 
-async fn upgrade_or_explain(
-    inner: Arc<Inner>,
-    upgrade: Result<WebSocketUpgrade, WebSocketUpgradeRejection>,
-    request: Request,
-) -> Response {
-    let upgrade = match upgrade {
-        Ok(upgrade) => upgrade.protocols([SUBPROTOCOL]),
-        Err(rejection) => {
-            let text = format!("this is a Chiral policy server: connect with a PolicyClient ({rejection})\n");
+/// Does the handshake by hand, since axum's own WebSocket keeps its byte stream to itself.
+async fn upgrade_or_explain(inner: Arc<Inner>, mut request: Request) -> Response {
+    let offered = request.headers().get_all(SEC_WEBSOCKET_PROTOCOL).iter().filter_map(|value| value.to_str().ok());
+    let is_ours = offered.flat_map(|names| names.split(',')).any(|name| name.trim() == SUBPROTOCOL);
+    let mut response = match create_response_with_body(&request, Body::empty) {
+        Ok(response) => response,
+        Err(error) => {
+            let text = format!("this is a Chiral policy server: connect with a PolicyClient ({error})\n");
             return (StatusCode::UPGRADE_REQUIRED, [(UPGRADE, "websocket")], text).into_response();
         }
     };
-    if upgrade.selected_protocol().is_none() {
+    if !is_ours {
         let text = format!("expected WebSocket subprotocol {SUBPROTOCOL}, found none that this server speaks\n");
         return (StatusCode::BAD_REQUEST, text).into_response();
     }
+    response.headers_mut().insert(SEC_WEBSOCKET_PROTOCOL, HeaderValue::from_static(SUBPROTOCOL));
     let peer = request.extensions().get::<ConnectInfo<SocketAddr>>();
     let peer = peer.map_or_else(|| "a peer of the host's".to_owned(), |ConnectInfo(address)| address.to_string());
-    let limit = inner.options.max_frame;
-    upgrade
-        .max_message_size(limit)
-        .max_frame_size(limit)
-        .on_upgrade(move |socket| async move { session::serve(&inner, WebSocketTransport::new(socket, peer)).await })
-}
-
-struct WebSocketTransport {
-    sink: Mutex<SplitSink<WebSocket, Message>>,
-    stream: Mutex<SplitStream<WebSocket>>,
-    peer: String,
-}
-
-impl WebSocketTransport {
-    fn new(socket: WebSocket, peer: String) -> WebSocketTransport {
-        let (sink, stream) = socket.split();
-        WebSocketTransport { sink: Mutex::new(sink), stream: Mutex::new(stream), peer }
-    }
-}
-
-impl Transport for WebSocketTransport {
-    async fn send(&self, frame: Frame) -> Result<(), TransportError> {
-        self.sink.lock().await.send(Message::Binary(frame.into_bytes())).await.map_err(TransportError::lost)
-    }
-
-    async fn recv(&self) -> Result<Option<Frame>, TransportError> {
-        let mut stream = self.stream.lock().await;
-        loop {
-            match stream.next().await {
-                Some(Ok(Message::Binary(bytes))) => return Ok(Some(Frame::from(bytes))),
-                Some(Ok(Message::Ping(_) | Message::Pong(_))) => {}
-                Some(Ok(Message::Text(_))) => {
-                    return Err(TransportError::Protocol { expected: "binary messages", found: "a text message".to_owned() });
-                }
-                Some(Ok(Message::Close(_))) | None => return Ok(None),
-                Some(Err(error)) => return Err(TransportError::lost(error)),
+    let upgrading = hyper::upgrade::on(&mut request);
+    tokio::spawn(async move {
+        match upgrading.await {
+            Ok(upgraded) => {
+                let (stream, limit) = (TokioIo::new(upgraded), inner.options.max_frame);
+                session::serve(&inner, WebSocketTransport::new(stream, Role::Server, limit, Codec::Protobuf, peer)).await;
             }
+            Err(error) => tracing::debug!(peer, "no WebSocket: {error}"),
         }
-    }
-
-    async fn close(&self) {
-        let _ = self.sink.lock().await.close().await;
-    }
-
-    fn codec(&self) -> Codec {
-        Codec::Protobuf
-    }
-
-    fn peer(&self) -> &str {
-        &self.peer
-    }
+    });
+    response
 }

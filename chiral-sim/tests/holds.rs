@@ -314,6 +314,25 @@ async fn when_the_client_is_lost_the_robot_holds_and_the_next_client_connects_wi
 }
 
 #[tokio::test]
+async fn every_controller_that_leaves_is_followed_by_hold_and_on_disconnect() {
+    let stand = Stand::new();
+    let first = stand.connect().await;
+    // The robot is still busy while one controller after the other comes and goes.
+    stand.script.apply_gate.close();
+    first.send_action(ROW).await.unwrap();
+    stand.until("the robot is busy", |stand| stand.script.apply_gate.is_waited_at()).await;
+    first.close().await.unwrap();
+    for _ in 0..2 {
+        stand.until("the robot is free", |stand| stand.handle.stats().sessions == 0).await;
+        stand.connect().await.close().await.unwrap();
+    }
+    stand.until("the robot is free", |stand| stand.handle.stats().sessions == 0).await;
+    stand.script.apply_gate.open();
+    let ends = std::iter::repeat_n([Event::Held, Event::Disconnected], 3).flatten().collect::<Vec<_>>();
+    stand.until("three ends", |stand| stand.script.events().get(1..) == Some(&ends[..])).await;
+}
+
+#[tokio::test]
 async fn a_second_controller_is_told_who_holds_the_robot_and_observers_may_watch() {
     let stand = Stand::new();
     let env = stand.connect().await;

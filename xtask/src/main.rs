@@ -1,6 +1,7 @@
 //! `cargo xtask`: the one door to everything that is done with this repository. One file per command; what they share is in `command` (programs run
 //! to their end) and `child` (programs that run beside us).
 
+mod bench;
 mod child;
 mod codegen;
 mod command;
@@ -33,6 +34,7 @@ enum Command {
     Test(test::Arguments),
     Codegen(codegen::Arguments),
     Size(size::Arguments),
+    Bench(bench::Arguments),
 }
 
 fn main() -> ExitCode {
@@ -42,6 +44,7 @@ fn main() -> ExitCode {
         Command::Test(arguments) => test::run(&arguments),
         Command::Codegen(arguments) => codegen::run(&arguments),
         Command::Size(arguments) => size::run(&arguments),
+        Command::Bench(arguments) => bench::run(&arguments),
     };
     // The chain of causes is what a person needs; a backtrace would bury it.
     match result {

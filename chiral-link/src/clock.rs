@@ -1,10 +1,10 @@
-//! The clock of the policy's host.
+//! The clock of this host.
 
 use chiral_proto::{Clock, Timestamp};
 use rustix::time::{ClockId, clock_gettime};
 
 /// CLOCK_MONOTONIC, which every process of this host shares.
-pub(crate) fn monotonic() -> Clock {
+pub fn monotonic() -> Clock {
     Clock::new(|| {
         let now = clock_gettime(ClockId::Monotonic);
         Timestamp(now.tv_sec * 1_000_000_000 + now.tv_nsec)

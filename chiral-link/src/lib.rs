@@ -1,0 +1,23 @@
+//! What client and server both need with a socket, and neither alone: WebSocket frames over any byte stream, and the host's clock.
+//!
+//! The opening handshake is not here: each end does its own, by a library. Afterwards the bytes are ours: an observation of 17 MB is written from the
+//! sensors' memory and read into the memory that the policy will look at.
+
+mod clock;
+#[cfg(feature = "websocket")]
+mod read;
+#[cfg(feature = "websocket")]
+mod socket;
+#[cfg(feature = "websocket")]
+mod tune;
+#[cfg(feature = "websocket")]
+mod write;
+
+pub use clock::monotonic;
+#[cfg(feature = "websocket")]
+pub use socket::{Role, WebSocketTransport};
+#[cfg(feature = "websocket")]
+pub use tune::tune;
+
+/// The subprotocol that means the protobuf codec.
+pub const SUBPROTOCOL: &str = "chiral.v1";

@@ -1,0 +1,113 @@
+//! How fast it is, beside raw TCP and beside what one writes first. What is measured is in chiral-sim's `chiral-bench`; here it is built, started,
+//! pinned and put in order.
+
+mod figures;
+mod machine;
+mod peers;
+mod plot;
+mod report;
+mod targets;
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::time::Instant;
+
+use anyhow::{Context, Result};
+
+use self::figures::Figures;
+use self::machine::Machine;
+use self::peers::Peers;
+use crate::command::{self, cargo};
+
+/// Measure Chiral beside raw TCP and beside a naive WebSocket, and hold it against its targets.
+///
+/// Takes minutes and both cores: let nothing else run. A target that is missed is shown and is no failure of the command.
+#[derive(clap::Args)]
+pub(crate) struct Arguments {
+    /// Write the figures to this file, too.
+    #[arg(long, value_name = "PATH")]
+    json: Option<PathBuf>,
+    /// Fewer rounds: a few minutes.
+    #[arg(long)]
+    quick: bool,
+    /// Also measure get_obs by the observation's size, 1 kB to 64 MB, and draw it (SVG).
+    #[arg(long, value_name = "PATH")]
+    plot: Option<PathBuf>,
+}
+
+/// Where the two processes run.
+#[derive(Clone, Copy, PartialEq)]
+enum Cores {
+    One,
+    Two,
+}
+
+impl Cores {
+    fn count(self) -> u8 {
+        match self {
+            Cores::One => 1,
+            Cores::Two => 2,
+        }
+    }
+}
+
+pub(crate) fn run(arguments: &Arguments) -> Result<()> {
+    println!("building chiral-sim for release (a few minutes the first time)");
+    command::run(&mut cargo(["build", "--release", "-p", "chiral-sim", "--bins"]))?;
+    let target = command::target()?;
+    let logs = target.join("bench");
+    fs::create_dir_all(&logs).with_context(|| format!("creating {}", logs.display()))?;
+    let mut peers = Peers::new(target.join("release/chiral-bench"), logs);
+
+    let (began, before) = (Instant::now(), Machine::look()?);
+    let rounds = if arguments.quick { 7 } else { 15 };
+    let figures = measure(&mut peers, rounds)?;
+    let curve = arguments.plot.as_ref().map(|_| sweep(&mut peers)).transpose()?;
+    let rows = figures.rows();
+
+    println!("\n{}", report::tables(&rows));
+    println!("{}", before.since_then(&Machine::look()?));
+    println!("{rounds} rounds, {:.0} s", began.elapsed().as_secs_f64());
+    if let (Some(path), Some(curve)) = (&arguments.plot, curve) {
+        write(path, &plot::svg(&curve))?;
+    }
+    if let Some(path) = &arguments.json {
+        write(path, &report::json(&rows)?)?;
+    }
+    Ok(())
+}
+
+/// The rows, the most important first, so that what goes wrong late spoils little.
+fn measure(peers: &mut Peers, rounds: usize) -> Result<Figures> {
+    let mut figures = Figures::default();
+    for (workload, cores) in [("L", Cores::Two), ("M", Cores::Two), ("S", Cores::Two), ("M", Cores::One), ("S", Cores::One)] {
+        let mut server = peers.serve(workload)?;
+        figures.add(cores, peers.measure(&mut server, "get-obs", cores, 2 * rounds)?);
+    }
+    let mut server = peers.serve("L")?;
+    for (what, rounds) in [("stream", rounds.min(9)), ("actions", rounds), ("dispatch", 5), ("held", rounds)] {
+        figures.add(Cores::Two, peers.measure(&mut server, what, Cores::Two, rounds)?);
+    }
+    drop(server);
+    figures.add(Cores::Two, peers.micro(rounds)?);
+    Ok(figures)
+}
+
+/// Round trips by size: of every path, bytes and milliseconds.
+fn sweep(peers: &mut Peers) -> Result<plot::Curve> {
+    let mut curve = plot::Curve::default();
+    for kilobytes in [1, 4, 16, 64, 256, 1_000, 4_000, 16_000, 64_000_u64] {
+        let bytes = kilobytes * 1000;
+        let mut server = peers.serve(&bytes.to_string())?;
+        let mut figures = Figures::default();
+        figures.add(Cores::Two, peers.measure(&mut server, "get-obs", Cores::Two, 7)?);
+        curve.add(bytes as f64, &figures.rows());
+    }
+    Ok(curve)
+}
+
+fn write(path: &Path, text: &str) -> Result<()> {
+    fs::write(path, text).with_context(|| format!("writing {}", path.display()))?;
+    println!("wrote {}", path.display());
+    Ok(())
+}
