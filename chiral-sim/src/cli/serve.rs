@@ -53,7 +53,13 @@ pub(crate) fn run(arguments: &Arguments) -> Result<()> {
         tracing::info!("drawing {instants} instants, {megabytes:.0} MB");
     }
     let config = SimConfig { width, height, fps, cameras, prerender, ..SimConfig::default() };
+    let cpu_before = super::cpu_seconds();
     let (robot, sensors) = robot::start(config).context("the robot cannot start")?;
+    if let Some(instants) = prerender {
+        let pictures = instants * cameras;
+        let each = (super::cpu_seconds() - cpu_before) * 1e3 / pictures.max(1) as f64;
+        tracing::info!("drew {pictures} pictures, {each:.2} ms of CPU each");
+    }
     let server = PolicyServer::builder(robot, sensors).name(&arguments.name).bind(arguments.bind).build()?;
     tracing::info!("{cameras} cameras of {width} x {height} at {fps} Hz");
 
