@@ -36,6 +36,8 @@ pub(crate) struct Dispatch {
     pub(crate) skipped: u64,
     /// Rows dropped because a reset overtook them.
     pub(crate) discarded: u64,
+    /// By how much the last rows missed their ticks.
+    lateness: VecDeque<Duration>,
 }
 
 #[derive(Debug)]
@@ -58,8 +60,19 @@ impl Clockwork {
 }
 
 impl Dispatch {
+    /// So many of the last rows tell how late they are.
+    const REMEMBERED: usize = 1024;
+
     pub(crate) fn new(capacity: usize) -> Dispatch {
-        Dispatch { queue: VecDeque::new(), capacity, clockwork: None, resets: 0, skipped: 0, discarded: 0 }
+        Dispatch {
+            queue: VecDeque::new(),
+            capacity,
+            clockwork: None,
+            resets: 0,
+            skipped: 0,
+            discarded: 0,
+            lateness: VecDeque::new(),
+        }
     }
 
     pub(crate) fn capacity(&self) -> usize {
@@ -74,7 +87,15 @@ impl Dispatch {
         self.clockwork.is_some()
     }
 
+    /// By how much the last rows missed their ticks, in order of size.
+    pub(crate) fn lateness(&self) -> Vec<Duration> {
+        let mut lateness: Vec<_> = self.lateness.iter().copied().collect();
+        lateness.sort_unstable();
+        lateness
+    }
+
     pub(crate) fn start(&mut self, hz: f64, now: Timestamp) {
+        self.lateness.clear();
         self.clockwork = Some(Clockwork { started: now, period: Duration::from_secs_f64(1.0 / hz), tick: 0 });
     }
 
@@ -140,7 +161,12 @@ impl Dispatch {
         let clockwork = self.clockwork.as_mut()?;
         let missed = clockwork.passed(now).saturating_sub(clockwork.tick);
         self.skipped += missed;
-        clockwork.tick += missed + 1;
+        clockwork.tick += missed;
+        if self.lateness.len() == Self::REMEMBERED {
+            self.lateness.pop_front();
+        }
+        self.lateness.push_back(now.since(clockwork.deadline()));
+        clockwork.tick += 1;
         self.queue.pop_front()
     }
 }
@@ -194,6 +220,17 @@ mod tests {
         assert!(dispatch.take(Timestamp(300 * MS)).is_some());
         assert!(dispatch.take(Timestamp(301 * MS)).is_none(), "one row a tick");
         assert_eq!(dispatch.skipped, 0);
+    }
+
+    #[test]
+    fn lateness_counts_from_the_tick_that_a_row_was_sent_at() {
+        let mut dispatch = Dispatch::new(4);
+        dispatch.start(10.0, Timestamp(0));
+        dispatch.offer(rows(3), PutMode::Append, Timestamp(0)).unwrap();
+        for at in [3, 100, 457] {
+            dispatch.take(Timestamp(at * MS)).unwrap();
+        }
+        assert_eq!(dispatch.lateness(), [0, 3, 57].map(Duration::from_millis));
     }
 
     #[test]

@@ -12,7 +12,7 @@ use tokio::sync::oneshot;
 use crate::{
     dispatch::{Dispatch, Row},
     error::Error,
-    stats::{ClientStats, Recent},
+    stats::{ClientStats, Recent, percentile},
 };
 
 /// How often the server is pinged; at first more often, for a quick estimate of the round trip.
@@ -243,7 +243,7 @@ impl State {
     }
 
     pub(crate) fn stats(&self, now: Timestamp) -> ClientStats {
-        let recent = self.arrivals.summary(now);
+        let (recent, lateness) = (self.arrivals.summary(now), self.dispatch.lateness());
         ClientStats {
             observations: recent.total,
             observation_hz: recent.hz,
@@ -256,6 +256,8 @@ impl State {
             actions_refused: self.actions_refused,
             actions_skipped: self.dispatch.skipped,
             actions_discarded: self.dispatch.discarded,
+            action_lateness_p50: percentile(&lateness, 50),
+            action_lateness_p99: percentile(&lateness, 99),
         }
     }
 }

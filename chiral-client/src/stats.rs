@@ -29,6 +29,15 @@ pub struct ClientStats {
     pub actions_skipped: u64,
     /// Rows dropped because a reset overtook them.
     pub actions_discarded: u64,
+    /// By how much the dispatch's last thousand rows missed their ticks, median; `None` before the first.
+    pub action_lateness_p50: Option<Duration>,
+    /// The lateness that 99 of 100 of them stay under.
+    pub action_lateness_p99: Option<Duration>,
+}
+
+/// The value that `percent` of 100 stay under; `None` of nothing.
+pub(crate) fn percentile(sorted: &[Duration], percent: usize) -> Option<Duration> {
+    sorted.get((sorted.len() * percent / 100).min(sorted.len().saturating_sub(1))).copied()
 }
 
 /// The arrivals of the last seconds.
@@ -63,12 +72,11 @@ impl Recent {
         let periods = recent.clone().count().saturating_sub(1);
         let mut ages: Vec<Duration> = recent.filter_map(|(_, age)| *age).collect();
         ages.sort_unstable();
-        let percentile = |p: usize| ages.get((ages.len() * p / 100).min(ages.len().saturating_sub(1))).copied();
         Summary {
             total: self.total,
             hz: if span > 0.0 { periods as f64 / span } else { 0.0 },
-            age_p50: percentile(50),
-            age_p99: percentile(99),
+            age_p50: percentile(&ages, 50),
+            age_p99: percentile(&ages, 99),
         }
     }
 }
