@@ -75,7 +75,7 @@ impl Figures {
                 ratio: against.map(|(_, base)| spread.p50 / base.p50),
                 against: against.map(|(name, _)| name),
                 cores: cores.count(),
-                noisy: against.map_or(spread, |(_, base)| base).is_noisy(),
+                noisy: against.is_some_and(|(_, base)| base.is_noisy()),
             };
             let raw = raw.map(|spread| ("raw_tcp", spread));
             if measured.path == "asked" {
@@ -88,7 +88,9 @@ impl Figures {
             let asked = asked.map(|spread| ("asked", spread));
             let bases = [raw, naive.map(|spread| ("naive", spread)), asked, idle.map(|spread| ("idle", spread))];
             let before = rows.len();
-            rows.extend(bases.into_iter().flatten().map(|base| row(&measured.row, Some(base))));
+            // Against nothing there is no ratio.
+            let bases = bases.into_iter().flatten().filter(|(_, base)| base.p50 > 0.0);
+            rows.extend(bases.map(|base| row(&measured.row, Some(base))));
             if rows.len() == before {
                 rows.push(row(&measured.row, None));
             }

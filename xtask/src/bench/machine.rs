@@ -31,8 +31,8 @@ impl Machine {
     pub(super) fn since_then(&self, now: &Machine) -> String {
         let [all, stolen] = [0, 1].map(|i| now.ticks[i].saturating_sub(self.ticks[i]) as f64);
         format!(
-            "{} cores; {:.2} % of their time stolen over {:.0} s; congestion control: {} is the system's, reno is asked for on the \
-             baselines' sockets",
+            "{} cores; {:.2} % of their time stolen over {:.0} s; congestion control: {} is the system's, the \
+             baselines ask for reno, Chiral chooses for itself",
             self.cores,
             100.0 * stolen / all.max(1.0),
             (now.at - self.at).as_secs_f64(),

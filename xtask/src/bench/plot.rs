@@ -9,8 +9,8 @@ const HEIGHT: f64 = 480.0;
 const MARGIN: f64 = 70.0;
 /// Decades of bytes: 1 kB to 100 MB.
 const BYTES: [f64; 2] = [3.0, 8.0];
-/// Decades of milliseconds: 10 µs to 1 s.
-const MS: [f64; 2] = [-2.0, 3.0];
+/// Decades of milliseconds: 10 µs to 100 ms.
+const MS: [f64; 2] = [-2.0, 2.0];
 
 /// What is drawn.
 #[derive(Default)]
@@ -65,7 +65,7 @@ fn grid(text: &mut String) {
         put(text, format_args!("<line x1=\"{at}\" y1=\"{top}\" x2=\"{at}\" y2=\"{bottom}\" stroke=\"#ddd\"/>"));
         put(text, format_args!("<text x=\"{at}\" y=\"{}\" text-anchor=\"middle\">{label}</text>", bottom + 20.0));
     }
-    for (ms, label) in decades(MS).zip(["10 µs", "100 µs", "1 ms", "10 ms", "100 ms", "1 s"]) {
+    for (ms, label) in decades(MS).zip(["10 µs", "100 µs", "1 ms", "10 ms", "100 ms"]) {
         let at = y(ms);
         put(text, format_args!("<line x1=\"{left}\" y1=\"{at}\" x2=\"{right}\" y2=\"{at}\" stroke=\"#ddd\"/>"));
         put(text, format_args!("<text x=\"{}\" y=\"{}\" text-anchor=\"end\">{label}</text>", left - 8.0, at + 4.0));

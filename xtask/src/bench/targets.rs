@@ -53,6 +53,8 @@ const TARGETS: &[Target] = &[
     value("dispatch_500hz", "idle", "late_p50_us", AtMost(50.0)),
     value("snapshot", "L", "p50_us", AtMost(100.0)),
     value("page_faults", "L", "client_per_obs", Under(50.0)),
+    // Three observations and 32 MB.
+    value("rss", "L", "client_added_mb", AtMost(83.6)),
 ];
 
 impl Bound {

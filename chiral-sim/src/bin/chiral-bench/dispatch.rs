@@ -19,7 +19,7 @@ pub(crate) fn run(control: &mut Control, about: &About, sheet: &Sheet, rounds: u
     control.set_cameras_hz(0.0)?;
     for hz in RATES_HZ {
         for workload in ["idle", &about.workload] {
-            let (mut achieved_hz, mut late_us, mut lost) = (Vec::new(), Vec::new(), Vec::new());
+            let [mut achieved_hz, mut late_us, mut arrival_late_us, mut lost] = [const { Vec::new() }; 4];
             if workload != "idle" {
                 control.set_cameras_hz(STREAM_HZ)?;
                 client.start_obs_stream(STREAM_HZ).context("starting the stream")?;
@@ -27,7 +27,8 @@ pub(crate) fn run(control: &mut Control, about: &About, sheet: &Sheet, rounds: u
             for _ in 0..rounds {
                 let round = dispatch(&client, control, hz)?;
                 achieved_hz.push(round.achieved_hz);
-                late_us.push(round.late_p50_us);
+                late_us.extend(round.late_p50_us);
+                arrival_late_us.push(round.arrival_late_p50_us);
                 lost.push(round.lost);
             }
             if workload != "idle" {
@@ -38,6 +39,7 @@ pub(crate) fn run(control: &mut Control, about: &About, sheet: &Sheet, rounds: u
             sheet.put_under(workload, &row, "asked", "achieved_hz", &[hz.into()]);
             sheet.put_under(workload, &row, "chiral", "achieved_hz", &achieved_hz);
             sheet.put_under(workload, &row, "chiral", "late_p50_us", &late_us);
+            sheet.put_under(workload, &row, "chiral", "arrival_late_p50_us", &arrival_late_us);
             sheet.put_under(workload, &row, "chiral", "lost_rows", &lost);
         }
     }
@@ -49,7 +51,9 @@ struct Round {
     lost: f64,
     achieved_hz: f64,
     /// Of arrivals after the earliest grid of this period that any arrival touches: the way there varies, so this is more than dispatch's own.
-    late_p50_us: f64,
+    arrival_late_p50_us: f64,
+    /// What the client says of its own ticks.
+    late_p50_us: Option<f64>,
 }
 
 fn dispatch(client: &PolicyClient, control: &mut Control, hz: u32) -> Result<Round> {
@@ -61,6 +65,7 @@ fn dispatch(client: &PolicyClient, control: &mut Control, hz: u32) -> Result<Rou
         client.put_action(action).context("queueing an action")?;
     }
     let arrivals = control.arrivals(rows)?;
+    let late_p50_us = client.stats().action_lateness_p50.map(|late| late.as_secs_f64() * 1e6);
     client.stop_action_dispatch();
     let times: Vec<i64> = arrivals.iter().map(|&(_, at)| at).collect();
     let (first, last) = (times.first().context("no arrival")?, times.last().context("no arrival")?);
@@ -75,5 +80,5 @@ fn dispatch(client: &PolicyClient, control: &mut Control, hz: u32) -> Result<Rou
     if lost > 0.0 {
         eprintln!("{lost} of {rows} rows at {hz} Hz were lost: {:?}", client.stats());
     }
-    Ok(Round { lost, achieved_hz, late_p50_us: percentile(&late_us, 50) })
+    Ok(Round { lost, achieved_hz, arrival_late_p50_us: percentile(&late_us, 50), late_p50_us })
 }

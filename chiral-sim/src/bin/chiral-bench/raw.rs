@@ -1,6 +1,6 @@
 //! The baseline: a request of 56 bytes and a reply of the observation's size over TCP, from and into memory that is warm. Blocking, and by tokio.
 
-use std::io::{ErrorKind, Read, Write};
+use std::io::{Read, Write};
 use std::net::{Ipv4Addr, SocketAddr, TcpListener, TcpStream};
 use std::os::fd::AsFd;
 use std::thread;
@@ -87,10 +87,7 @@ impl Blocking {
 
     pub(crate) fn ask(&mut self) -> Result<()> {
         self.stream.write_all(&REQUEST).context("asking")?;
-        match self.stream.read_exact(&mut self.buffer) {
-            Err(error) if error.kind() == ErrorKind::UnexpectedEof => Err(error).context("the raw server is gone"),
-            outcome => outcome.context("reading the reply"),
-        }
+        self.stream.read_exact(&mut self.buffer).context("reading the reply")
     }
 }
 

@@ -52,18 +52,18 @@ fn paced(tcp: &mut raw::Blocking) -> Result<f64> {
 /// Streams; the achieved rate and the ages, in milliseconds, of the oldest picture in each observation.
 fn streamed(client: &PolicyClient) -> Result<(f64, Vec<f64>)> {
     client.start_obs_stream(HZ).context("starting the stream")?;
-    client.next_obs(LIMIT).context("the first observation")?;
-    let (began, before) = (Instant::now(), client.stats().observations);
+    let mut last = client.next_obs(LIMIT).context("the first observation")?.seq;
+    let (began, first) = (Instant::now(), last);
     let mut ages_ms = Vec::new();
     let mut ended = began;
     for _ in 0..OBSERVATIONS {
         let obs = client.next_obs(LIMIT).context("the next observation")?;
-        ended = Instant::now();
+        (ended, last) = (Instant::now(), obs.seq);
         let captured_at = obs.cameras.iter().map(|camera| camera.captured_at).min().context("an observation without cameras")?;
         ages_ms.extend(client.age(captured_at).map(|age| age.as_secs_f64() * 1e3));
     }
-    // Counted by the client: one that was overtaken by a newer before this thread woke has been achieved all the same.
-    let achieved = (client.stats().observations - before) as f64 / (ended - began).as_secs_f64();
+    // One that was overtaken by a newer before this thread woke has arrived all the same.
+    let achieved = (last - first) as f64 / (ended - began).as_secs_f64();
     client.stop_obs_stream().context("stopping the stream")?;
     Ok((achieved, ages_ms))
 }
