@@ -4,7 +4,7 @@ use std::{
     panic::{AssertUnwindSafe, catch_unwind},
     sync::{
         Arc,
-        atomic::{AtomicU64, Ordering},
+        atomic::{AtomicBool, AtomicU64, Ordering},
     },
     time::Duration,
 };
@@ -21,6 +21,8 @@ pub(crate) struct Observations {
     timeout: Duration,
     episode: AtomicU64,
     seq: AtomicU64,
+    /// Every sensor has published once.
+    complete: AtomicBool,
 }
 
 /// The sensors, whose snapshot waits for nothing, or the host's own source, which may.
@@ -31,7 +33,7 @@ pub(crate) enum Source {
 
 impl Observations {
     pub(crate) fn new(source: Source, timeout: Duration) -> Observations {
-        Observations { source, timeout, episode: AtomicU64::new(0), seq: AtomicU64::new(0) }
+        Observations { source, timeout, episode: AtomicU64::new(0), seq: AtomicU64::new(0), complete: AtomicBool::new(false) }
     }
 
     pub(crate) fn episode(&self) -> u64 {
@@ -57,12 +59,16 @@ impl Observations {
         Ok(self.label(observation, episode))
     }
 
-    /// Whether an observation is to be had without waiting. Once true of sensors, it stays true.
+    /// Whether an observation is to be had without waiting. Once true of sensors, it stays true, and is not looked at again.
     pub(crate) fn are_at_hand(&self) -> bool {
-        matches!(&self.source, Source::Sensors(sensors) if sensors.snapshot().is_some())
+        let Source::Sensors(sensors) = &self.source else { return false };
+        if !self.complete.load(Ordering::Relaxed) {
+            self.complete.store(sensors.snapshot().is_some(), Ordering::Relaxed);
+        }
+        self.complete.load(Ordering::Relaxed)
     }
 
-    /// The same, on a thread that may block unless there is nothing to wait for.
+    /// The newest observation; where that takes waiting, on a thread that may block.
     pub(crate) async fn observe(self: &Arc<Observations>) -> Result<Observation, Fault> {
         let episode = self.episode();
         if let Source::Sensors(sensors) = &self.source
