@@ -1,12 +1,10 @@
-//! The same client for policy code without a runtime: every call blocks, the connection runs on a thread of its own.
+//! The same client for policy code without a runtime: every call blocks.
 
 use std::{fmt, future::Future, sync::Arc, time::Duration};
 
+use chiral_link::Host;
 use chiral_proto::{ActionChunk, Observation, StepResult, Timestamp, ValueMap, action::Action, message::RobotInfo};
-use tokio::{
-    runtime::{Handle, Runtime},
-    time::timeout,
-};
+use tokio::{runtime::Handle, time::timeout};
 
 use crate::{ClientStats, PolicyClientBuilder, PutMode, StreamOptions, client, error::Error};
 
@@ -21,20 +19,18 @@ pub struct PolicyClient {
     connection: Arc<Connection>,
 }
 
-/// A client and the runtime it lives on.
+/// A client, and what drives it.
 struct Connection {
     client: client::PolicyClient,
-    runtime: Option<Runtime>,
+    host: Host,
 }
 
 impl Drop for Connection {
     fn drop(&mut self) {
-        let Some(runtime) = self.runtime.take() else { return };
-        // Within another runtime nothing may block; the connection then just closes.
+        // Within a runtime nothing may block; the goodbye is then said by the connections' own threads, if the process lets them.
         if Handle::try_current().is_err() {
-            let _ = runtime.block_on(async { timeout(PARTING_LIMIT, self.client.close()).await });
+            let _ = self.host.block_on(async { timeout(PARTING_LIMIT, self.client.close()).await });
         }
-        runtime.shutdown_background();
     }
 }
 
@@ -54,12 +50,8 @@ impl PolicyClient {
     }
 
     #[cfg(feature = "websocket")]
-    pub(crate) fn start(connecting: impl Future<Output = Result<client::PolicyClient>>) -> Result<PolicyClient> {
-        let runtime =
-            tokio::runtime::Builder::new_multi_thread().worker_threads(1).thread_name("chiral-client").enable_all().build();
-        let runtime = runtime.map_err(|error| Error::Runtime(Arc::new(error)))?;
-        let client = runtime.block_on(connecting)?;
-        Ok(PolicyClient { connection: Arc::new(Connection { client, runtime: Some(runtime) }) })
+    pub(crate) fn new(client: client::PolicyClient, host: Host) -> PolicyClient {
+        PolicyClient { connection: Arc::new(Connection { client, host }) }
     }
 
     /// See [`crate::PolicyClient::robot`].
@@ -171,8 +163,7 @@ impl PolicyClient {
     }
 
     fn wait<T>(&self, call: impl Future<Output = T>) -> T {
-        let runtime = self.connection.runtime.as_ref().expect("only drop takes the runtime");
-        runtime.block_on(call)
+        self.connection.host.block_on(call)
     }
 }
 

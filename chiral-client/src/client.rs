@@ -1,28 +1,26 @@
 //! The client's calls: the surface that policy code sees.
 
-use std::{fmt, sync::Arc, time::Duration};
+use std::{fmt, ops::Deref, sync::Arc, time::Duration};
 
 use chiral_proto::{
     ActionChunk, Message, Observation, Reply, Request, StepResult, Timestamp, ValueMap,
     action::Action,
     message::{RobotInfo, Subscribe, Welcome},
 };
-use tokio::{sync::mpsc, time::timeout};
+use tokio::time::timeout;
 
 use crate::{
     builder::PolicyClientBuilder,
     dispatch::PutMode,
     error::Error,
+    lane::Lane,
     lock,
-    session::{Outgoing, Shared},
+    session::Shared,
     state::{RequestKind, Stream},
     stats::ClientStats,
 };
 
 type Result<T, E = Error> = std::result::Result<T, E>;
-
-/// How long `close` waits for its goodbye to leave.
-const CLOSE_LIMIT: Duration = Duration::from_secs(2);
 
 /// The policy's end of a connection to a robot. A clone is the same connection; the session ends when the last one is dropped.
 ///
@@ -32,10 +30,26 @@ const CLOSE_LIMIT: Duration = Duration::from_secs(2);
 /// Every failure reaches the caller. After the session ended, every call fails with the reason.
 #[derive(Clone)]
 pub struct PolicyClient {
-    shared: Arc<Shared>,
-    outgoing: mpsc::Sender<Outgoing>,
+    shared: Arc<Owned>,
     welcome: Arc<Welcome>,
     request_timeout: Duration,
+}
+
+/// What all clones of a client own together: the session, which ends with the last of them.
+struct Owned(Arc<Shared>);
+
+impl Deref for Owned {
+    type Target = Shared;
+
+    fn deref(&self) -> &Shared {
+        &self.0
+    }
+}
+
+impl Drop for Owned {
+    fn drop(&mut self) {
+        self.0.end(Error::Closed);
+    }
 }
 
 /// What the observation stream is to bring.
@@ -91,13 +105,8 @@ impl PolicyClient {
         PolicyClientBuilder::new(uri)
     }
 
-    pub(crate) fn new(
-        shared: Arc<Shared>,
-        outgoing: mpsc::Sender<Outgoing>,
-        welcome: Welcome,
-        request_timeout: Duration,
-    ) -> Self {
-        PolicyClient { shared, outgoing, welcome: Arc::new(welcome), request_timeout }
+    pub(crate) fn new(shared: Arc<Shared>, welcome: Welcome, request_timeout: Duration) -> Self {
+        PolicyClient { shared: Arc::new(Owned(shared)), welcome: Arc::new(welcome), request_timeout }
     }
 
     /// What the robot is: its name, its cameras and proprioception, its actions.
@@ -235,7 +244,7 @@ impl PolicyClient {
         state.check_alive()?;
         state.dispatch.start(hz, self.shared.now());
         drop(state);
-        self.shared.changed.notify_one();
+        self.shared.dispatcher.wake();
         Ok(())
     }
 
@@ -308,7 +317,7 @@ impl PolicyClient {
             let seen = state.seen;
             state.action(actions, seen)
         };
-        self.send(&message).await
+        self.shared.say(&self.shared.control, &message).await
     }
 
     /// How long ago, by this host's clock, the server's host captured something, such as `obs["wrist_cam"].captured_at`; `None` before the clocks were
@@ -327,46 +336,42 @@ impl PolicyClient {
     /// # Errors
     /// None so far: a connection that is gone already is closed, too.
     pub async fn close(&self) -> Result<()> {
-        let mut latest = self.shared.latest.subscribe();
-        let ended = async { while lock(&self.shared.state).ended.is_none() && latest.changed().await.is_ok() {} };
-        if self.outgoing.send(Outgoing::Goodbye).await.is_ok() {
-            let _ = timeout(CLOSE_LIMIT, ended).await;
-        }
-        lock(&self.shared.state).end(Error::Closed);
+        self.shared.end(Error::Closed);
+        // As long as they take to say goodbye, which has a limit.
+        self.shared.control.gone().await;
+        self.shared.observations.gone().await;
+        lock(&self.shared.state).ended = Some(Error::Closed);
         Ok(())
     }
 
     // ---- Helpers -----------------------------------------------------------------------------------------------------------------------
 
     async fn ask(&self, request: Request, kind: RequestKind) -> Result<Reply> {
-        // The place comes first: who gives up waiting for one has asked nothing.
-        let place = self.outgoing.reserve().await.map_err(|_| self.ended())?;
-        let answered = {
+        let lane = self.lane_of(&request);
+        let (frame, answered) = {
             let mut state = lock(&self.shared.state);
             let id = state.next_request()?;
-            let frame = self.shared.codec.encode(&Message::Request { id, request })?;
-            place.send(Outgoing::Frame(frame));
-            state.asked(id, kind)
+            let frame = lane.codec.encode(&Message::Request { id, request })?;
+            (frame, state.asked(id, kind))
         };
         if kind == RequestKind::Reset {
             // It has emptied the action queue.
             self.shared.room.notify_waiters();
         }
+        self.shared.send(lane, frame).await?;
         answered.await.unwrap_or(Err(Error::Closed))
+    }
+
+    fn lane_of(&self, request: &Request) -> &Lane {
+        match request {
+            Request::GetObs | Request::Subscribe(_) | Request::Unsubscribe => &self.shared.observations,
+            Request::Hello(_) | Request::GetMetadata | Request::Reset { .. } | Request::Step { .. } => &self.shared.control,
+        }
     }
 
     async fn ask_briefly(&self, request: Request, kind: RequestKind, what: &'static str) -> Result<Reply> {
         let waited = self.request_timeout;
         timeout(waited, self.ask(request, kind)).await.map_err(|_| Error::Timeout { what, waited })?
-    }
-
-    async fn send(&self, message: &Message) -> Result<()> {
-        let frame = self.shared.codec.encode(message)?;
-        self.outgoing.send(Outgoing::Frame(frame)).await.map_err(|_| self.ended())
-    }
-
-    fn ended(&self) -> Error {
-        lock(&self.shared.state).ended.clone().unwrap_or(Error::Closed)
     }
 
     fn offer(&self, chunk: &ActionChunk, mode: PutMode) -> Result<()> {
@@ -376,6 +381,7 @@ impl PolicyClient {
             return Err(Error::ActionRefused(fault));
         }
         let rows = state.rows(chunk);
+        let was_idle = state.dispatch.queued() == 0;
         state.dispatch.offer(rows, mode, self.shared.now()).map_err(|rows| Error::QueueFull {
             rows: rows.len(),
             queued: state.dispatch.queued(),
@@ -383,7 +389,9 @@ impl PolicyClient {
             dispatching: state.dispatch.is_running(),
         })?;
         drop(state);
-        self.shared.changed.notify_one();
+        if was_idle {
+            self.shared.dispatcher.wake();
+        }
         Ok(())
     }
 

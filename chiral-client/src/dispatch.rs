@@ -132,6 +132,11 @@ impl Dispatch {
         self.queue.clear();
     }
 
+    /// Whether a reset is under way.
+    pub(crate) fn is_held_up(&self) -> bool {
+        self.resets > 0
+    }
+
     /// The reset was answered.
     pub(crate) fn reset_ended(&mut self, now: Timestamp) {
         self.resets = self.resets.saturating_sub(1);

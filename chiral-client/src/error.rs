@@ -125,7 +125,7 @@ pub enum Error {
         /// What was expected.
         expected: &'static str,
     },
-    /// There can be no runtime for the blocking client.
-    #[error("cannot start a tokio runtime: {0}")]
-    Runtime(Arc<std::io::Error>),
+    /// The system gives no thread for a connection or for dispatch.
+    #[error("cannot start a thread: {0}")]
+    Thread(Arc<std::io::Error>),
 }

@@ -1,4 +1,4 @@
-//! One connection to a server, from the hello to the end: a receive loop and a send loop, which never wait for each other.
+//! A session with a server, from its hello to its end: on each connection a receive loop and a send loop, which never wait for each other.
 
 use std::{
     sync::{Arc, Mutex},
@@ -7,46 +7,47 @@ use std::{
 
 use bytes::Bytes;
 use chiral_proto::{
-    Clock, Code, Codec, Fault, Frame, Message, Notice, PROTOCOL_VERSION, Reply, Request, Timestamp, Transport, TransportError,
+    Clock, Code, Fault, Frame, Message, Notice, PROTOCOL_VERSION, Reply, Request, Timestamp, Transport, TransportError,
     clock::PingSample,
     error::chain,
     message::{Hello, Role, Welcome},
+    pool::Pool,
 };
 use tokio::{
-    sync::{Notify, mpsc, watch},
+    sync::{Notify, watch},
     time::{sleep, timeout},
 };
 
 use crate::{
+    dispatcher::Dispatcher,
     error::Error,
+    lane::{Carries, Lane},
     lock,
-    state::{Latest, Next, State, Stream},
+    state::{Due, Latest, Pings, State, Stream},
 };
 
 /// Within this the server must answer the hello.
 pub(crate) const HELLO_LIMIT: Duration = Duration::from_secs(5);
 /// For a last word and an orderly close.
 const PARTING_LIMIT: Duration = Duration::from_secs(1);
+/// Memory that no observation used for so long, or at most twice as long, is given back.
+const TRIM_PERIOD: Duration = Duration::from_secs(4);
 
-/// What the send loop is given by the client's calls.
-pub(crate) enum Outgoing {
-    /// A message, encoded where it can still fail without harm.
-    Frame(Frame),
-    /// The last word.
-    Goodbye,
-}
-
-/// What the loops and the client share.
+/// What the loops, the dispatcher and the client share.
 pub(crate) struct Shared {
     pub(crate) state: Mutex<State>,
     pub(crate) latest: watch::Sender<Latest>,
-    /// Something for the send loop has changed.
-    pub(crate) changed: Notify,
     /// The action queue may have room, or has lost what empties it.
     pub(crate) room: Notify,
     pub(crate) clock: Clock,
-    pub(crate) codec: Codec,
     pub(crate) silence_limit: Duration,
+    pub(crate) dispatcher: Dispatcher,
+    pub(crate) control: Arc<Lane>,
+    /// The second connection, or the first if there is only one.
+    pub(crate) observations: Arc<Lane>,
+    /// Where received observations lie.
+    pub(crate) pool: Pool,
+    pub(crate) ended: watch::Sender<bool>,
 }
 
 impl Shared {
@@ -54,22 +55,54 @@ impl Shared {
         self.clock.now()
     }
 
-    /// What there is to say next; who waits for room in the action queue is woken if that made some.
-    fn next(&self) -> Next {
+    /// Says something to the server. A connection that fails at it ends the session.
+    pub(crate) async fn say(&self, lane: &Lane, message: &Message) -> Result<(), Error> {
+        self.send(lane, lane.codec.encode(message)?).await
+    }
+
+    pub(crate) async fn send(&self, lane: &Lane, frame: Frame) -> Result<(), Error> {
+        if let Err(error) = lane.send(frame).await {
+            self.end(lost(error));
+        }
+        lock(&self.state).check_alive()
+    }
+
+    /// What the dispatcher has to do.
+    pub(crate) fn due(&self) -> Due {
         let mut state = lock(&self.state);
-        let queued = state.dispatch.queued();
-        let next = state.next(self.now());
-        if state.dispatch.queued() < queued {
+        let discarded = state.dispatch.discarded;
+        let due = state.due(self.now());
+        if state.dispatch.discarded > discarded {
             self.room.notify_waiters();
         }
-        next
+        due
+    }
+
+    /// Sends a row that is due. Who waits for room in the queue is woken only afterwards.
+    pub(crate) async fn act(&self, action: Message) {
+        if let Err(error) = self.say(&self.control, &action).await {
+            tracing::debug!("an action was not sent: {error}");
+        }
+        self.room.notify_waiters();
     }
 
     /// The session is over: every call from now on, and every one that waits, gets this error or an earlier one.
-    fn end(&self, error: Error) {
-        lock(&self.state).end(error);
+    pub(crate) fn end(&self, error: Error) {
+        if !lock(&self.state).end(error.clone()) {
+            return;
+        }
+        match &error {
+            Error::Closed => tracing::debug!("closed"),
+            error => tracing::warn!("{error}"),
+        }
+        self.ended.send_replace(true);
         self.latest.send_modify(|_| ());
         self.room.notify_waiters();
+        self.dispatcher.wake();
+    }
+
+    async fn ended(&self) {
+        let _ = self.ended.subscribe().wait_for(|ended| *ended).await;
     }
 }
 
@@ -81,8 +114,8 @@ pub(crate) struct Identity {
     pub(crate) auth: Bytes,
 }
 
-/// Says hello; returns the server's welcome.
-pub(crate) async fn greet<T: Transport>(transport: &T, identity: &Identity) -> Result<Welcome, Error> {
+/// Says hello, on a second connection with the token of the first's welcome; returns the server's welcome.
+pub(crate) async fn greet<T: Transport>(transport: &T, identity: &Identity, attach_token: Bytes) -> Result<Welcome, Error> {
     let hello = Message::Request {
         id: 1,
         request: Request::Hello(Hello {
@@ -91,11 +124,11 @@ pub(crate) async fn greet<T: Transport>(transport: &T, identity: &Identity) -> R
             role: identity.role,
             client_name: identity.name.clone(),
             auth: identity.auth.clone(),
-            attach_token: Bytes::new(),
+            attach_token,
         }),
     };
     let exchange = async {
-        write(transport, &hello).await.map_err(lost)?;
+        transport.send(transport.codec().encode(&hello)?).await.map_err(lost)?;
         match transport.recv().await.map_err(lost)? {
             Some(frame) => transport.codec().decode(frame).map_err(Error::Malformed),
             None => Err(Error::Disconnected { reason: "the server closed the connection at the hello".to_owned(), cause: None }),
@@ -119,23 +152,48 @@ pub(crate) async fn greet<T: Transport>(transport: &T, identity: &Identity) -> R
     }
 }
 
-/// Runs a session until it ends, and tells everyone why it did.
-pub(crate) async fn run<T: Transport>(shared: Arc<Shared>, transport: T, outgoing: mpsc::Receiver<Outgoing>) {
-    let end = tokio::select! {
-        end = receive(&shared, &transport) => end,
-        end = send(&shared, &transport, outgoing) => end,
-    };
-    match &end {
-        Error::Closed => tracing::debug!("closed"),
-        error => tracing::warn!("{error}"),
+/// Has a connection's loops run on its host, until the session ends or the connection does: then both do.
+pub(crate) fn run<T: Transport>(shared: &Arc<Shared>, lane: &Arc<Lane>, transport: Arc<T>) {
+    let running = Running { shared: Arc::clone(shared), lane: Arc::clone(lane) };
+    lane.host.spawn(async move {
+        let Running { shared, lane } = &running;
+        tokio::select! {
+            () = shared.ended() => {}
+            end = receive(shared, lane, &*transport) => shared.end(end),
+            end = send(shared, lane) => shared.end(end),
+        }
+        let _ = timeout(PARTING_LIMIT, part(shared, lane, &*transport)).await;
+    });
+}
+
+/// Whatever becomes of a connection's loops, also if their runtime is shut down, the session does not outlive them.
+struct Running {
+    shared: Arc<Shared>,
+    lane: Arc<Lane>,
+}
+
+impl Drop for Running {
+    fn drop(&mut self) {
+        self.shared.end(Error::Disconnected { reason: "the runtime of the connection was shut down".to_owned(), cause: None });
+        self.lane.leave();
     }
-    shared.end(end);
-    let _ = timeout(PARTING_LIMIT, transport.close()).await;
+}
+
+/// The other side may still hear why.
+async fn part<T: Transport>(shared: &Shared, lane: &Lane, transport: &T) {
+    let reason = match lock(&shared.state).check_alive() {
+        Err(Error::Closed) | Ok(()) => "the client was closed".to_owned(),
+        Err(error) => error.to_string(),
+    };
+    if let Ok(goodbye) = lane.codec.encode(&Message::Notice(Notice::Goodbye { reason })) {
+        let _ = lane.send(goodbye).await;
+    }
+    transport.close().await;
 }
 
 // ---- Receiving ---------------------------------------------------------------------------------------------------------------------------
 
-async fn receive<T: Transport>(shared: &Shared, transport: &T) -> Error {
+async fn receive<T: Transport>(shared: &Shared, lane: &Lane, transport: &T) -> Error {
     loop {
         let frame = match timeout(shared.silence_limit, transport.recv()).await {
             Ok(Ok(Some(frame))) => frame,
@@ -146,15 +204,15 @@ async fn receive<T: Transport>(shared: &Shared, transport: &T) -> Error {
                 return Error::Disconnected { reason, cause: None };
             }
         };
-        if let Err(end) = handle(shared, transport, frame) {
+        if let Err(end) = handle(shared, lane, frame) {
             return end;
         }
     }
 }
 
-fn handle<T: Transport>(shared: &Shared, transport: &T, frame: Frame) -> Result<(), Error> {
+fn handle(shared: &Shared, lane: &Lane, frame: Frame) -> Result<(), Error> {
     let now = shared.now();
-    let message = match transport.codec().decode(frame) {
+    let message = match lane.codec.decode(frame) {
         Ok(message) => message,
         // Only the request that it answers has failed; but what belongs to no request must not vanish in silence.
         Err(error) if error.id != 0 => {
@@ -172,7 +230,7 @@ fn handle<T: Transport>(shared: &Shared, transport: &T, frame: Frame) -> Result<
             if lock(&shared.state).arrived(&observation, now) {
                 shared.latest.send_replace(Some(observation));
             }
-            shared.changed.notify_one();
+            shared.observations.changed.notify_one();
         }
         Message::Notice(Notice::StreamEnd { reason }) => {
             lock(&shared.state).stream = Stream::Failed(Error::StreamEnded { reason });
@@ -183,6 +241,8 @@ fn handle<T: Transport>(shared: &Shared, transport: &T, frame: Frame) -> Result<
             shared.room.notify_waiters();
         }
         Message::Notice(Notice::Error(fault)) => tracing::warn!("the server reports: {fault}"),
+        // Observations would delay it.
+        Message::Notice(Notice::Pong { .. }) if lane.carries == Carries::Observations => {}
         Message::Notice(Notice::Pong { t1, t2, t3 }) => lock(&shared.state).pong(PingSample { t1, t2, t3, t4: now }),
         Message::Notice(Notice::Goodbye { reason }) => return Err(Error::Disconnected { reason, cause: None }),
         // What only a client says, or a newer server: nothing that anybody here waits for.
@@ -197,49 +257,46 @@ fn handle<T: Transport>(shared: &Shared, transport: &T, frame: Frame) -> Result<
 fn settle(shared: &Shared, id: u64, outcome: Result<Reply, Error>, now: Timestamp) {
     let mut state = lock(&shared.state);
     let episode = state.episode;
+    let was_held_up = state.dispatch.is_held_up();
     state.settle(id, outcome, now);
     if state.episode > episode {
         // What came before the reset is not the latest any more.
         shared.latest.send_replace(None);
     }
-    drop(state);
-    shared.changed.notify_one();
-    shared.room.notify_waiters();
+    if was_held_up {
+        drop(state);
+        shared.room.notify_waiters();
+        shared.dispatcher.wake();
+    }
 }
 
 // ---- Sending -----------------------------------------------------------------------------------------------------------------------------
 
-async fn send<T: Transport>(shared: &Shared, transport: &T, mut outgoing: mpsc::Receiver<Outgoing>) -> Error {
+/// What is said by itself: credit and pings. Requests and actions are sent by who makes them.
+async fn send(shared: &Shared, lane: &Lane) -> Error {
+    let mut pings = Pings::new(shared.now());
+    let mut trimmed = shared.now();
     loop {
-        let next = shared.next();
-        // Only the choice of what to send is interruptible, never the sending.
-        let sent = match next {
-            Next::Say(message) => write(transport, &message).await,
-            Next::Wait(wait) => tokio::select! {
-                biased;
-                next = outgoing.recv() => match next {
-                    Some(Outgoing::Frame(frame)) => transport.send(frame).await,
-                    // Or every client of this session was dropped.
-                    Some(Outgoing::Goodbye) | None => {
-                        let goodbye = Notice::Goodbye { reason: "the client was closed".to_owned() };
-                        let _ = write(transport, &Message::Notice(goodbye)).await;
-                        return Error::Closed;
-                    }
-                },
-                () = shared.changed.notified() => Ok(()),
-                () = sleep(wait) => Ok(()),
-            },
+        let now = shared.now();
+        let credit = if lane.carries == Carries::Control { None } else { lock(&shared.state).credit() };
+        let message = match credit {
+            Some(credit) => credit,
+            None if pings.due_in(now).is_zero() => pings.take(now),
+            None => {
+                tokio::select! {
+                    () = lane.changed.notified() => {}
+                    () = sleep(pings.due_in(now)) => {}
+                }
+                continue;
+            }
         };
-        if let Err(error) = sent {
-            return lost(error);
+        if let Err(error) = shared.say(lane, &message).await {
+            return error;
         }
-    }
-}
-
-async fn write<T: Transport>(transport: &T, message: &Message) -> Result<(), TransportError> {
-    match transport.codec().encode(message) {
-        Ok(frame) => transport.send(frame).await,
-        Err(unsayable) => Err(TransportError::lost(unsayable)),
+        if lane.carries != Carries::Control && now.since(trimmed) >= TRIM_PERIOD {
+            shared.pool.trim();
+            trimmed = now;
+        }
     }
 }
 

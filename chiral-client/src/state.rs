@@ -39,11 +39,11 @@ pub(crate) struct State {
     pending: HashMap<u64, Pending>,
     last_request: u64,
     last_action: u64,
+    /// The last action before the newest reset: that the reset overtook it is no failure.
+    overtaken: u64,
     clocks: OffsetFilter,
     /// The handshake's, until pings tell better.
     first_round_trip: Duration,
-    next_ping: Timestamp,
-    pings: u32,
     arrivals: Recent,
     actions_sent: u64,
     actions_refused: u64,
@@ -78,14 +78,41 @@ pub(crate) enum RequestKind {
     Other,
 }
 
-/// What the send loop does next.
-pub(crate) enum Next {
-    Say(Message),
-    Wait(Duration),
+/// When the dispatcher has something to do.
+pub(crate) enum Due {
+    Now(Message),
+    In(Duration),
+    /// Unless it is woken.
+    Never,
+    Ended,
+}
+
+/// When one connection is pinged next. Each is, so that a dead one is noticed.
+#[derive(Debug)]
+pub(crate) struct Pings {
+    next: Timestamp,
+    sent: u32,
+}
+
+impl Pings {
+    pub(crate) fn new(now: Timestamp) -> Pings {
+        Pings { next: now, sent: 0 }
+    }
+
+    pub(crate) fn due_in(&self, now: Timestamp) -> Duration {
+        self.next.since(now)
+    }
+
+    /// The ping that is due.
+    pub(crate) fn take(&mut self, now: Timestamp) -> Message {
+        self.sent += 1;
+        self.next = now + if self.sent < FIRST_PINGS { FIRST_PING_PERIOD } else { PING_PERIOD };
+        Message::Notice(Notice::Ping { t1: now })
+    }
 }
 
 impl State {
-    pub(crate) fn new(session: u64, episode: u64, queue_capacity: usize, first_round_trip: Duration, now: Timestamp) -> State {
+    pub(crate) fn new(session: u64, episode: u64, queue_capacity: usize, first_round_trip: Duration) -> State {
         State {
             session,
             episode,
@@ -97,10 +124,9 @@ impl State {
             pending: HashMap::new(),
             last_request: 1,
             last_action: 0,
+            overtaken: 0,
             clocks: OffsetFilter::default(),
             first_round_trip,
-            next_ping: now,
-            pings: 0,
             arrivals: Recent::default(),
             actions_sent: 0,
             actions_refused: 0,
@@ -123,6 +149,7 @@ impl State {
         if kind == RequestKind::Reset {
             self.dispatch.reset_began();
             self.refusal = None;
+            self.overtaken = self.last_action;
         }
         answered
     }
@@ -167,6 +194,13 @@ impl State {
         is_current
     }
 
+    /// What the server has yet to be told of the stream's arrivals.
+    pub(crate) fn credit(&mut self) -> Option<Message> {
+        let Stream::On { hz, received, credit_due: true } = self.stream else { return None };
+        self.stream = Stream::On { hz, received, credit_due: false };
+        Some(Message::Notice(Notice::Credit { received, window: self.window(hz) }))
+    }
+
     /// How long ago the server's host captured something.
     pub(crate) fn age(&self, captured_at: Timestamp, now: Timestamp) -> Option<Duration> {
         Some(now.shifted(self.clocks.offset_ns()?).since(captured_at))
@@ -199,43 +233,41 @@ impl State {
     }
 
     pub(crate) fn refused(&mut self, fault: Fault) {
-        tracing::warn!("action {} was refused: {fault}", fault.action_seq);
         self.actions_refused += 1;
+        if fault.action_seq <= self.overtaken {
+            return tracing::debug!("action {} was overtaken by a reset: {fault}", fault.action_seq);
+        }
+        tracing::warn!("action {} was refused: {fault}", fault.action_seq);
         self.refusal = Some(fault);
     }
 
-    // ---- The loops ---------------------------------------------------------------------------------------------------------------------
-
-    /// What there is to say now, actions first, or how long to wait for it.
-    pub(crate) fn next(&mut self, now: Timestamp) -> Next {
+    /// The row that is due, or when the next one is.
+    pub(crate) fn due(&mut self, now: Timestamp) -> Due {
+        if self.ended.is_some() {
+            return Due::Ended;
+        }
         // Also what was queued while the reset's answer was on its way to the caller.
         self.dispatch.drop_older_than(self.episode);
         if let Some(row) = self.dispatch.take(now) {
-            return Next::Say(self.action(row.values.into(), (row.episode, row.observation_seq)));
+            return Due::Now(self.action(row.values.into(), (row.episode, row.observation_seq)));
         }
-        if let Stream::On { hz, received, credit_due: true } = self.stream {
-            self.stream = Stream::On { hz, received, credit_due: false };
-            return Next::Say(Message::Notice(Notice::Credit { received, window: self.window(hz) }));
-        }
-        if now >= self.next_ping {
-            self.pings += 1;
-            self.next_ping = now + if self.pings < FIRST_PINGS { FIRST_PING_PERIOD } else { PING_PERIOD };
-            return Next::Say(Message::Notice(Notice::Ping { t1: now }));
-        }
-        let ping = self.next_ping.since(now);
-        Next::Wait(self.dispatch.due_in(now).map_or(ping, |due| due.min(ping)))
+        self.dispatch.due_in(now).map_or(Due::Never, Due::In)
     }
+
+    // ---- The loops ---------------------------------------------------------------------------------------------------------------------
 
     pub(crate) fn pong(&mut self, sample: PingSample) {
         self.clocks.add(sample);
     }
 
-    /// The session is over: whoever waits is told.
-    pub(crate) fn end(&mut self, error: Error) {
+    /// The session is over: whoever waits is told. Whether it was not over already.
+    pub(crate) fn end(&mut self, error: Error) -> bool {
         for (_, pending) in self.pending.drain() {
             let _ = pending.answer.send(Err(error.clone()));
         }
+        let is_first = self.ended.is_none();
         self.ended.get_or_insert(error);
+        is_first
     }
 
     pub(crate) fn check_alive(&self) -> Result<(), Error> {

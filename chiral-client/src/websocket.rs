@@ -9,8 +9,8 @@ use std::{
     time::Duration,
 };
 
-use chiral_link::{Role, SUBPROTOCOL, WebSocketTransport, tune};
-use chiral_proto::Codec;
+use chiral_link::{Role, SUBPROTOCOL, WebSocketOptions, WebSocketTransport, tune};
+use chiral_proto::{Codec, pool::Pool};
 use tokio::{
     io::{AsyncRead, AsyncWrite, ReadBuf},
     net::TcpStream,
@@ -41,19 +41,22 @@ const HANDSHAKE_LIMIT: Duration = Duration::from_secs(5);
 /// Of what a server that is none says, as much as an error should show.
 const MAX_HTTP_TEXT: usize = 200;
 
-/// A `ws://` or `wss://` address.
-#[derive(Debug)]
-pub(crate) struct Address {
+/// A connection to a server.
+pub(crate) type Connection = WebSocketTransport<Stream>;
+
+/// How to reach a server at a `ws://` or `wss://` address.
+#[derive(Clone)]
+pub(crate) struct Server {
     uri: Uri,
     host: String,
     port: u16,
-    is_tls: bool,
+    tls: Option<TlsConnector>,
 }
 
-impl Address {
-    pub(crate) fn parse(text: &str) -> Result<Address, Error> {
-        let refuse = |reason: String| Error::Address { uri: text.to_owned(), reason };
-        let uri: Uri = text.parse().map_err(|error| refuse(format!("{error}")))?;
+impl Server {
+    pub(crate) fn parse(address: &str, root_certificates: Option<&[u8]>) -> Result<Server, Error> {
+        let refuse = |reason: String| Error::Address { uri: address.to_owned(), reason };
+        let uri: Uri = address.parse().map_err(|error| refuse(format!("{error}")))?;
         let (is_tls, default_port) = match uri.scheme_str() {
             Some("ws") => (false, 80),
             Some("wss") => (true, 443),
@@ -62,15 +65,12 @@ impl Address {
         };
         let host = uri.host().filter(|host| !host.is_empty()).ok_or_else(|| refuse("it names no host".to_owned()))?;
         let host = host.trim_matches(['[', ']']).to_owned();
-        Ok(Address { port: uri.port_u16().unwrap_or(default_port), host, is_tls, uri })
+        let tls = if is_tls { Some(tls(root_certificates)?) } else { None };
+        Ok(Server { port: uri.port_u16().unwrap_or(default_port), host, tls, uri })
     }
 }
 
-/// How to reach a server at `address` securely; `None` where that is not asked for.
-pub(crate) fn tls_for(address: &Address, root_certificates: Option<&[u8]>) -> Result<Option<TlsConnector>, Error> {
-    if !address.is_tls {
-        return Ok(None);
-    }
+fn tls(root_certificates: Option<&[u8]>) -> Result<TlsConnector, Error> {
     let tls = |error: Box<dyn StdError + Send + Sync>| Error::Tls(Arc::from(error));
     let mut roots = RootCertStore::empty();
     match root_certificates {
@@ -86,7 +86,7 @@ pub(crate) fn tls_for(address: &Address, root_certificates: Option<&[u8]>) -> Re
     }
     let config = ClientConfig::builder_with_provider(Arc::new(ring::default_provider())).with_safe_default_protocol_versions();
     let config = config.map_err(|error| tls(error.into()))?.with_root_certificates(roots).with_no_client_auth();
-    Ok(Some(Arc::new(config).into()))
+    Ok(Arc::new(config).into())
 }
 
 /// A connection, secure or not. (A boxed trait object would do, if futures that hold one could be shown to be `Send`.)
@@ -128,18 +128,16 @@ impl AsyncWrite for Stream {
 }
 
 /// One attempt to connect.
-pub(crate) async fn connect(
-    address: &Address,
-    tls: Option<&TlsConnector>,
-    max_frame: usize,
-) -> Result<WebSocketTransport<Stream>, Attempt> {
+pub(crate) async fn connect(server: &Server, max_message: usize, pool: Pool) -> Result<Connection, Attempt> {
     let attempt = async {
-        let mut request = address.uri.clone().into_client_request().map_err(judge)?;
+        let mut request = server.uri.clone().into_client_request().map_err(judge)?;
         request.headers_mut().insert(SEC_WEBSOCKET_PROTOCOL, HeaderValue::from_static(SUBPROTOCOL));
-        let stream = open(address, tls).await?;
+        let stream = open(server).await?;
         let (socket, _) = client_async(request, Frugal::new(stream)).await.map_err(judge)?;
         let Frugal { stream, .. } = socket.into_inner();
-        Ok(WebSocketTransport::new(stream, Role::Client, max_frame, Codec::Protobuf, address.uri.to_string()))
+        let peer = server.uri.to_string();
+        let options = WebSocketOptions { role: Role::Client, max_message, pool, codec: Codec::Protobuf, peer };
+        Ok(WebSocketTransport::new(stream, &[], options))
     };
     match timeout(HANDSHAKE_LIMIT, attempt).await {
         Ok(outcome) => outcome,
@@ -147,13 +145,13 @@ pub(crate) async fn connect(
     }
 }
 
-async fn open(address: &Address, tls: Option<&TlsConnector>) -> Result<Stream, Attempt> {
+async fn open(server: &Server) -> Result<Stream, Attempt> {
     let absent = |error: io::Error| Attempt::Absent(error.to_string());
-    let stream = TcpStream::connect((address.host.as_str(), address.port)).await.map_err(absent)?;
+    let stream = TcpStream::connect((server.host.as_str(), server.port)).await.map_err(absent)?;
     tune(&stream, stream.peer_addr().map_err(absent)?);
-    let Some(tls) = tls else { return Ok(Stream::Plain(stream)) };
+    let Some(tls) = &server.tls else { return Ok(Stream::Plain(stream)) };
     let distrust = |error: Arc<dyn StdError + Send + Sync>| Attempt::Failed(Error::Tls(error));
-    let name = ServerName::try_from(address.host.clone()).map_err(|error| distrust(Arc::new(error)))?;
+    let name = ServerName::try_from(server.host.clone()).map_err(|error| distrust(Arc::new(error)))?;
     match tls.connect(name, stream).await {
         Ok(stream) => Ok(Stream::Tls(Box::new(stream))),
         Err(error) => Err(distrust(Arc::new(error))),

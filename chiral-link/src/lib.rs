@@ -1,9 +1,11 @@
-//! What client and server both need with a socket, and neither alone: WebSocket frames over any byte stream, and the host's clock.
+//! What client and server both need with a socket, and neither alone: WebSocket frames over any byte stream, threads for connections, and the host's
+//! clock.
 //!
 //! The opening handshake is not here: each end does its own, by a library. Afterwards the bytes are ours: an observation of 17 MB is written from the
 //! sensors' memory and read into the memory that the policy will look at.
 
 mod clock;
+mod host;
 #[cfg(feature = "websocket")]
 mod read;
 #[cfg(feature = "websocket")]
@@ -14,8 +16,9 @@ mod tune;
 mod write;
 
 pub use clock::monotonic;
+pub use host::Host;
 #[cfg(feature = "websocket")]
-pub use socket::{Role, WebSocketTransport};
+pub use socket::{Role, WebSocketOptions, WebSocketTransport};
 #[cfg(feature = "websocket")]
 pub use tune::tune;
 

@@ -15,8 +15,6 @@ use crate::{
 const READ_AHEAD: usize = 8 * 1024;
 /// Messages up to this size are not worth the pool's memory.
 const SMALL: usize = 4 * 1024;
-/// Large messages that nobody looks at any more, kept for the next ones: the latest, one that arrives, and one that a policy has just let go.
-const IDLE_BUFFERS: usize = 3;
 /// The longest control frame (section 5.5).
 const MAX_CONTROL: usize = 125;
 
@@ -54,17 +52,11 @@ struct Header {
 }
 
 impl<R: AsyncRead + Unpin> Reader<R> {
-    pub(crate) fn new(stream: R, role: Role, max_message: usize) -> Reader<R> {
-        Reader {
-            stream,
-            role,
-            max_message,
-            pool: Pool::new(IDLE_BUFFERS),
-            ahead: vec![0; READ_AHEAD].into(),
-            begin: 0,
-            end: 0,
-            fragments: None,
-        }
+    /// A reader whose first bytes are those that the handshake has read too many.
+    pub(crate) fn new(stream: R, read_already: &[u8], role: Role, max_message: usize, pool: Pool) -> Reader<R> {
+        let mut ahead = vec![0; READ_AHEAD.max(read_already.len())];
+        ahead[..read_already.len()].copy_from_slice(read_already);
+        Reader { stream, role, max_message, pool, ahead: ahead.into(), begin: 0, end: read_already.len(), fragments: None }
     }
 
     /// The next message or control frame, which may lie between the fragments of a message.

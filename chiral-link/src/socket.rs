@@ -3,7 +3,7 @@
 use std::sync::{Mutex as StdMutex, PoisonError};
 
 use bytes::Bytes;
-use chiral_proto::{Codec, Frame, Transport, TransportError};
+use chiral_proto::{Codec, Frame, Transport, TransportError, pool::Pool};
 use tokio::{
     io::{AsyncRead, AsyncWrite, ReadHalf, WriteHalf},
     sync::Mutex,
@@ -42,6 +42,21 @@ impl Opcode {
     }
 }
 
+/// What a connection is, as its handshake left it.
+#[derive(Clone, Debug)]
+pub struct WebSocketOptions {
+    /// Which end this is.
+    pub role: Role,
+    /// Larger messages are refused, in bytes.
+    pub max_message: usize,
+    /// Where the memory of large messages comes from.
+    pub pool: Pool,
+    /// What was agreed with the peer.
+    pub codec: Codec,
+    /// The peer's name for the log, such as its address.
+    pub peer: String,
+}
+
 /// Frames as binary messages over one byte stream, whose opening handshake is done.
 #[derive(Debug)]
 pub struct WebSocketTransport<S> {
@@ -61,11 +76,12 @@ struct Owed {
 }
 
 impl<S: AsyncRead + AsyncWrite> WebSocketTransport<S> {
-    /// The transport over `stream`, which takes messages of at most `max_message` bytes.
-    pub fn new(stream: S, role: Role, max_message: usize, codec: Codec, peer: String) -> WebSocketTransport<S> {
+    /// The transport over `stream`, of which `read_already` was read with the handshake.
+    pub fn new(stream: S, read_already: &[u8], options: WebSocketOptions) -> WebSocketTransport<S> {
+        let WebSocketOptions { role, max_message, pool, codec, peer } = options;
         let (read, write) = tokio::io::split(stream);
         WebSocketTransport {
-            reader: Mutex::new(Reader::new(read, role, max_message)),
+            reader: Mutex::new(Reader::new(read, read_already, role, max_message, pool)),
             writer: Mutex::new(Writer::new(write, role)),
             owed: StdMutex::default(),
             codec,
@@ -130,9 +146,8 @@ impl<S: AsyncRead + AsyncWrite + Send + 'static> Transport for WebSocketTranspor
 
     async fn close(&self) {
         let mut writer = self.writer.lock().await;
-        if writer.control(Opcode::Close, &Bytes::from_static(&NORMAL_CLOSURE)).await.is_ok() {
-            let _ = writer.shutdown().await;
-        }
+        let _ = writer.control(Opcode::Close, &Bytes::from_static(&NORMAL_CLOSURE)).await;
+        let _ = writer.shutdown().await;
     }
 
     fn codec(&self) -> Codec {

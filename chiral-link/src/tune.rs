@@ -2,14 +2,23 @@
 
 use std::net::SocketAddr;
 
-use rustix::{fd::AsFd, net::sockopt};
+use socket2::SockRef;
+use tokio::net::TcpStream;
 
-/// Sends at once what is to be sent; and between two processes of one host does without a congestion control made for networks (BBR takes 2.5 times as
-/// long there as Reno). As far as the system allows: a socket that refuses works all the same.
-pub fn tune(socket: &impl AsFd, peer: SocketAddr) {
-    let _ = sockopt::set_tcp_nodelay(socket, true);
+/// So much may wait in the socket without having been sent. More would only be older pixels when its turn comes; much less, and the link would idle
+/// while this process is woken.
+const MAX_UNSENT: u32 = 256 * 1024;
+
+/// Sends at once what is to be sent, takes no more than is about to be sent, and between two processes of one host does without a congestion control made
+/// for networks (BBR takes 2.5 times as long there as Reno). As far as the system allows: a socket that refuses works all the same.
+pub fn tune(stream: &TcpStream, peer: SocketAddr) {
+    let socket = SockRef::from(stream);
+    let _ = socket.set_tcp_nodelay(true);
     #[cfg(target_os = "linux")]
-    if peer.ip().to_canonical().is_loopback() {
-        let _ = sockopt::set_tcp_congestion(socket, "reno");
+    {
+        let _ = socket.set_tcp_notsent_lowat(MAX_UNSENT);
+        if peer.ip().to_canonical().is_loopback() {
+            let _ = socket.set_tcp_congestion(b"reno");
+        }
     }
 }

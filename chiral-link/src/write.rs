@@ -17,11 +17,12 @@ const MASKED: u8 = 0x80;
 /// The longest header there is: two bytes, a length of eight, a mask of four.
 const MAX_HEADER: usize = 14;
 
-/// The writing half of a socket. Whoever drops a write half done may only close the stream afterwards.
+/// The writing half of a socket. After a write was dropped half done nothing more is written, since nobody could make sense of it.
 #[derive(Debug)]
 pub(crate) struct Writer<W> {
     stream: W,
     masks: Option<Masks>,
+    is_within_frame: bool,
 }
 
 /// Masks that the other side's proxies cannot foresee (section 10.3), without a generator of our own.
@@ -37,11 +38,12 @@ impl<W: AsyncWrite + Unpin> Writer<W> {
             Role::Client => Some(Masks { secret: RandomState::new(), count: 0 }),
             Role::Server => None,
         };
-        Writer { stream, masks }
+        Writer { stream, masks, is_within_frame: false }
     }
 
     /// Writes one binary message, unfragmented.
     pub(crate) async fn message(&mut self, segments: &[Bytes]) -> io::Result<()> {
+        self.begin()?;
         let len = segments.iter().map(Bytes::len).sum();
         match &mut self.masks {
             // What a client says is small: masking it takes a copy.
@@ -57,11 +59,12 @@ impl<W: AsyncWrite + Unpin> Writer<W> {
                 write_all_vectored(&mut self.stream, &mut slices).await?;
             }
         }
-        self.stream.flush().await
+        self.end().await
     }
 
     /// Writes a ping, pong or close; `payload` is at most 125 bytes.
     pub(crate) async fn control(&mut self, opcode: Opcode, payload: &Bytes) -> io::Result<()> {
+        self.begin()?;
         let mask = self.masks.as_mut().map(Masks::next);
         let frame = match mask {
             Some(mask) => masked(opcode, payload.len(), std::slice::from_ref(payload), mask),
@@ -71,7 +74,21 @@ impl<W: AsyncWrite + Unpin> Writer<W> {
             }
         };
         self.stream.write_all(&frame).await?;
-        self.stream.flush().await
+        self.end().await
+    }
+
+    fn begin(&mut self) -> io::Result<()> {
+        if self.is_within_frame {
+            return Err(io::Error::new(io::ErrorKind::BrokenPipe, "an earlier message was given up half written"));
+        }
+        self.is_within_frame = true;
+        Ok(())
+    }
+
+    async fn end(&mut self) -> io::Result<()> {
+        self.stream.flush().await?;
+        self.is_within_frame = false;
+        Ok(())
     }
 
     /// Ends the stream.

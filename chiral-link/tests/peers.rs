@@ -3,8 +3,8 @@
 #![allow(clippy::unwrap_used, reason = "helpers of tests, too, fail by panicking")]
 
 use bytes::Bytes;
-use chiral_link::{Role, WebSocketTransport};
-use chiral_proto::{Codec, Frame, Transport, TransportError};
+use chiral_link::{Role, WebSocketOptions, WebSocketTransport};
+use chiral_proto::{Codec, Frame, Transport, TransportError, pool::Pool};
 use futures_util::{SinkExt, StreamExt};
 use tokio::io::{AsyncReadExt, AsyncWriteExt, DuplexStream, duplex};
 use tokio_tungstenite::{
@@ -15,7 +15,9 @@ use tokio_tungstenite::{
 const LIMIT: usize = 20 << 20;
 
 fn ours(stream: DuplexStream, role: Role) -> WebSocketTransport<DuplexStream> {
-    WebSocketTransport::new(stream, role, LIMIT, Codec::Protobuf, "a test".to_owned())
+    let peer = "a test".to_owned();
+    let options = WebSocketOptions { role, max_message: LIMIT, pool: Pool::new(3), codec: Codec::Protobuf, peer };
+    WebSocketTransport::new(stream, &[], options)
 }
 
 /// The library's end of a connection whose other end is `role`.

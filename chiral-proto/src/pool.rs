@@ -21,8 +21,16 @@ pub struct Pool {
 
 #[derive(Debug)]
 struct Shelf {
-    idle: Mutex<Vec<Vec<u8>>>,
+    /// In the order in which they came back.
+    idle: Mutex<Vec<Idle>>,
     max_idle: usize,
+}
+
+#[derive(Debug)]
+struct Idle {
+    memory: Vec<u8>,
+    /// Whether it lay here at the last [`Pool::trim`].
+    is_surplus: bool,
 }
 
 impl Pool {
@@ -35,13 +43,25 @@ impl Pool {
     pub fn take(&self, len: usize) -> Buffer {
         let needed = len + ALIGNMENT - 1;
         let mut idle = self.shelf.idle.lock().unwrap_or_else(PoisonError::into_inner);
-        // The smallest that is large enough, and not so large that a small message would pin a whole observation's memory.
-        let best = (0..idle.len()).filter(|&i| (needed..=needed * 2).contains(&idle[i].len())).min_by_key(|&i| idle[i].len());
-        let memory = best.map(|i| idle.swap_remove(i));
+        // The smallest that is large enough, and not so large that a small message would pin a whole observation's memory; among equals the one that was
+        // used last, so that what is not needed stays untouched.
+        let len_of = |&i: &usize| idle[i].memory.len();
+        let best = (0..idle.len()).rev().filter(|i| (needed..=needed * 2).contains(&len_of(i))).min_by_key(len_of);
+        let memory = best.map(|i| idle.remove(i).memory);
         drop(idle);
         let memory = memory.unwrap_or_else(|| vec![0; needed]);
         let start = memory.as_ptr().align_offset(ALIGNMENT);
         Buffer { memory, start, len, shelf: Arc::downgrade(&self.shelf) }
+    }
+
+    /// Frees the buffers that nobody has used since this was called last. To be called every few seconds, also while nothing arrives.
+    pub fn trim(&self) {
+        let mut idle = self.shelf.idle.lock().unwrap_or_else(PoisonError::into_inner);
+        let (surplus, kept): (Vec<_>, Vec<_>) = idle.drain(..).partition(|buffer| buffer.is_surplus);
+        idle.extend(kept.into_iter().map(|buffer| Idle { is_surplus: true, ..buffer }));
+        drop(idle);
+        // Unmapping a whole observation takes a while, and a sensor may be waiting.
+        drop(surplus);
     }
 }
 
@@ -97,7 +117,7 @@ impl Drop for Buffer {
         if let Some(shelf) = self.shelf.upgrade() {
             let mut idle = shelf.idle.lock().unwrap_or_else(PoisonError::into_inner);
             if idle.len() < shelf.max_idle {
-                idle.push(std::mem::take(&mut self.memory));
+                idle.push(Idle { memory: std::mem::take(&mut self.memory), is_surplus: false });
             }
         }
     }
@@ -131,5 +151,20 @@ mod tests {
         let pool = Pool::new(1);
         drop((pool.take(64), pool.take(64), pool.take(64)));
         assert_eq!(pool.shelf.idle.lock().unwrap().len(), 1);
+    }
+
+    #[test]
+    fn what_was_not_used_between_two_trims_is_freed() {
+        let pool = Pool::new(8);
+        let idle = || pool.shelf.idle.lock().unwrap().len();
+        drop((pool.take(1000), pool.take(1000), pool.take(1000)));
+        pool.trim();
+        assert_eq!(idle(), 3, "they may be needed yet");
+        let used = pool.take(1000).as_ptr();
+        assert_eq!(pool.take(1000).as_ptr(), used, "the same one every time");
+        pool.trim();
+        assert_eq!(idle(), 1);
+        pool.trim();
+        assert_eq!(idle(), 0);
     }
 }

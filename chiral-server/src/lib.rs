@@ -32,6 +32,8 @@
 
 mod control;
 mod error;
+mod lane;
+mod lobby;
 mod observe;
 mod robot;
 mod sensors;

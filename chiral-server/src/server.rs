@@ -5,7 +5,7 @@ use std::{
     net::SocketAddr,
     panic::{AssertUnwindSafe, catch_unwind},
     sync::{
-        Arc,
+        Arc, Mutex, Once,
         atomic::{AtomicU64, Ordering},
     },
     time::Duration,
@@ -18,10 +18,11 @@ use tokio::sync::watch;
 use crate::{
     control::{Control, ControlCounts, panic_text},
     error::Error,
+    lobby::Lobby,
     observe::{Observations, Source},
     robot::Robot,
     sensors::{ObservationSource, Sensors},
-    session,
+    session::{self, Session},
 };
 
 /// How long a stopping server waits for its peers, and then for its robot.
@@ -42,6 +43,9 @@ pub(crate) struct Inner {
     pub(crate) control: Control,
     pub(crate) clock: Clock,
     pub(crate) options: Options,
+    pub(crate) lobby: Mutex<Lobby<Session>>,
+    /// For what is worth a line in the log, and not one for every connection.
+    pub(crate) says_once: Once,
     last_session: AtomicU64,
     sessions: watch::Sender<usize>,
     stopping: watch::Sender<bool>,
@@ -201,6 +205,8 @@ impl PolicyServerBuilder {
             control,
             clock: self.clock,
             options: self.options,
+            lobby: Mutex::default(),
+            says_once: Once::new(),
             last_session: AtomicU64::new(0),
             sessions: watch::Sender::new(0),
             stopping: watch::Sender::new(false),

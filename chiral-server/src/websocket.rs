@@ -12,12 +12,15 @@ use axum::{
     },
     response::{IntoResponse, Response},
     routing::get,
-    serve::ListenerExt,
 };
-use chiral_link::{Role, SUBPROTOCOL, WebSocketTransport, tune};
-use chiral_proto::Codec;
-use hyper_util::rt::TokioIo;
-use tokio::net::TcpListener;
+use chiral_link::{Host, Role, SUBPROTOCOL, WebSocketOptions, WebSocketTransport, tune};
+use chiral_proto::{Codec, pool::Pool};
+use hyper::upgrade::Upgraded;
+use hyper_util::{
+    rt::TokioIo,
+    server::conn::auto::upgrade::{Parts, downcast},
+};
+use tokio::net::{TcpListener, TcpStream};
 use tungstenite::handshake::server::create_response_with_body;
 
 use crate::{
@@ -61,11 +64,6 @@ impl PolicyServer {
         }
         let inner = Arc::clone(&self.inner);
         let app = self.health_router().merge(self.into_router());
-        let listener = listener.tap_io(|stream| {
-            if let Ok(peer) = stream.peer_addr() {
-                tune(stream, peer);
-            }
-        });
         let stopping = Arc::clone(&inner);
         let serving = axum::serve(listener, app.into_make_service_with_connect_info::<SocketAddr>())
             .with_graceful_shutdown(async move { stopping.stopping().await })
@@ -125,12 +123,40 @@ async fn upgrade_or_explain(inner: Arc<Inner>, mut request: Request) -> Response
     let upgrading = hyper::upgrade::on(&mut request);
     tokio::spawn(async move {
         match upgrading.await {
-            Ok(upgraded) => {
-                let (stream, limit) = (TokioIo::new(upgraded), inner.options.max_frame);
-                session::serve(&inner, WebSocketTransport::new(stream, Role::Server, limit, Codec::Protobuf, peer)).await;
-            }
+            Ok(upgraded) => serve_upgraded(inner, upgraded, peer).await,
             Err(error) => tracing::debug!(peer, "no WebSocket: {error}"),
         }
     });
     response
+}
+
+/// Serves a connection by a thread of its own, where there is a TCP socket beneath. A host's own listener may have wrapped it, say in TLS: then by the
+/// runtime that it is on.
+async fn serve_upgraded(inner: Arc<Inner>, upgraded: Upgraded, peer: String) {
+    let max_message = inner.options.max_frame;
+    // What a client says is small.
+    let options = WebSocketOptions { role: Role::Server, max_message, pool: Pool::new(0), codec: Codec::Protobuf, peer };
+    let (stream, read_already) = match downcast::<TokioIo<TcpStream>>(upgraded) {
+        Ok(Parts { io, read_buf, .. }) => (io.into_inner(), read_buf),
+        Err(upgraded) => {
+            inner
+                .says_once
+                .call_once(|| tracing::info!("connections are served by the host's runtime: they are no bare TCP sockets"));
+            return session::serve(&inner, WebSocketTransport::new(TokioIo::new(upgraded), &[], options)).await;
+        }
+    };
+    if let Ok(address) = stream.peer_addr() {
+        tune(&stream, address);
+    }
+    let host = Host::thread("chiral-connection").unwrap_or_else(|error| {
+        tracing::warn!("no thread for a connection: {error}");
+        Host::current()
+    });
+    let stream = stream.into_std();
+    host.spawn(async move {
+        match stream.and_then(TcpStream::from_std) {
+            Ok(stream) => session::serve(&inner, WebSocketTransport::new(stream, &read_already, options)).await,
+            Err(error) => tracing::warn!(peer = options.peer, "the connection cannot be moved to its thread: {error}"),
+        }
+    });
 }
