@@ -6,6 +6,7 @@ use std::{
 };
 
 use bytes::Bytes;
+use chiral_link::Silence;
 use chiral_proto::{
     Clock, Code, Fault, Frame, Message, Notice, PROTOCOL_VERSION, Reply, Request, Timestamp, Transport, TransportError,
     clock::PingSample,
@@ -72,7 +73,9 @@ impl Shared {
         let mut state = lock(&self.state);
         let discarded = state.dispatch.discarded;
         let due = state.due(self.now());
-        if state.dispatch.discarded > discarded {
+        let has_discarded = state.dispatch.discarded > discarded;
+        drop(state);
+        if has_discarded {
             self.room.notify_waiters();
         }
         due
@@ -158,9 +161,10 @@ pub(crate) fn run<T: Transport>(shared: &Arc<Shared>, lane: &Arc<Lane>, transpor
     lane.host.spawn(async move {
         let Running { shared, lane } = &running;
         tokio::select! {
-            () = shared.ended() => {}
+            biased;
             end = receive(shared, lane, &*transport) => shared.end(end),
             end = send(shared, lane) => shared.end(end),
+            () = shared.ended() => {}
         }
         let _ = timeout(PARTING_LIMIT, part(shared, lane, &*transport)).await;
     });
@@ -194,16 +198,25 @@ async fn part<T: Transport>(shared: &Shared, lane: &Lane, transport: &T) {
 // ---- Receiving ---------------------------------------------------------------------------------------------------------------------------
 
 async fn receive<T: Transport>(shared: &Shared, lane: &Lane, transport: &T) -> Error {
+    let silence = Silence::begin();
+    tokio::select! {
+        biased;
+        end = hear(shared, lane, transport, &silence) => end,
+        () = silence.lasts(shared.silence_limit) => {
+            let reason = format!("nothing heard from the server for {} s", shared.silence_limit.as_secs_f64());
+            Error::Disconnected { reason, cause: None }
+        }
+    }
+}
+
+async fn hear<T: Transport>(shared: &Shared, lane: &Lane, transport: &T, silence: &Silence) -> Error {
     loop {
-        let frame = match timeout(shared.silence_limit, transport.recv()).await {
-            Ok(Ok(Some(frame))) => frame,
-            Ok(Ok(None)) => return Error::Disconnected { reason: "the server closed the connection".to_owned(), cause: None },
-            Ok(Err(error)) => return lost(error),
-            Err(_) => {
-                let reason = format!("nothing heard from the server for {} s", shared.silence_limit.as_secs_f64());
-                return Error::Disconnected { reason, cause: None };
-            }
+        let frame = match transport.recv().await {
+            Ok(Some(frame)) => frame,
+            Ok(None) => return Error::Disconnected { reason: "the server closed the connection".to_owned(), cause: None },
+            Err(error) => return lost(error),
         };
+        silence.end();
         if let Err(end) = handle(shared, lane, frame) {
             return end;
         }
@@ -256,17 +269,21 @@ fn handle(shared: &Shared, lane: &Lane, frame: Frame) -> Result<(), Error> {
 
 fn settle(shared: &Shared, id: u64, outcome: Result<Reply, Error>, now: Timestamp) {
     let mut state = lock(&shared.state);
-    let episode = state.episode;
-    let was_held_up = state.dispatch.is_held_up();
-    state.settle(id, outcome, now);
-    if state.episode > episode {
+    let (episode, was_held_up) = (state.episode, state.dispatch.is_held_up());
+    let answer = state.settle(id, &outcome, now);
+    let is_new_episode = state.episode > episode;
+    drop(state);
+    if is_new_episode {
         // What came before the reset is not the latest any more.
         shared.latest.send_replace(None);
     }
     if was_held_up {
-        drop(state);
         shared.room.notify_waiters();
         shared.dispatcher.wake();
+    }
+    if let Some(answer) = answer {
+        // Whoever asked may have given up waiting.
+        let _ = answer.send(outcome);
     }
 }
 

@@ -66,8 +66,10 @@ pub(crate) enum Stream {
 #[derive(Debug)]
 struct Pending {
     kind: RequestKind,
-    answer: oneshot::Sender<Result<Reply, Error>>,
+    answer: Answer,
 }
+
+type Answer = oneshot::Sender<Result<Reply, Error>>;
 
 /// What the answer to a request changes, beyond being handed to who asked.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -154,18 +156,18 @@ impl State {
         answered
     }
 
-    /// Hands an answer to who asked, and follows what it changes.
-    pub(crate) fn settle(&mut self, id: u64, outcome: Result<Reply, Error>, now: Timestamp) {
+    /// An answer has come: follows what it changes. Where it is to be sent on to, once the lock is released: whoever waits for it wants the lock at once.
+    pub(crate) fn settle(&mut self, id: u64, outcome: &Result<Reply, Error>, now: Timestamp) -> Option<Answer> {
         let Some(Pending { kind, answer }) = self.pending.remove(&id) else {
             tracing::debug!("an answer to request {id}, which nobody asked");
-            return;
+            return None;
         };
         if kind == RequestKind::Reset {
-            let episode = if let Ok(Reply::Reset { obs, .. }) = &outcome { Some(obs.episode) } else { None };
+            let episode = if let Ok(Reply::Reset { obs, .. }) = outcome { Some(obs.episode) } else { None };
             self.episode = self.episode.max(episode.unwrap_or(0));
             self.dispatch.reset_ended(now);
         }
-        match (&outcome, kind) {
+        match (outcome, kind) {
             (Ok(Reply::Subscribed { hz, .. }), RequestKind::Subscribe) => {
                 self.stream = Stream::On { hz: *hz, received: 0, credit_due: false };
                 self.arrivals = Recent::default();
@@ -173,8 +175,7 @@ impl State {
             (Ok(_), RequestKind::Unsubscribe) => self.stream = Stream::Off,
             _ => {}
         }
-        // Whoever asked may have given up waiting.
-        let _ = answer.send(outcome);
+        Some(answer)
     }
 
     // ---- The stream --------------------------------------------------------------------------------------------------------------------

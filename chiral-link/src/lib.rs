@@ -5,9 +5,12 @@
 //! sensors' memory and read into the memory that the policy will look at.
 
 mod clock;
+#[cfg(feature = "websocket")]
+mod courtesy;
 mod host;
 #[cfg(feature = "websocket")]
 mod read;
+mod silence;
 #[cfg(feature = "websocket")]
 mod socket;
 #[cfg(feature = "websocket")]
@@ -17,6 +20,7 @@ mod write;
 
 pub use clock::monotonic;
 pub use host::Host;
+pub use silence::Silence;
 #[cfg(feature = "websocket")]
 pub use socket::{Role, WebSocketOptions, WebSocketTransport};
 #[cfg(feature = "websocket")]

@@ -7,6 +7,7 @@ use chiral_proto::{Frame, TransportError, pool::Pool};
 use tokio::io::{AsyncRead, AsyncReadExt};
 
 use crate::{
+    courtesy::{Courtesy, MAX_AT_ONCE},
     socket::{Opcode, Role},
     write::apply_mask,
 };
@@ -137,8 +138,12 @@ impl<R: AsyncRead + Unpin> Reader<R> {
         let at_hand = payload.len().min(self.end - self.begin);
         payload[..at_hand].copy_from_slice(&self.ahead[self.begin..self.begin + at_hand]);
         self.begin += at_hand;
-        if at_hand < payload.len() {
-            self.stream.read_exact(&mut payload[at_hand..]).await?;
+        let mut courtesy = Courtesy::default();
+        for (i, piece) in payload[at_hand..].chunks_mut(MAX_AT_ONCE).enumerate() {
+            if i > 0 {
+                courtesy.give_way();
+            }
+            self.stream.read_exact(piece).await?;
         }
         if let Some(mask) = mask {
             apply_mask(payload, mask);

@@ -10,12 +10,17 @@ use std::{
 use bytes::Bytes;
 use tokio::io::{AsyncWrite, AsyncWriteExt};
 
-use crate::socket::{Opcode, Role};
+use crate::{
+    courtesy::{Courtesy, MAX_AT_ONCE},
+    socket::{Opcode, Role},
+};
 
 const FIN: u8 = 0x80;
 const MASKED: u8 = 0x80;
 /// The longest header there is: two bytes, a length of eight, a mask of four.
 const MAX_HEADER: usize = 14;
+/// A write is handed to the kernel in as many segments at once.
+const MAX_SLICES: usize = 16;
 
 /// The writing half of a socket. After a write was dropped half done nothing more is written, since nobody could make sense of it.
 #[derive(Debug)]
@@ -157,12 +162,33 @@ pub(crate) fn apply_mask(data: &mut [u8], mask: [u8; 4]) {
 async fn write_all_vectored(stream: &mut (impl AsyncWrite + Unpin), mut slices: &mut [IoSlice<'_>]) -> io::Result<()> {
     // Leading slices that are empty would look like a stream that takes nothing.
     IoSlice::advance_slices(&mut slices, 0);
+    let mut courtesy = Courtesy::default();
     while !slices.is_empty() {
-        let written = poll_fn(|context| Pin::new(&mut *stream).poll_write_vectored(context, slices)).await?;
+        let mut piece = [IoSlice::new(&[]); MAX_SLICES];
+        let piece = head(slices, &mut piece);
+        let written = poll_fn(|context| Pin::new(&mut *stream).poll_write_vectored(context, piece)).await?;
         if written == 0 {
             return Err(io::ErrorKind::WriteZero.into());
         }
         IoSlice::advance_slices(&mut slices, written);
+        if !slices.is_empty() {
+            courtesy.give_way();
+        }
     }
     Ok(())
+}
+
+/// The first bytes of `slices`, at most [`MAX_AT_ONCE`] of them.
+fn head<'a, 'b>(slices: &'a [IoSlice<'_>], piece: &'b mut [IoSlice<'a>; MAX_SLICES]) -> &'b [IoSlice<'a>] {
+    let mut left = MAX_AT_ONCE;
+    let mut count = 0;
+    for (slice, place) in slices.iter().zip(piece.iter_mut()) {
+        let len = slice.len().min(left);
+        *place = IoSlice::new(&slice[..len]);
+        (left, count) = (left - len, count + 1);
+        if left == 0 {
+            break;
+        }
+    }
+    &piece[..count]
 }

@@ -1,7 +1,8 @@
 //! One connection of a session: a receive loop that hands actions straight to the control thread, and a send loop that owns the stream.
 
-use std::{future::pending, sync::Arc};
+use std::{future::pending, pin::pin, sync::Arc};
 
+use chiral_link::Silence;
 use chiral_proto::{
     Code, DecodeError, Fault, Message, Notice, Observation, Reply, Request, Timestamp, Transport, TransportError,
     error::UnknownName,
@@ -83,6 +84,7 @@ pub(crate) async fn serve<T: Transport>(session: &Arc<Session>, transport: &T, h
         sleep(PARTING_LIMIT).await;
     };
     tokio::select! {
+        biased;
         () = receiving => {}
         () = stopping => {}
         // Ends when the session does, but with nothing half said.
@@ -109,22 +111,24 @@ impl<T: Transport> Lane<'_, T> {
     // ---- Receiving ---------------------------------------------------------------------------------------------------------------------
 
     async fn receive(&self) -> End {
-        let silence = self.server.options.silence_limit;
+        let silence = Silence::begin();
+        let limit = self.server.options.silence_limit;
+        tokio::select! {
+            biased;
+            end = self.hear(&silence) => end,
+            () = silence.lasts(limit) => End::Silent(limit),
+        }
+    }
+
+    async fn hear(&self, silence: &Silence) -> End {
         loop {
-            let next = async {
-                let place = self.outbox.clone().reserve_owned().await.ok()?;
-                Some((place, self.transport.recv().await))
-            };
-            let (place, received) = match timeout(silence, next).await {
-                Ok(Some(next)) => next,
-                Ok(None) => return End::Closed,
-                Err(_) => return End::Silent(silence),
-            };
-            let frame = match received {
+            let Ok(place) = self.outbox.clone().reserve_owned().await else { return End::Closed };
+            let frame = match self.transport.recv().await {
                 Ok(Some(frame)) => frame,
                 Ok(None) => return End::Closed,
                 Err(error) => return End::Lost(error),
             };
+            silence.end();
             let arrived = self.server.clock.now();
             if let Err(end) = self.handle(self.transport.codec().decode(frame), arrived, place) {
                 return end;
@@ -231,6 +235,7 @@ impl<T: Transport> Lane<'_, T> {
         let mut stream: Option<Stream> = None;
         // The stream's next observation, being taken.
         let mut taking = None;
+        let mut ended = pin!(self.session.ended());
         loop {
             // Only the choice of what to send is interruptible, never the sending.
             let message = tokio::select! {
@@ -239,7 +244,7 @@ impl<T: Transport> Lane<'_, T> {
                     Some(next) => self.prepare(next, &mut stream).await,
                     None => return End::Closed,
                 },
-                end = self.session.ended() => return end,
+                end = &mut ended => return end,
                 observed = async { taking.as_mut().expect("checked below").await }, if taking.is_some() => {
                     taking = None;
                     self.next_of(observed, &mut stream)
