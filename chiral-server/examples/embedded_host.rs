@@ -8,7 +8,7 @@
 
 use std::{env, error::Error, net::SocketAddr, thread, time::Duration};
 
-use axum::{Router, routing::get, serve::ListenerExt};
+use axum::{Router, routing::get};
 use chiral_server::{ActionContext, ActionSpec, PolicyServer, ProprioSpec, Robot, RobotError, Sensors, ValueMap, action::Action};
 use tokio::net::TcpListener;
 
@@ -68,14 +68,8 @@ async fn main() -> Result<(), Box<dyn Error>> {
         .route("/healthz", get(|| async { "the host is up\n" }))
         .nest("/robot/left", left.health_router().merge(left.into_router()))
         .nest("/robot/right", right.health_router().merge(right.into_router()));
-    // Small messages must not wait for large ones to fill a segment. Who owns the listener owns this setting.
     let listener = TcpListener::bind(address).await?;
     println!("serving at ws://{0}/robot/left and ws://{0}/robot/right; stop with Ctrl-C", listener.local_addr()?);
-    let listener = listener.tap_io(|stream| {
-        if let Err(error) = stream.set_nodelay(true) {
-            eprintln!("no TCP_NODELAY: {error}");
-        }
-    });
 
     // With the peers' addresses, the servers' log lines say who connected.
     let service = app.into_make_service_with_connect_info::<SocketAddr>();

@@ -76,7 +76,7 @@ pub struct Hello {
     /// Whatever the server's operator asks for; empty where nothing is asked.
     #[prost(bytes = "bytes", tag = "5")]
     pub auth: ::prost::bytes::Bytes,
-    /// Empty on a session's first connection. On a further connection of the same session: the token of its Welcome.
+    /// Empty on a session's first connection. On its second: the token of the first one's Welcome; `role`, `client_name` and `auth` are not looked at.
     #[prost(bytes = "bytes", tag = "6")]
     pub attach_token: ::prost::bytes::Bytes,
 }
@@ -97,7 +97,7 @@ pub struct Welcome {
     pub proprios: ::prost::alloc::vec::Vec<ProprioInfo>,
     #[prost(message, optional, tag = "7")]
     pub action_spec: ::core::option::Option<ActionSpec>,
-    /// 16 random bytes that join a second connection to this session, good once; empty where the server offers none.
+    /// 16 random bytes that join a second connection to this session: good once, for 5 s, and never part of an address; empty where the server offers none.
     #[prost(bytes = "bytes", tag = "8")]
     pub attach_token: ::prost::bytes::Bytes,
     /// The current episode, for a client that acts without a Reset of its own.

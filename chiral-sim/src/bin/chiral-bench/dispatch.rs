@@ -1,5 +1,7 @@
 //! Rows sent by the client's dispatch: at which rate they reach the robot, and how far off the grid.
 
+use std::f64::consts::TAU;
+
 use anyhow::{Context, Result};
 use chiral_client::blocking::PolicyClient;
 
@@ -50,7 +52,7 @@ struct Round {
     /// Rows that were queued and never reached the robot.
     lost: f64,
     achieved_hz: f64,
-    /// Of arrivals after the earliest grid of this period that any arrival touches: the way there varies, so this is more than dispatch's own.
+    /// Of arrivals, see [`late_us`]: the way there varies, so this is more than dispatch's own.
     arrival_late_p50_us: f64,
     /// What the client says of its own ticks.
     late_p50_us: Option<f64>,
@@ -70,15 +72,40 @@ fn dispatch(client: &PolicyClient, control: &mut Control, hz: u32) -> Result<Rou
     let times: Vec<i64> = arrivals.iter().map(|&(_, at)| at).collect();
     let (first, last) = (times.first().context("no arrival")?, times.last().context("no arrival")?);
     let period_ns = 1e9 / f64::from(hz);
-    let after: Vec<f64> = times.iter().map(|at| (at - first) as f64).collect();
-    // Ticks that were skipped show in the rate, not here.
-    let off: Vec<f64> = after.iter().map(|at| at - (at / period_ns).round() * period_ns).collect();
-    let earliest = off.iter().copied().fold(f64::INFINITY, f64::min);
-    let late_us: Vec<f64> = off.iter().map(|off| (off - earliest) * 1e-3).collect();
+    let after_ns: Vec<f64> = times.iter().map(|at| (at - first) as f64).collect();
+    let late_us = late_us(&after_ns, period_ns);
     let achieved_hz = (times.len() - 1) as f64 / ((last - first) as f64 * 1e-9);
     let lost = (rows - times.len()) as f64;
     if lost > 0.0 {
         eprintln!("{lost} of {rows} rows at {hz} Hz were lost: {:?}", client.stats());
     }
     Ok(Round { lost, achieved_hz, arrival_late_p50_us: percentile(&late_us, 50), late_p50_us })
+}
+
+/// By how much arrivals are behind the ticks of this period, in microseconds. Where the ticks lie is not known here: where the earliest twentieth of the
+/// arrivals would be on time. Ticks that were skipped show in the rate, not here.
+fn late_us(after_ns: &[f64], period_ns: f64) -> Vec<f64> {
+    // Within a period there is no first and last: places are told from their mean on the circle.
+    let angles = after_ns.iter().map(|at| at / period_ns * TAU);
+    let (sin, cos) = angles.fold((0.0, 0.0), |(sin, cos), angle| (sin + angle.sin(), cos + angle.cos()));
+    let mean_ns = f64::atan2(sin, cos) / TAU * period_ns;
+    let off_ns: Vec<f64> = after_ns.iter().map(|at| (at - mean_ns + period_ns / 2.0).rem_euclid(period_ns)).collect();
+    let earliest_ns = percentile(&off_ns, 5);
+    off_ns.iter().map(|off| (off - earliest_ns).max(0.0) * 1e-3).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn lateness_is_told_wherever_in_the_period_the_ticks_lie() {
+        const PERIOD_NS: f64 = 2e6;
+        for phase_ns in [0.0, 0.9e6, 1.0e6, 1.9e6] {
+            // A tenth on time, most 100 µs late, a few by more than half a period.
+            let late = |i: usize| if i % 10 == 0 { 0.0 } else { 1e5 } + if i % 100 == 7 { 1.5e6 } else { 0.0 };
+            let after_ns: Vec<f64> = (0..1000).map(|i| phase_ns + i as f64 * PERIOD_NS + late(i)).collect();
+            assert!((percentile(&late_us(&after_ns, PERIOD_NS), 50) - 100.0).abs() < 1e-3, "phase {phase_ns}");
+        }
+    }
 }
