@@ -103,7 +103,7 @@ mod tests {
         const PERIOD_NS: f64 = 2e6;
         for phase_ns in [0.0, 0.9e6, 1.0e6, 1.9e6] {
             // A tenth on time, most 100 µs late, a few by more than half a period.
-            let late = |i: usize| if i % 10 == 0 { 0.0 } else { 1e5 } + if i % 100 == 7 { 1.5e6 } else { 0.0 };
+            let late = |i: usize| if i.is_multiple_of(10) { 0.0 } else { 1e5 } + if i % 100 == 7 { 1.5e6 } else { 0.0 };
             let after_ns: Vec<f64> = (0..1000).map(|i| phase_ns + i as f64 * PERIOD_NS + late(i)).collect();
             assert!((percentile(&late_us(&after_ns, PERIOD_NS), 50) - 100.0).abs() < 1e-3, "phase {phase_ns}");
         }
