@@ -1,6 +1,6 @@
 //! How a client is configured, and how it finds its server.
 
-use std::{future::Future, sync::Arc, time::Duration};
+use std::{fmt, future::Future, sync::Arc, time::Duration};
 
 use bytes::Bytes;
 use chiral_link::{Host, monotonic};
@@ -27,6 +27,9 @@ use crate::{
 
 /// Between two attempts to connect.
 const RETRY_PERIOD: Duration = Duration::from_millis(100);
+/// For the second connection, its hello included.
+#[cfg(feature = "websocket")]
+const ATTACH_LIMIT: Duration = Duration::from_secs(5);
 /// Large frames that nobody looks at any more, kept for the next ones: the latest, one that arrives, and one that a policy has just let go.
 const IDLE_BUFFERS: usize = 3;
 
@@ -209,6 +212,9 @@ impl PolicyClientBuilder {
     pub async fn connect_over_two<T: Transport>(self, control: T, observations: T) -> Result<PolicyClient, Error> {
         let began = self.now();
         let welcome = session::greet(&control, &self.identity, Bytes::new()).await?;
+        if welcome.attach_token.is_empty() {
+            return Err(Error::Protocol { expected: "a token for a second connection" });
+        }
         session::greet(&observations, &self.identity, welcome.attach_token.clone()).await?;
         self.begin(began, welcome, (control, Host::current()), Some((observations, Host::current())))
     }
@@ -221,15 +227,19 @@ impl PolicyClientBuilder {
         let welcome = session::greet(&control, &self.identity, Bytes::new()).await?;
         let observations = match self.one_connection || welcome.attach_token.is_empty() {
             true => None,
-            false => match self.attach(&server, &welcome).await {
-                Ok(attached) => Some(attached),
-                Err(error) => {
-                    tracing::warn!("no second connection, so that actions may have to wait for observations: {error}");
-                    None
-                }
+            // As long as that takes, nobody looks after the first.
+            false => match timeout(ATTACH_LIMIT, self.attach(&server, &welcome)).await {
+                Ok(Ok(attached)) => Some(attached),
+                Ok(Err(error)) => self.alone(&error),
+                Err(_) => self.alone(&format_args!("not within {} s", ATTACH_LIMIT.as_secs())),
             },
         };
         self.begin(began, welcome, (control, host), observations)
+    }
+
+    fn alone<T>(&self, why: &dyn fmt::Display) -> Option<T> {
+        tracing::warn!("no second connection to {}, so that actions may have to wait for observations: {why}", self.uri);
+        None
     }
 
     /// The session's second connection.

@@ -47,8 +47,7 @@ pub(crate) fn start(shared: &Arc<Shared>) -> Result<(), Error> {
     match shared.dispatcher.pace {
         Pace::Spin(spin) => {
             let spawned = thread::Builder::new().name("chiral-dispatch".to_owned()).spawn(move || by_thread(&waiting, spin));
-            let spawned = spawned.map_err(|error| Error::Thread(Arc::new(error)))?;
-            let _ = shared.dispatcher.thread.set(spawned.thread().clone());
+            spawned.map_err(|error| Error::Thread(Arc::new(error)))?;
         }
         Pace::Timers => {
             shared.control.host.spawn(by_timers(waiting));
@@ -58,6 +57,8 @@ pub(crate) fn start(shared: &Arc<Shared>) -> Result<(), Error> {
 }
 
 fn by_thread(shared: &Shared, spin: Duration) {
+    // Before the first look at what is due: who changes that afterwards finds whom to wake.
+    let _ = shared.dispatcher.thread.set(thread::current());
     loop {
         match shared.due() {
             Due::Now(action) => shared.control.host.block_on(shared.act(action)),

@@ -297,3 +297,30 @@ impl State {
 
 /// The newest observation, as waiters see it.
 pub(crate) type Latest = Option<Arc<Observation>>;
+
+#[cfg(test)]
+mod tests {
+    use chiral_proto::Code;
+
+    use super::*;
+
+    #[test]
+    fn a_refusal_is_for_the_caller_unless_its_own_reset_overtook_the_action() {
+        let mut state = State::new(1, 0, 4, Duration::ZERO);
+        let refusal = |action_seq| Fault { action_seq, ..Fault::new(Code::Resetting, "a reset is under way") };
+        let act = |state: &mut State| drop(state.action([0.0].into(), (0, 0)));
+        act(&mut state);
+        state.refused(refusal(1));
+        assert_eq!(state.refusal.take().map(|fault| fault.action_seq), Some(1), "no reset was asked for");
+
+        act(&mut state);
+        let id = state.next_request().unwrap();
+        let _answered = state.asked(id, RequestKind::Reset);
+        state.refused(refusal(2));
+        assert_eq!(state.refusal, None, "on its way when the reset was asked for");
+        act(&mut state);
+        state.refused(refusal(3));
+        assert_eq!(state.refusal.take().map(|fault| fault.action_seq), Some(3), "sent after that");
+        assert_eq!(state.actions_refused, 3, "all are counted");
+    }
+}

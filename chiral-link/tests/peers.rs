@@ -4,8 +4,8 @@
 
 use bytes::Bytes;
 use chiral_link::{Role, WebSocketOptions, WebSocketTransport};
-use chiral_proto::{Codec, Frame, Transport, TransportError, pool::Pool};
-use futures_util::{SinkExt, StreamExt};
+use chiral_proto::{Codec, Frame, Transport, TransportError, error::chain, pool::Pool};
+use futures_util::{FutureExt, SinkExt, StreamExt};
 use tokio::io::{AsyncReadExt, AsyncWriteExt, DuplexStream, duplex};
 use tokio_tungstenite::{
     WebSocketStream,
@@ -15,9 +15,14 @@ use tokio_tungstenite::{
 const LIMIT: usize = 20 << 20;
 
 fn ours(stream: DuplexStream, role: Role) -> WebSocketTransport<DuplexStream> {
+    ours_after(&[], stream, role)
+}
+
+/// Our end, of which `read_already` came with the handshake.
+fn ours_after(read_already: &[u8], stream: DuplexStream, role: Role) -> WebSocketTransport<DuplexStream> {
     let peer = "a test".to_owned();
     let options = WebSocketOptions { role, max_message: LIMIT, pool: Pool::new(3), codec: Codec::Protobuf, peer };
-    WebSocketTransport::new(stream, &[], options)
+    WebSocketTransport::new(stream, read_already, options)
 }
 
 /// The library's end of a connection whose other end is `role`.
@@ -80,6 +85,75 @@ async fn a_large_message_lies_aligned_in_memory_that_is_used_again() {
     assert_eq!(places[0].align_offset(64), 0);
     assert_eq!(places, [places[0]; 3], "a message that nobody holds any more makes room for the next");
     sending.await.unwrap();
+}
+
+#[tokio::test]
+async fn what_was_read_with_the_handshake_comes_first_wherever_it_ends() {
+    for role in [Role::Client, Role::Server] {
+        // As the library writes them. More than we read ahead, in messages with headers of every size.
+        let sizes = [5, 300, 9_000, 0, 70_000, 1];
+        let (a, mut b) = duplex(1 << 20);
+        let mut library = theirs(a, role).await;
+        // Where each message begins, in bytes of the stream.
+        let (mut bytes, mut begins) = (Vec::new(), Vec::new());
+        for size in sizes {
+            begins.push(bytes.len());
+            library.send(Message::Binary(data(size))).await.unwrap();
+            let header = if size > 0xffff { 10 } else { 2 + 2 * usize::from(size > 125) } + 4 * usize::from(role == Role::Server);
+            let mut written = vec![0; header + size];
+            b.read_exact(&mut written).await.unwrap();
+            bytes.extend_from_slice(&written);
+        }
+        let within_headers = begins.iter().flat_map(|begin| (0..15).map(move |more| begin + more));
+        let ends = within_headers.chain([4_000, 8 * 1024 - 1, 8 * 1024, 8 * 1024 + 1, 50_000]).chain([bytes.len()]);
+        for end in ends.filter(|end| *end <= bytes.len()) {
+            let (read_already, rest) = bytes.split_at(end);
+            let (a, mut b) = duplex(1 << 20);
+            b.write_all(rest).await.unwrap();
+            b.shutdown().await.unwrap();
+            let ours = ours_after(read_already, a, role);
+            for size in sizes {
+                let received = ours.recv().await.unwrap().unwrap();
+                assert!(received.into_bytes() == data(size), "{role:?}, {end} bytes read already: the message of {size}");
+            }
+            assert!(ours.recv().await.is_err(), "{role:?}, {end} bytes read already: there is no more");
+        }
+    }
+}
+
+#[tokio::test]
+async fn after_a_message_was_given_up_half_written_nothing_more_is_written() {
+    for role in [Role::Client, Role::Server] {
+        let (a, b) = duplex(1024);
+        let (ours, mut theirs) = (ours(a, role), theirs(b, role).await);
+        theirs.send(Message::Ping("are you there".into())).await.unwrap();
+        assert!(ours.send(data(100_000).into()).now_or_never().is_none(), "half of it does not fit");
+        let hearing = tokio::spawn(async move { theirs.collect::<Vec<_>>().await });
+        // Now there is room again, but for nothing that the other side could make sense of: no message, no pong, no close.
+        let refused = ours.send(data(3).into()).await.unwrap_err();
+        assert!(chain(&refused).contains("half written"), "{refused:?}");
+        assert!(ours.recv().await.is_err(), "the ping cannot be answered");
+        ours.close().await;
+        drop(ours);
+        let heard = hearing.await.unwrap();
+        assert!(matches!(&heard[..], [Err(_)]), "{role:?}: {heard:?}");
+    }
+}
+
+#[tokio::test]
+async fn a_message_that_was_given_up_before_its_turn_leaves_no_trace() {
+    let (a, b) = duplex(1024);
+    let (ours, mut theirs) = (ours(a, Role::Server), theirs(b, Role::Server).await);
+    let sending = ours.send(data(100_000).into());
+    tokio::pin!(sending);
+    assert!(sending.as_mut().now_or_never().is_none());
+    assert!(ours.send(data(2).into()).now_or_never().is_none(), "it is not its turn");
+    let hearing = async { [theirs.next().await, theirs.next().await].map(|message| message.unwrap().unwrap().into_data().len()) };
+    let rest = async {
+        sending.await.unwrap();
+        ours.send(data(3).into()).await.unwrap();
+    };
+    assert_eq!(tokio::join!(hearing, rest).0, [100_000, 3]);
 }
 
 #[tokio::test]

@@ -191,7 +191,11 @@ impl<T: Transport> Lane<'_, T> {
                 let request = StepRequest { session: self.session.id, chosen_in: session, episode, chunk: actions };
                 control.step(request, Box::new(move |outcome| reply(place, id, outcome.map(Reply::Step))));
             }
-            Request::Subscribe(asked) => self.subscribe(id, asked, place),
+            Request::Subscribe(asked) => {
+                // If no second connection has joined until now, none will.
+                self.session.observations_go_to(self.outbox.clone());
+                self.subscribe(id, asked, place);
+            }
             Request::Unsubscribe => put(place, Outgoing::Unsubscribe { id }),
         }
     }

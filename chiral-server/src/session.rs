@@ -136,8 +136,10 @@ impl Session {
     fn join(server: &Arc<Inner>, hello: &Hello) -> Result<(Arc<Session>, Bytes), Fault> {
         check_version(hello)?;
         let session = lock(&server.lobby).join(&hello.attach_token, server.clock.now());
-        let session = session.ok_or_else(|| {
-            let text = "expected the token of a welcome not older than 5 s, of a session that lasts, and never used before; found another";
+        // One that is still saying goodbye is over, and a stream that has begun stays where it is.
+        let may_join = |session: &Arc<Session>| session.ended.borrow().is_none() && session.observations().is_none();
+        let session = session.filter(may_join).ok_or_else(|| {
+            let text = "expected the token of a welcome not older than 5 s, never used before, of a session that lasts and has no stream; found another";
             Fault::new(Code::Invalid, text).field("hello.attach_token")
         })?;
         tracing::debug!(parent: &session.span, "second connection");
@@ -155,7 +157,7 @@ impl Session {
         }
     }
 
-    /// From now on, what carries observations is sent by this connection.
+    /// From now on, and for good, what carries observations is sent by this connection.
     pub(crate) fn observations_go_to(&self, outbox: mpsc::Sender<Outgoing>) {
         let _ = self.observations.set(outbox);
     }
