@@ -1,9 +1,9 @@
 //! How a client is configured, and how it finds its server.
 
-use std::{fmt, future::Future, sync::Arc, time::Duration};
+use std::{future::Future, sync::Arc, time::Duration};
 
 use bytes::Bytes;
-use chiral_link::{Host, monotonic};
+use chiral_link::{Courtesy, Host, monotonic};
 use chiral_proto::{
     Clock, Timestamp, Transport,
     message::{Role, Welcome},
@@ -49,6 +49,7 @@ pub struct PolicyClientBuilder {
     max_frame: usize,
     root_certificates: Option<Vec<u8>>,
     pool: Pool,
+    courtesy: Courtesy,
 }
 
 /// What became of one attempt to connect.
@@ -76,6 +77,7 @@ impl PolicyClientBuilder {
             max_frame: 256 << 20,
             root_certificates: None,
             pool: Pool::new(IDLE_BUFFERS),
+            courtesy: Courtesy::default(),
         }
     }
 
@@ -237,7 +239,8 @@ impl PolicyClientBuilder {
         self.begin(began, welcome, (control, host), observations)
     }
 
-    fn alone<T>(&self, why: &dyn fmt::Display) -> Option<T> {
+    #[cfg(feature = "websocket")]
+    fn alone<T>(&self, why: &dyn std::fmt::Display) -> Option<T> {
         tracing::warn!("no second connection to {}, so that actions may have to wait for observations: {why}", self.uri);
         None
     }
@@ -257,8 +260,8 @@ impl PolicyClientBuilder {
     /// One attempt to connect, on the runtime that the connection will live on.
     #[cfg(feature = "websocket")]
     async fn attempt(&self, server: &Server, host: &Host) -> Result<Connection, Attempt> {
-        let (server, limit, pool) = (server.clone(), self.max_frame, self.pool.clone());
-        let connecting = host.spawn(async move { crate::websocket::connect(&server, limit, pool).await });
+        let (server, limit, pool, courtesy) = (server.clone(), self.max_frame, self.pool.clone(), self.courtesy.clone());
+        let connecting = host.spawn(async move { crate::websocket::connect(&server, limit, pool, courtesy).await });
         connecting.await.unwrap_or_else(|ended| Err(Attempt::Absent(ended.to_string())))
     }
 
@@ -289,6 +292,7 @@ impl PolicyClientBuilder {
             observations: Arc::clone(second.as_ref().map_or(&lane, |(lane, _)| lane)),
             control: lane,
             pool: self.pool,
+            courtesy: self.courtesy,
             ended: watch::Sender::new(false),
         });
         session::run(&shared, &shared.control, control);

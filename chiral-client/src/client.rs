@@ -317,7 +317,7 @@ impl PolicyClient {
             let seen = state.seen;
             state.action(actions, seen)
         };
-        self.shared.say(&self.shared.control, &message).await
+        self.shared.act(&message).await
     }
 
     /// How long ago, by this host's clock, the server's host captured something, such as `obs["wrist_cam"].captured_at`; `None` before the clocks were

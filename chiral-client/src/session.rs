@@ -6,7 +6,7 @@ use std::{
 };
 
 use bytes::Bytes;
-use chiral_link::Silence;
+use chiral_link::{Courtesy, Silence};
 use chiral_proto::{
     Clock, Code, Fault, Frame, Message, Notice, PROTOCOL_VERSION, Reply, Request, Timestamp, Transport, TransportError,
     clock::PingSample,
@@ -48,6 +48,8 @@ pub(crate) struct Shared {
     pub(crate) observations: Arc<Lane>,
     /// Where received observations lie.
     pub(crate) pool: Pool,
+    /// Asked for by the actions that are sent.
+    pub(crate) courtesy: Courtesy,
     pub(crate) ended: watch::Sender<bool>,
 }
 
@@ -81,9 +83,15 @@ impl Shared {
         due
     }
 
+    /// Sends actions.
+    pub(crate) async fn act(&self, action: &Message) -> Result<(), Error> {
+        self.courtesy.ask();
+        self.say(&self.control, action).await
+    }
+
     /// Sends a row that is due. Who waits for room in the queue is woken only afterwards.
-    pub(crate) async fn act(&self, action: Message) {
-        if let Err(error) = self.say(&self.control, &action).await {
+    pub(crate) async fn dispatch(&self, row: &Message) {
+        if let Err(error) = self.act(row).await {
             tracing::debug!("an action was not sent: {error}");
         }
         self.room.notify_waiters();

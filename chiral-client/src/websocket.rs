@@ -9,7 +9,7 @@ use std::{
     time::Duration,
 };
 
-use chiral_link::{Role, SUBPROTOCOL, WebSocketOptions, WebSocketTransport, tune};
+use chiral_link::{Courtesy, Role, SUBPROTOCOL, WebSocketOptions, WebSocketTransport, tune};
 use chiral_proto::{Codec, pool::Pool};
 use tokio::{
     io::{AsyncRead, AsyncWrite, ReadBuf},
@@ -128,7 +128,7 @@ impl AsyncWrite for Stream {
 }
 
 /// One attempt to connect.
-pub(crate) async fn connect(server: &Server, max_message: usize, pool: Pool) -> Result<Connection, Attempt> {
+pub(crate) async fn connect(server: &Server, max_message: usize, pool: Pool, courtesy: Courtesy) -> Result<Connection, Attempt> {
     let attempt = async {
         let mut request = server.uri.clone().into_client_request().map_err(judge)?;
         request.headers_mut().insert(SEC_WEBSOCKET_PROTOCOL, HeaderValue::from_static(SUBPROTOCOL));
@@ -136,7 +136,7 @@ pub(crate) async fn connect(server: &Server, max_message: usize, pool: Pool) -> 
         let (socket, _) = client_async(request, Frugal::new(stream)).await.map_err(judge)?;
         let Frugal { stream, .. } = socket.into_inner();
         let peer = server.uri.to_string();
-        let options = WebSocketOptions { role: Role::Client, max_message, pool, codec: Codec::Protobuf, peer };
+        let options = WebSocketOptions { role: Role::Client, max_message, pool, courtesy, codec: Codec::Protobuf, peer };
         Ok(WebSocketTransport::new(stream, &[], options))
     };
     match timeout(HANDSHAKE_LIMIT, attempt).await {

@@ -5,7 +5,6 @@
 //! sensors' memory and read into the memory that the policy will look at.
 
 mod clock;
-#[cfg(feature = "websocket")]
 mod courtesy;
 mod host;
 #[cfg(feature = "websocket")]
@@ -19,6 +18,7 @@ mod tune;
 mod write;
 
 pub use clock::monotonic;
+pub use courtesy::Courtesy;
 pub use host::Host;
 pub use silence::Silence;
 #[cfg(feature = "websocket")]

@@ -7,8 +7,8 @@ use chiral_proto::{Frame, TransportError, pool::Pool};
 use tokio::io::{AsyncRead, AsyncReadExt};
 
 use crate::{
-    courtesy::{Courtesy, MAX_AT_ONCE},
-    socket::{Opcode, Role},
+    courtesy::Courtesy,
+    socket::{Opcode, Role, WebSocketOptions},
     write::apply_mask,
 };
 
@@ -36,6 +36,7 @@ pub(crate) struct Reader<R> {
     role: Role,
     max_message: usize,
     pool: Pool,
+    courtesy: Courtesy,
     ahead: Box<[u8]>,
     /// What was read ahead and not yet taken.
     begin: usize,
@@ -54,10 +55,21 @@ struct Header {
 
 impl<R: AsyncRead + Unpin> Reader<R> {
     /// A reader whose first bytes are those that the handshake has read too many.
-    pub(crate) fn new(stream: R, read_already: &[u8], role: Role, max_message: usize, pool: Pool) -> Reader<R> {
+    pub(crate) fn new(stream: R, read_already: &[u8], options: &WebSocketOptions) -> Reader<R> {
+        let WebSocketOptions { role, max_message, pool, courtesy, .. } = options.clone();
         let mut ahead = vec![0; READ_AHEAD.max(read_already.len())];
         ahead[..read_already.len()].copy_from_slice(read_already);
-        Reader { stream, role, max_message, pool, ahead: ahead.into(), begin: 0, end: read_already.len(), fragments: None }
+        Reader {
+            stream,
+            role,
+            max_message,
+            pool,
+            courtesy,
+            ahead: ahead.into(),
+            begin: 0,
+            end: read_already.len(),
+            fragments: None,
+        }
     }
 
     /// The next message or control frame, which may lie between the fragments of a message.
@@ -138,10 +150,10 @@ impl<R: AsyncRead + Unpin> Reader<R> {
         let at_hand = payload.len().min(self.end - self.begin);
         payload[..at_hand].copy_from_slice(&self.ahead[self.begin..self.begin + at_hand]);
         self.begin += at_hand;
-        let mut courtesy = Courtesy::default();
-        for (i, piece) in payload[at_hand..].chunks_mut(MAX_AT_ONCE).enumerate() {
+        let mut pieces = self.courtesy.pieces();
+        for (i, piece) in payload[at_hand..].chunks_mut(pieces.size).enumerate() {
             if i > 0 {
-                courtesy.give_way();
+                pieces.give_way();
             }
             self.stream.read_exact(piece).await?;
         }

@@ -10,6 +10,7 @@ use tokio::{
 };
 
 use crate::{
+    courtesy::Courtesy,
     read::{Event, Reader},
     write::Writer,
 };
@@ -51,6 +52,8 @@ pub struct WebSocketOptions {
     pub max_message: usize,
     /// Where the memory of large messages comes from.
     pub pool: Pool,
+    /// Whether its large messages give way to actions.
+    pub courtesy: Courtesy,
     /// What was agreed with the peer.
     pub codec: Codec,
     /// The peer's name for the log, such as its address.
@@ -78,14 +81,13 @@ struct Owed {
 impl<S: AsyncRead + AsyncWrite> WebSocketTransport<S> {
     /// The transport over `stream`, of which `read_already` was read with the handshake.
     pub fn new(stream: S, read_already: &[u8], options: WebSocketOptions) -> WebSocketTransport<S> {
-        let WebSocketOptions { role, max_message, pool, codec, peer } = options;
         let (read, write) = tokio::io::split(stream);
         WebSocketTransport {
-            reader: Mutex::new(Reader::new(read, read_already, role, max_message, pool)),
-            writer: Mutex::new(Writer::new(write, role)),
+            reader: Mutex::new(Reader::new(read, read_already, &options)),
+            writer: Mutex::new(Writer::new(write, options.role, options.courtesy)),
             owed: StdMutex::default(),
-            codec,
-            peer,
+            codec: options.codec,
+            peer: options.peer,
         }
     }
 

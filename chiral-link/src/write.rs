@@ -11,7 +11,7 @@ use bytes::Bytes;
 use tokio::io::{AsyncWrite, AsyncWriteExt};
 
 use crate::{
-    courtesy::{Courtesy, MAX_AT_ONCE},
+    courtesy::{Courtesy, Pieces},
     socket::{Opcode, Role},
 };
 
@@ -20,13 +20,14 @@ const MASKED: u8 = 0x80;
 /// The longest header there is: two bytes, a length of eight, a mask of four.
 const MAX_HEADER: usize = 14;
 /// A write is handed to the kernel in as many segments at once.
-const MAX_SLICES: usize = 16;
+const MAX_SLICES: usize = 32;
 
 /// The writing half of a socket. After a write was dropped half done nothing more is written, since nobody could make sense of it.
 #[derive(Debug)]
 pub(crate) struct Writer<W> {
     stream: W,
     masks: Option<Masks>,
+    courtesy: Courtesy,
     is_within_frame: bool,
 }
 
@@ -38,12 +39,12 @@ struct Masks {
 }
 
 impl<W: AsyncWrite + Unpin> Writer<W> {
-    pub(crate) fn new(stream: W, role: Role) -> Writer<W> {
+    pub(crate) fn new(stream: W, role: Role, courtesy: Courtesy) -> Writer<W> {
         let masks = match role {
             Role::Client => Some(Masks { secret: RandomState::new(), count: 0 }),
             Role::Server => None,
         };
-        Writer { stream, masks, is_within_frame: false }
+        Writer { stream, masks, courtesy, is_within_frame: false }
     }
 
     /// Writes one binary message, unfragmented.
@@ -61,7 +62,7 @@ impl<W: AsyncWrite + Unpin> Writer<W> {
                 let mut slices = Vec::with_capacity(1 + segments.len());
                 slices.push(IoSlice::new(&header[..header_len]));
                 slices.extend(segments.iter().map(|segment| IoSlice::new(segment)));
-                write_all_vectored(&mut self.stream, &mut slices).await?;
+                write_all_vectored(&mut self.stream, &mut slices, self.courtesy.pieces()).await?;
             }
         }
         self.end().await
@@ -159,28 +160,31 @@ pub(crate) fn apply_mask(data: &mut [u8], mask: [u8; 4]) {
     }
 }
 
-async fn write_all_vectored(stream: &mut (impl AsyncWrite + Unpin), mut slices: &mut [IoSlice<'_>]) -> io::Result<()> {
+async fn write_all_vectored(
+    stream: &mut (impl AsyncWrite + Unpin),
+    mut slices: &mut [IoSlice<'_>],
+    mut pieces: Pieces,
+) -> io::Result<()> {
     // Leading slices that are empty would look like a stream that takes nothing.
     IoSlice::advance_slices(&mut slices, 0);
-    let mut courtesy = Courtesy::default();
     while !slices.is_empty() {
         let mut piece = [IoSlice::new(&[]); MAX_SLICES];
-        let piece = head(slices, &mut piece);
+        let piece = head(slices, pieces.size, &mut piece);
         let written = poll_fn(|context| Pin::new(&mut *stream).poll_write_vectored(context, piece)).await?;
         if written == 0 {
             return Err(io::ErrorKind::WriteZero.into());
         }
         IoSlice::advance_slices(&mut slices, written);
-        if !slices.is_empty() {
-            courtesy.give_way();
+        if !slices.is_empty() && pieces.size < usize::MAX {
+            pieces.give_way();
         }
     }
     Ok(())
 }
 
-/// The first bytes of `slices`, at most [`MAX_AT_ONCE`] of them.
-fn head<'a, 'b>(slices: &'a [IoSlice<'_>], piece: &'b mut [IoSlice<'a>; MAX_SLICES]) -> &'b [IoSlice<'a>] {
-    let mut left = MAX_AT_ONCE;
+/// The first bytes of `slices`, at most `size` of them.
+fn head<'a, 'b>(slices: &'a [IoSlice<'_>], size: usize, piece: &'b mut [IoSlice<'a>; MAX_SLICES]) -> &'b [IoSlice<'a>] {
+    let mut left = size;
     let mut count = 0;
     for (slice, place) in slices.iter().zip(piece.iter_mut()) {
         let len = slice.len().min(left);

@@ -3,7 +3,7 @@
 #![allow(clippy::unwrap_used, reason = "helpers of tests, too, fail by panicking")]
 
 use bytes::Bytes;
-use chiral_link::{Role, WebSocketOptions, WebSocketTransport};
+use chiral_link::{Courtesy, Role, WebSocketOptions, WebSocketTransport};
 use chiral_proto::{Codec, Frame, Transport, TransportError, error::chain, pool::Pool};
 use futures_util::{FutureExt, SinkExt, StreamExt};
 use tokio::io::{AsyncReadExt, AsyncWriteExt, DuplexStream, duplex};
@@ -21,7 +21,14 @@ fn ours(stream: DuplexStream, role: Role) -> WebSocketTransport<DuplexStream> {
 /// Our end, of which `read_already` came with the handshake.
 fn ours_after(read_already: &[u8], stream: DuplexStream, role: Role) -> WebSocketTransport<DuplexStream> {
     let peer = "a test".to_owned();
-    let options = WebSocketOptions { role, max_message: LIMIT, pool: Pool::new(3), codec: Codec::Protobuf, peer };
+    let options = WebSocketOptions {
+        role,
+        max_message: LIMIT,
+        pool: Pool::new(3),
+        courtesy: Courtesy::default(),
+        codec: Codec::Protobuf,
+        peer,
+    };
     WebSocketTransport::new(stream, read_already, options)
 }
 

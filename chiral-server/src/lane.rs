@@ -143,6 +143,7 @@ impl<T: Transport> Lane<'_, T> {
                 Err((place, fault)) => reply(place, id, Err(fault)),
             },
             Ok(Message::Notice(Notice::Action(message))) => {
+                self.server.courtesy.ask();
                 let tell = |fault| put(place, Outgoing::Message(Message::Notice(Notice::Error(fault))));
                 self.server.control.act(self.session.id, message, Box::new(tell));
             }

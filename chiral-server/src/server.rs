@@ -5,13 +5,13 @@ use std::{
     net::SocketAddr,
     panic::{AssertUnwindSafe, catch_unwind},
     sync::{
-        Arc, Mutex, Once,
+        Arc, Mutex,
         atomic::{AtomicU64, Ordering},
     },
     time::Duration,
 };
 
-use chiral_link::monotonic;
+use chiral_link::{Courtesy, monotonic};
 use chiral_proto::{Clock, Code, Fault, Transport, message::RobotInfo};
 use tokio::sync::watch;
 
@@ -44,8 +44,11 @@ pub(crate) struct Inner {
     pub(crate) clock: Clock,
     pub(crate) options: Options,
     pub(crate) lobby: Mutex<Lobby<Session>>,
+    /// Asked for by the actions that arrive.
+    pub(crate) courtesy: Courtesy,
     /// For what is worth a line in the log, and not one for every connection.
-    pub(crate) says_once: Once,
+    #[cfg(feature = "websocket")]
+    pub(crate) says_once: std::sync::Once,
     last_session: AtomicU64,
     sessions: watch::Sender<usize>,
     stopping: watch::Sender<bool>,
@@ -206,7 +209,9 @@ impl PolicyServerBuilder {
             clock: self.clock,
             options: self.options,
             lobby: Mutex::default(),
-            says_once: Once::new(),
+            courtesy: Courtesy::default(),
+            #[cfg(feature = "websocket")]
+            says_once: std::sync::Once::new(),
             last_session: AtomicU64::new(0),
             sessions: watch::Sender::new(0),
             stopping: watch::Sender::new(false),

@@ -135,7 +135,8 @@ async fn upgrade_or_explain(inner: Arc<Inner>, mut request: Request) -> Response
 async fn serve_upgraded(inner: Arc<Inner>, upgraded: Upgraded, peer: String) {
     let max_message = inner.options.max_frame;
     // What a client says is small.
-    let options = WebSocketOptions { role: Role::Server, max_message, pool: Pool::new(0), codec: Codec::Protobuf, peer };
+    let (pool, courtesy) = (Pool::new(0), inner.courtesy.clone());
+    let options = WebSocketOptions { role: Role::Server, max_message, pool, courtesy, codec: Codec::Protobuf, peer };
     let (stream, read_already) = match downcast::<TokioIo<TcpStream>>(upgraded) {
         Ok(Parts { io, read_buf, .. }) => (io.into_inner(), read_buf),
         Err(upgraded) => {
