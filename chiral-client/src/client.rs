@@ -331,7 +331,8 @@ impl PolicyClient {
         lock(&self.shared.state).stats(self.shared.now())
     }
 
-    /// Says goodbye. Afterwards every call fails with [`Error::Closed`]. The robot holds.
+    /// Says goodbye. Afterwards every call fails with [`Error::Closed`]. The robot holds, and is free for the next client when this returns; a server that does
+    /// not answer is waited for 1 s.
     ///
     /// # Errors
     /// None so far: a connection that is gone already is closed, too.

@@ -1,6 +1,7 @@
 //! A session with a server, from its hello to its end: on each connection a receive loop and a send loop, which never wait for each other.
 
 use std::{
+    pin::pin,
     sync::{Arc, Mutex},
     time::Duration,
 };
@@ -168,13 +169,27 @@ pub(crate) fn run<T: Transport>(shared: &Arc<Shared>, lane: &Arc<Lane>, transpor
     let running = Running { shared: Arc::clone(shared), lane: Arc::clone(lane) };
     lane.host.spawn(async move {
         let Running { shared, lane } = &running;
-        tokio::select! {
+        let mut receiving = pin!(receive(shared, lane, &*transport));
+        let has_server_left = tokio::select! {
             biased;
-            end = receive(shared, lane, &*transport) => shared.end(end),
-            end = send(shared, lane) => shared.end(end),
-            () = shared.ended() => {}
-        }
-        let _ = timeout(PARTING_LIMIT, part(shared, lane, &*transport)).await;
+            end = &mut receiving => {
+                shared.end(end);
+                true
+            }
+            end = send(shared, lane) => {
+                shared.end(end);
+                false
+            }
+            () = shared.ended() => false,
+        };
+        let parting = async {
+            part(shared, lane, &*transport).await;
+            if !has_server_left {
+                // Until it has parted, too: only then the robot is free for who connects next.
+                receiving.await;
+            }
+        };
+        let _ = timeout(PARTING_LIMIT, parting).await;
     });
 }
 

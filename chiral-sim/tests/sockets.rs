@@ -215,11 +215,21 @@ async fn servers_nest_in_a_host_under_any_path() {
     }
 }
 
+#[tokio::test]
+async fn when_close_returns_the_robot_is_free_for_the_next_client() {
+    let stand = Stand::new();
+    let (address, _serving) = serve(&stand).await;
+    for _ in 0..50 {
+        let env = PolicyClient::builder(&format!("ws://{address}")).quiet().connect().await.unwrap();
+        env.close().await.unwrap();
+    }
+}
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn the_blocking_client_is_the_same() {
     let stand = Stand::new();
     let (address, _serving) = serve(&stand).await;
-    let uri = format!("ws://{address}");
+    let (uri, script) = (format!("ws://{address}"), Arc::clone(&stand.script));
     let blocking = move || {
         let env = blocking::PolicyClient::connect(&uri).unwrap();
         assert_eq!(env.get_metadata().unwrap()["kind"].as_str(), Some("scripted"));
@@ -233,9 +243,11 @@ async fn the_blocking_client_is_the_same() {
         for _ in 0..5 {
             env.put_action([0.25; DIMENSION]).unwrap();
         }
-        while env.stats().actions_sent < 5 {
+        // What the robot has not begun when its controller leaves, it never does.
+        while script.applied().len() < 6 {
             std::thread::sleep(Duration::from_millis(1));
         }
+        assert_eq!(env.stats().actions_sent, 5);
         env.stop_obs_stream().unwrap();
         env.stop_action_dispatch();
         env.close().unwrap();
