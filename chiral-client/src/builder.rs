@@ -178,11 +178,11 @@ impl PolicyClientBuilder {
     /// and says so once on stderr. The session's two connections live on threads of their own; if only the second cannot be had, the first carries everything.
     ///
     /// # Errors
-    /// At once: [`Error::Address`], [`Error::Busy`] naming the holder, [`Error::VersionMismatch`], [`Error::Http`], [`Error::Tls`], [`Error::Handshake`], [`Error::Thread`].
-    /// [`Error::NoServer`] after the deadline, if one was set.
+    /// At once: [`Error::Address`], [`Error::Busy`] naming the holder, [`Error::VersionMismatch`], [`Error::Http`], [`Error::Tls`], [`Error::Handshake`],
+    /// [`Error::Thread`]. [`Error::NoServer`] after the deadline, if one was set.
     #[cfg(feature = "websocket")]
     pub async fn connect(self) -> Result<PolicyClient, Error> {
-        let control = thread("chiral-control")?;
+        let control = thread("chiral-client")?;
         self.connect_by(control).await
     }
 
@@ -192,7 +192,7 @@ impl PolicyClientBuilder {
     /// As [`PolicyClientBuilder::connect`].
     #[cfg(feature = "websocket")]
     pub fn connect_blocking(self) -> Result<crate::blocking::PolicyClient, Error> {
-        let control = thread("chiral-control")?;
+        let control = thread("chiral-client")?;
         let client = control.block_on(self.connect_by(control.clone()))?;
         Ok(crate::blocking::PolicyClient::new(client, control))
     }
@@ -222,7 +222,9 @@ impl PolicyClientBuilder {
     }
 
     #[cfg(feature = "websocket")]
-    async fn connect_by(self, host: Host) -> Result<PolicyClient, Error> {
+    async fn connect_by(mut self, host: Host) -> Result<PolicyClient, Error> {
+        // Clones of a builder make clients that have nothing in common.
+        (self.pool, self.courtesy) = (Pool::new(IDLE_BUFFERS), Courtesy::default());
         let server = Server::parse(&self.uri, self.root_certificates.as_deref())?;
         let control = self.wait_for(|| self.attempt(&server, &host)).await?;
         let began = self.now();
@@ -248,7 +250,7 @@ impl PolicyClientBuilder {
     /// The session's second connection.
     #[cfg(feature = "websocket")]
     async fn attach(&self, server: &Server, welcome: &Welcome) -> Result<(Connection, Host), Error> {
-        let host = thread("chiral-observations")?;
+        let host = thread("chiral-client-o")?;
         let observations = self.attempt(server, &host).await.map_err(|attempt| match attempt {
             Attempt::Failed(error) => error,
             Attempt::Absent(reason) => Error::Disconnected { reason, cause: None },

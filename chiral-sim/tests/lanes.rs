@@ -251,6 +251,16 @@ async fn after_a_stream_has_begun_it_is_too_late_for_a_second_connection() {
 }
 
 #[tokio::test]
+async fn when_close_returns_the_robot_is_free_for_the_next_client() {
+    let stand = Stand::new();
+    let far = LinkOptions { latency: Duration::from_millis(100), ..LinkOptions::default() };
+    let (env, _link) = stand.connect_over(far).await;
+    env.close().await.unwrap();
+    // Much nearer: it would overtake a goodbye that is still on its way.
+    stand.connect().await;
+}
+
+#[tokio::test]
 async fn when_either_connection_is_cut_every_call_fails_and_the_robot_is_free() {
     for lost in [0, 1] {
         let stand = Stand::new();

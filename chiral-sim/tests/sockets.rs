@@ -215,16 +215,6 @@ async fn servers_nest_in_a_host_under_any_path() {
     }
 }
 
-#[tokio::test]
-async fn when_close_returns_the_robot_is_free_for_the_next_client() {
-    let stand = Stand::new();
-    let (address, _serving) = serve(&stand).await;
-    for _ in 0..50 {
-        let env = PolicyClient::builder(&format!("ws://{address}")).quiet().connect().await.unwrap();
-        env.close().await.unwrap();
-    }
-}
-
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn the_blocking_client_is_the_same() {
     let stand = Stand::new();
