@@ -35,11 +35,11 @@ impl Drop for Connection {
 }
 
 impl PolicyClient {
-    /// Connects to the robot at `uri`, such as `ws://localhost:8765`, waiting until there is a server.
+    /// Connects to the robot at `uri`, such as `ws://localhost:8765` or, over Zenoh, `tcp/localhost:7447`, waiting until there is a server.
     ///
     /// # Errors
     /// See [`PolicyClientBuilder::connect`].
-    #[cfg(feature = "websocket")]
+    #[cfg(any(feature = "websocket", feature = "zenoh"))]
     pub fn connect(uri: &str) -> Result<PolicyClient> {
         PolicyClient::builder(uri).connect_blocking()
     }
@@ -49,7 +49,7 @@ impl PolicyClient {
         PolicyClientBuilder::new(uri)
     }
 
-    #[cfg(feature = "websocket")]
+    #[cfg(any(feature = "websocket", feature = "zenoh"))]
     pub(crate) fn new(client: client::PolicyClient, host: Host) -> PolicyClient {
         PolicyClient { connection: Arc::new(Connection { client, host }) }
     }

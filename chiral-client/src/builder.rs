@@ -14,8 +14,8 @@ use tokio::{
     time::{sleep, timeout},
 };
 
-#[cfg(feature = "websocket")]
-use crate::websocket::{Connection, Server};
+#[cfg(any(feature = "websocket", feature = "zenoh"))]
+use crate::address::{Connection, Server};
 use crate::{
     client::PolicyClient,
     dispatcher::{self, Dispatcher, Pace},
@@ -25,10 +25,8 @@ use crate::{
     state::State,
 };
 
-/// Between two attempts to connect.
-const RETRY_PERIOD: Duration = Duration::from_millis(100);
 /// For the second connection, its hello included.
-#[cfg(feature = "websocket")]
+#[cfg(any(feature = "websocket", feature = "zenoh"))]
 const ATTACH_LIMIT: Duration = Duration::from_secs(5);
 /// Large frames that nobody looks at any more, kept for the next ones: the latest, one that arrives, and one that a policy has just let go.
 const IDLE_BUFFERS: usize = 3;
@@ -37,6 +35,7 @@ const IDLE_BUFFERS: usize = 3;
 #[derive(Clone, Debug)]
 pub struct PolicyClientBuilder {
     uri: String,
+    robot: Option<String>,
     identity: Identity,
     quiet: bool,
     deadline: Option<Duration>,
@@ -53,7 +52,7 @@ pub struct PolicyClientBuilder {
 }
 
 /// What became of one attempt to connect.
-#[cfg_attr(not(feature = "websocket"), expect(dead_code, reason = "transports make them"))]
+#[cfg_attr(not(any(feature = "websocket", feature = "zenoh")), expect(dead_code, reason = "transports make them"))]
 pub(crate) enum Attempt {
     /// Nobody is there yet; it is worth trying again.
     Absent(String),
@@ -65,6 +64,7 @@ impl PolicyClientBuilder {
     pub(crate) fn new(uri: &str) -> PolicyClientBuilder {
         PolicyClientBuilder {
             uri: uri.to_owned(),
+            robot: None,
             identity: Identity { name: default_name(), ..Identity::default() },
             quiet: false,
             deadline: None,
@@ -92,6 +92,13 @@ impl PolicyClientBuilder {
     #[must_use]
     pub fn name(mut self, name: impl Into<String>) -> Self {
         self.identity.name = name.into();
+        self
+    }
+
+    /// Which robot, where an address leads to a Zenoh network of several.
+    #[must_use]
+    pub fn robot(mut self, name: impl Into<String>) -> Self {
+        self.robot = Some(name.into());
         self
     }
 
@@ -175,12 +182,12 @@ impl PolicyClientBuilder {
     }
 
     /// Connects, waiting until there is a server: while nobody listens, the name does not resolve or the handshake times out, it tries again every 100 ms
-    /// and says so once on stderr. The session's two connections live on threads of their own; if only the second cannot be had, the first carries everything.
+    /// (on Zenoh every 500 ms, also while no robot is alive) and says so once on stderr. The session's two connections live on threads of their own; if only the second cannot be had, the first carries everything.
     ///
     /// # Errors
     /// At once: [`Error::Address`], [`Error::Busy`] naming the holder, [`Error::VersionMismatch`], [`Error::Http`], [`Error::Tls`], [`Error::Handshake`],
-    /// [`Error::Thread`]. [`Error::NoServer`] after the deadline, if one was set.
-    #[cfg(feature = "websocket")]
+    /// [`Error::Thread`]; on Zenoh [`Error::SeveralRobots`] and [`Error::Zenoh`]. [`Error::NoServer`] after the deadline, if one was set.
+    #[cfg(any(feature = "websocket", feature = "zenoh"))]
     pub async fn connect(self) -> Result<PolicyClient, Error> {
         let control = thread("chiral-client")?;
         self.connect_by(control).await
@@ -190,7 +197,7 @@ impl PolicyClientBuilder {
     ///
     /// # Errors
     /// As [`PolicyClientBuilder::connect`].
-    #[cfg(feature = "websocket")]
+    #[cfg(any(feature = "websocket", feature = "zenoh"))]
     pub fn connect_blocking(self) -> Result<crate::blocking::PolicyClient, Error> {
         let control = thread("chiral-client")?;
         let client = control.block_on(self.connect_by(control.clone()))?;
@@ -221,12 +228,12 @@ impl PolicyClientBuilder {
         self.begin(began, welcome, (control, Host::current()), Some((observations, Host::current())))
     }
 
-    #[cfg(feature = "websocket")]
+    #[cfg(any(feature = "websocket", feature = "zenoh"))]
     async fn connect_by(mut self, host: Host) -> Result<PolicyClient, Error> {
         // Clones of a builder make clients that have nothing in common.
         (self.pool, self.courtesy) = (Pool::new(IDLE_BUFFERS), Courtesy::default());
-        let server = Server::parse(&self.uri, self.root_certificates.as_deref())?;
-        let control = self.wait_for(|| self.attempt(&server, &host)).await?;
+        let server = Server::parse(&self.uri, self.root_certificates.as_deref(), self.robot.as_deref())?;
+        let control = self.wait_for(server.retry_period(), || self.attempt(&server, Carries::Control, &host)).await?;
         let began = self.now();
         let welcome = session::greet(&control, &self.identity, Bytes::new()).await?;
         let observations = match self.one_connection || welcome.attach_token.is_empty() {
@@ -248,10 +255,10 @@ impl PolicyClientBuilder {
     }
 
     /// The session's second connection.
-    #[cfg(feature = "websocket")]
+    #[cfg(any(feature = "websocket", feature = "zenoh"))]
     async fn attach(&self, server: &Server, welcome: &Welcome) -> Result<(Connection, Host), Error> {
         let host = thread("chiral-client-o")?;
-        let observations = self.attempt(server, &host).await.map_err(|attempt| match attempt {
+        let observations = self.attempt(server, Carries::Observations, &host).await.map_err(|attempt| match attempt {
             Attempt::Failed(error) => error,
             Attempt::Absent(reason) => Error::Disconnected { reason, cause: None },
         })?;
@@ -260,10 +267,10 @@ impl PolicyClientBuilder {
     }
 
     /// One attempt to connect, on the runtime that the connection will live on.
-    #[cfg(feature = "websocket")]
-    async fn attempt(&self, server: &Server, host: &Host) -> Result<Connection, Attempt> {
+    #[cfg(any(feature = "websocket", feature = "zenoh"))]
+    async fn attempt(&self, server: &Server, carries: Carries, host: &Host) -> Result<Connection, Attempt> {
         let (server, limit, pool, courtesy) = (server.clone(), self.max_frame, self.pool.clone(), self.courtesy.clone());
-        let connecting = host.spawn(async move { crate::websocket::connect(&server, limit, pool, courtesy).await });
+        let connecting = host.spawn(async move { server.connect(carries, limit, pool, courtesy).await });
         connecting.await.unwrap_or_else(|ended| Err(Attempt::Absent(ended.to_string())))
     }
 
@@ -310,8 +317,8 @@ impl PolicyClientBuilder {
     }
 
     /// Attempts to connect until somebody is there.
-    #[cfg_attr(not(feature = "websocket"), expect(dead_code, reason = "transports use it"))]
-    async fn wait_for<T, F: Future<Output = Result<T, Attempt>>>(&self, attempt: impl Fn() -> F) -> Result<T, Error> {
+    #[cfg_attr(not(any(feature = "websocket", feature = "zenoh")), expect(dead_code, reason = "transports use it"))]
+    async fn wait_for<T, F: Future<Output = Result<T, Attempt>>>(&self, period: Duration, attempt: impl Fn() -> F) -> Result<T, Error> {
         let mut said = self.quiet;
         let mut last = "the first attempt is not over".to_owned();
         let attempts = async {
@@ -325,7 +332,7 @@ impl PolicyClientBuilder {
                     eprintln!("chiral: waiting for server at {} …", self.uri);
                     said = true;
                 }
-                sleep(RETRY_PERIOD).await;
+                sleep(period).await;
             }
         };
         let Some(deadline) = self.deadline else { return attempts.await };
@@ -334,7 +341,7 @@ impl PolicyClientBuilder {
     }
 }
 
-#[cfg(feature = "websocket")]
+#[cfg(any(feature = "websocket", feature = "zenoh"))]
 fn thread(name: &str) -> Result<Host, Error> {
     Host::thread(name).map_err(|error| Error::Thread(Arc::new(error)))
 }

@@ -91,11 +91,11 @@ impl From<f64> for StreamOptions {
 }
 
 impl PolicyClient {
-    /// Connects to the robot at `uri`, such as `ws://localhost:8765`, waiting until there is a server.
+    /// Connects to the robot at `uri`, such as `ws://localhost:8765` or, over Zenoh, `tcp/localhost:7447`, waiting until there is a server.
     ///
     /// # Errors
     /// See [`PolicyClientBuilder::connect`].
-    #[cfg(feature = "websocket")]
+    #[cfg(any(feature = "websocket", feature = "zenoh"))]
     pub async fn connect(uri: &str) -> Result<PolicyClient> {
         PolicyClient::builder(uri).connect().await
     }

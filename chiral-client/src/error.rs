@@ -42,6 +42,17 @@ pub enum Error {
     /// Something listens, but does not speak WebSocket as expected.
     #[error("no WebSocket connection: {0}")]
     Handshake(Arc<dyn StdError + Send + Sync>),
+    /// No connection comes about on a Zenoh network on which the robot is alive.
+    #[error("no Zenoh connection: {0}")]
+    Zenoh(Arc<dyn StdError + Send + Sync>),
+    /// A Zenoh address leads to a network of several robots, and none was asked for.
+    #[error("expected one robot at {uri}, found several: {}; ask for one by its name", names.join(", "))]
+    SeveralRobots {
+        /// The address.
+        uri: String,
+        /// Who is alive there.
+        names: Vec<String>,
+    },
     /// The robot has a controller already; the text names it.
     #[error("{0}")]
     Busy(Fault),

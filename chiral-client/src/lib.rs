@@ -21,6 +21,8 @@
 //!
 //! [`blocking::PolicyClient`] is the same without a runtime.
 
+#[cfg(any(feature = "websocket", feature = "zenoh"))]
+mod address;
 pub mod blocking;
 mod builder;
 mod client;
@@ -33,6 +35,8 @@ mod state;
 mod stats;
 #[cfg(feature = "websocket")]
 mod websocket;
+#[cfg(feature = "zenoh")]
+mod zenoh;
 
 /// The types and the protocol that both ends share.
 pub use chiral_proto as proto;

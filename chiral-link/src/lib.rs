@@ -16,6 +16,8 @@ mod socket;
 mod tune;
 #[cfg(feature = "websocket")]
 mod write;
+#[cfg(feature = "zenoh")]
+pub mod zenoh;
 
 pub use clock::monotonic;
 pub use courtesy::Courtesy;

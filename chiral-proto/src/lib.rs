@@ -25,6 +25,7 @@ pub mod clock;
 pub mod codec;
 pub mod error;
 pub mod frame;
+pub mod keys;
 pub mod message;
 pub mod observation;
 pub mod pool;

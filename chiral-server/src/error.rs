@@ -32,6 +32,19 @@ pub enum Error {
         #[source]
         source: io::Error,
     },
+    /// A robot of this name is on the Zenoh network already.
+    #[cfg(feature = "zenoh")]
+    #[error("a robot named {name:?} is alive on this network (server {holder}): expected a name of its own for every robot")]
+    NameTaken {
+        /// The robot's name.
+        name: String,
+        /// The Zenoh id of the server that has it.
+        holder: String,
+    },
+    /// The Zenoh network cannot be joined.
+    #[cfg(feature = "zenoh")]
+    #[error("cannot join the Zenoh network")]
+    Zenoh(#[source] Box<dyn StdError + Send + Sync>),
     /// What the robot or its sensors declare cannot be.
     #[error("{0}")]
     Declaration(String),

@@ -37,11 +37,15 @@ mod lobby;
 mod observe;
 mod robot;
 mod sensors;
+#[cfg(any(feature = "websocket", feature = "zenoh"))]
+mod serve;
 mod server;
 mod session;
 mod stream;
 #[cfg(feature = "websocket")]
 mod websocket;
+#[cfg(feature = "zenoh")]
+mod zenoh;
 
 /// The types and the protocol that both ends share.
 pub use chiral_proto as proto;

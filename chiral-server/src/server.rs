@@ -58,9 +58,21 @@ pub(crate) struct Inner {
 /// What is known before the server is made.
 #[derive(Clone, Debug)]
 pub(crate) struct Options {
-    pub(crate) bind: SocketAddr,
+    /// Absent if nobody has said where.
+    pub(crate) bind: Option<SocketAddr>,
+    #[cfg(feature = "zenoh")]
+    pub(crate) network: chiral_link::zenoh::NetworkOptions,
     pub(crate) silence_limit: Duration,
     pub(crate) max_frame: usize,
+}
+
+impl Options {
+    pub(crate) fn is_on_zenoh(&self) -> bool {
+        #[cfg(feature = "zenoh")]
+        return !(self.network.listen.is_empty() && self.network.connect.is_empty());
+        #[cfg(not(feature = "zenoh"))]
+        false
+    }
 }
 
 /// Makes a [`PolicyServer`].
@@ -93,7 +105,9 @@ impl PolicyServer {
             observe_timeout: Duration::from_secs(1),
             clock: monotonic(),
             options: Options {
-                bind: SocketAddr::from(([127, 0, 0, 1], 8765)),
+                bind: None,
+                #[cfg(feature = "zenoh")]
+                network: chiral_link::zenoh::NetworkOptions::default(),
                 silence_limit: Duration::from_secs(10),
                 max_frame: 16 << 20,
             },
@@ -125,10 +139,29 @@ impl PolicyServerBuilder {
         self
     }
 
-    /// Where `run` and `serve` listen; `127.0.0.1:8765` by default. There is no authentication yet, so another address than a loopback one is warned of.
+    /// Where `run` and `serve` listen for WebSocket; `127.0.0.1:8765` by default, or nowhere if the robot is put on a Zenoh network. There is no
+    /// authentication yet, so another address than a loopback one is warned of.
     #[must_use]
     pub fn bind(mut self, address: impl Into<SocketAddr>) -> Self {
-        self.options.bind = address.into();
+        self.options.bind = Some(address.into());
+        self
+    }
+
+    /// Puts the robot on a Zenoh network, and lets others into it at this locator, such as `tcp/127.0.0.1:7447`. May be said more than once. Not every
+    /// robot's name will do then: see [`chiral_proto::keys::check_robot`].
+    #[cfg(feature = "zenoh")]
+    #[must_use]
+    pub fn listen_zenoh(mut self, locator: impl Into<String>) -> Self {
+        self.options.network.listen.push(locator.into());
+        self
+    }
+
+    /// Puts the robot on the Zenoh network that a router or another robot's server lets others into at this locator, such as `tcp/router:7447`. May be
+    /// said more than once, and beside [`PolicyServerBuilder::listen_zenoh`].
+    #[cfg(feature = "zenoh")]
+    #[must_use]
+    pub fn join_zenoh(mut self, locator: impl Into<String>) -> Self {
+        self.options.network.connect.push(locator.into());
         self
     }
 
@@ -170,8 +203,12 @@ impl PolicyServerBuilder {
     /// Makes the server, which starts the control thread and nothing else.
     ///
     /// # Errors
-    /// [`Error::Declaration`] if the robot's action spec cannot be, [`Error::Start`] if there can be no thread.
+    /// [`Error::Declaration`] if the robot's action spec cannot be, or its name on a Zenoh network; [`Error::Start`] if there can be no thread.
     pub fn build(self) -> Result<PolicyServer, Error> {
+        #[cfg(feature = "zenoh")]
+        if self.options.is_on_zenoh() {
+            chiral_proto::keys::check_robot(&self.name).map_err(|error| Error::Declaration(error.to_string()))?;
+        }
         let robot = self.robot;
         let spec = catch_unwind(AssertUnwindSafe(|| robot.action_spec()))
             .map_err(|panic| Error::Declaration(format!("the robot panicked in action_spec: {}", panic_text(&*panic))))?;

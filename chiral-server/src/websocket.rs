@@ -25,38 +25,13 @@ use tungstenite::handshake::server::create_response_with_body;
 
 use crate::{
     error::Error,
-    server::{Inner, PolicyServer, STOP_LIMIT},
+    server::{Inner, PolicyServer},
     session,
 };
 
 impl PolicyServer {
-    /// Serves until it is shut down, on a runtime of its own; blocks. Not to be called within a tokio runtime: there, use [`PolicyServer::serve`].
-    ///
-    /// # Errors
-    /// [`Error::Bind`] if the address cannot be listened on, [`Error::Start`] if there can be no runtime.
-    pub fn run(self) -> Result<(), Error> {
-        let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().thread_name("chiral-server").build();
-        let runtime = runtime.map_err(|source| Error::Start { what: "a tokio runtime", source })?;
-        let served = runtime.block_on(self.serve());
-        runtime.shutdown_timeout(STOP_LIMIT);
-        served
-    }
-
-    /// Serves until it is shut down, on the caller's runtime, at the address the server was built with.
-    ///
-    /// # Errors
-    /// [`Error::Bind`] if the address cannot be listened on.
-    pub async fn serve(self) -> Result<(), Error> {
-        let address = self.inner.options.bind;
-        let listener = TcpListener::bind(address).await.map_err(|source| Error::Bind { address, source })?;
-        self.serve_on(listener).await
-    }
-
-    /// Serves until it is shut down, on a listener of the host's: the WebSocket at `/`, and `/healthz`.
-    ///
-    /// # Errors
-    /// [`Error::Listener`] if the listener fails.
-    pub async fn serve_on(self, listener: TcpListener) -> Result<(), Error> {
+    /// Serves at `/`, and `/healthz`, until the server is shut down.
+    pub(crate) async fn serve_websocket(self, listener: TcpListener) -> Result<(), Error> {
         let address = listener.local_addr().map_err(Error::Listener)?;
         tracing::info!("serving robot {:?} at ws://{address}", self.inner.robot.name);
         if !address.ip().is_loopback() {

@@ -23,6 +23,8 @@ Examples:
   chiral-sim policy --episodes 3           drive it, in another terminal
   chiral-sim policy --mode step --save .   in lock-step, and save what the cameras saw
   chiral-sim watch ws://robot:8765         look on: rate, age, throughput
+  chiral-sim serve --zenoh tcp/0.0.0.0:7447 --name left     on a Zenoh network
+  chiral-sim policy tcp/robot:7447 --robot left             and by way of it
 
 RUST_LOG sets what is logged on stderr, such as RUST_LOG=debug.";
 

@@ -50,12 +50,20 @@ struct Client {
     command: fn(&Path) -> Command,
 }
 
-const LINKS: &[Link] = &[Link {
-    transport: "websocket",
-    codec: "protobuf",
-    serve: |address| vec!["--bind".to_owned(), address.to_string()],
-    uri: |address| format!("ws://{address}"),
-}];
+const LINKS: &[Link] = &[
+    Link {
+        transport: "websocket",
+        codec: "protobuf",
+        serve: |address| vec!["--bind".to_owned(), address.to_string()],
+        uri: |address| format!("ws://{address}"),
+    },
+    Link {
+        transport: "zenoh-tcp",
+        codec: "protobuf",
+        serve: |address| vec!["--zenoh".to_owned(), format!("tcp/{address}")],
+        uri: |address| format!("tcp/{address}"),
+    },
+];
 
 const CLIENTS: &[Client] =
     &[Client { name: "async", command: policy_in_rust }, Client { name: "blocking", command: policy_in_rust }];

@@ -32,8 +32,9 @@ pub(crate) fn cpu_seconds() -> f64 {
 }
 
 /// A client yet to be connected.
-pub(crate) fn client(uri: &str, quiet: bool, wait: Option<f64>) -> Result<PolicyClientBuilder> {
+pub(crate) fn client(uri: &str, robot: Option<&str>, quiet: bool, wait: Option<f64>) -> Result<PolicyClientBuilder> {
     let builder = PolicyClient::builder(uri);
+    let builder = if let Some(robot) = robot { builder.robot(robot) } else { builder };
     let builder = if quiet { builder.quiet() } else { builder };
     Ok(match wait {
         Some(seconds) => builder.deadline(Duration::try_from_secs_f64(seconds).context("--wait")?),

@@ -19,9 +19,12 @@ use super::{INTERRUPTED, Interrupt};
 /// 130 after Ctrl-C.
 #[derive(clap::Args)]
 pub(crate) struct Arguments {
-    /// The robot
+    /// The robot: ws:// or wss://, or tcp/HOST:PORT for Zenoh
     #[arg(default_value = "ws://localhost:8765", value_name = "URI")]
     uri: String,
+    /// Which robot, on a Zenoh network of several
+    #[arg(long, value_name = "NAME")]
+    robot: Option<String>,
     /// How policy and robot are coupled
     #[arg(long, value_enum, default_value_t = Mode::Stream)]
     mode: Mode,
@@ -83,7 +86,7 @@ pub(crate) fn run(arguments: &Arguments) -> Result<ExitCode> {
         std::fs::create_dir_all(directory).with_context(|| format!("creating {}", directory.display()))?;
     }
     let interrupt = Interrupt::listen()?;
-    let builder = super::client(&arguments.uri, arguments.quiet, arguments.wait)?;
+    let builder = super::client(&arguments.uri, arguments.robot.as_deref(), arguments.quiet, arguments.wait)?;
     let played = match arguments.client {
         Client::Async => {
             let runtime = tokio::runtime::Runtime::new().context("starting a runtime")?;
@@ -194,7 +197,7 @@ fn report(arguments: &Arguments, played: &Played) -> serde_json::Value {
     json!({
         "client": match arguments.client { Client::Async => "async", Client::Blocking => "blocking" },
         "mode": match arguments.mode { Mode::Stream => "stream", Mode::Step => "step" },
-        "transport": "websocket",
+        "transport": if arguments.uri.starts_with("tcp/") { "zenoh-tcp" } else { "websocket" },
         "codec": "protobuf",
         "episodes": played.episodes.len(),
         "successes": played.successes(),

@@ -13,10 +13,16 @@ use chiral_sim::robot::{self, SimConfig};
 /// K and T of the very instant. In real time it moves as it is told by actions; `step` moves it in lock-step. Ctrl-C ends it.
 #[derive(clap::Args)]
 pub(crate) struct Arguments {
-    /// Where to listen; there is no authentication yet
-    #[arg(long, default_value = "127.0.0.1:8765", value_name = "ADDRESS", value_parser = resolve)]
-    bind: SocketAddr,
-    /// The robot's name, as peers see it
+    /// Where to listen for WebSocket; 127.0.0.1:8765 by default, or nowhere with Zenoh. There is no authentication yet
+    #[arg(long, value_name = "ADDRESS", value_parser = resolve)]
+    bind: Option<SocketAddr>,
+    /// Be on a Zenoh network, and let others into it here, such as tcp/127.0.0.1:7447
+    #[arg(long, value_name = "LOCATOR")]
+    zenoh: Vec<String>,
+    /// Join the Zenoh network of a router or another robot, such as tcp/router:7447
+    #[arg(long, value_name = "LOCATOR")]
+    zenoh_join: Vec<String>,
+    /// The robot's name, as peers see it; on a Zenoh network each has its own
     #[arg(long, default_value = "panda")]
     name: String,
     /// Columns of every picture
@@ -60,7 +66,13 @@ pub(crate) fn run(arguments: &Arguments) -> Result<()> {
         let each = (super::cpu_seconds() - cpu_before) * 1e3 / pictures.max(1) as f64;
         tracing::info!("drew {pictures} pictures, {each:.2} ms of CPU each");
     }
-    let server = PolicyServer::builder(robot, sensors).name(&arguments.name).bind(arguments.bind).build()?;
+    let mut builder = PolicyServer::builder(robot, sensors).name(&arguments.name);
+    if let Some(address) = arguments.bind {
+        builder = builder.bind(address);
+    }
+    builder = arguments.zenoh.iter().fold(builder, |builder, locator| builder.listen_zenoh(locator));
+    builder = arguments.zenoh_join.iter().fold(builder, |builder, locator| builder.join_zenoh(locator));
+    let server = builder.build()?;
     tracing::info!("{cameras} cameras of {width} x {height} at {fps} Hz");
 
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build().context("starting a runtime")?;

@@ -16,9 +16,12 @@ use super::Interrupt;
 #[derive(clap::Args)]
 #[command(after_help = EXAMPLE)]
 pub(crate) struct Arguments {
-    /// The robot
+    /// The robot: ws:// or wss://, or tcp/HOST:PORT for Zenoh
     #[arg(default_value = "ws://localhost:8765", value_name = "URI")]
     uri: String,
+    /// Which robot, on a Zenoh network of several
+    #[arg(long, value_name = "NAME")]
+    robot: Option<String>,
     /// Observations a second to ask for
     #[arg(long, default_value_t = 30.0)]
     hz: f64,
@@ -55,7 +58,7 @@ pub(crate) fn run(arguments: &Arguments) -> Result<()> {
     super::log("warn");
     let limit = Duration::try_from_secs_f64(arguments.seconds).context("--seconds")?;
     let interrupt = Interrupt::listen()?;
-    let builder = super::client(&arguments.uri, arguments.quiet, arguments.wait)?.observer();
+    let builder = super::client(&arguments.uri, arguments.robot.as_deref(), arguments.quiet, arguments.wait)?.observer();
     let runtime = tokio::runtime::Runtime::new().context("starting a runtime")?;
     let seen = runtime.block_on(async {
         let client = Face::Async(builder.connect().await?);

@@ -1,0 +1,114 @@
+//! What an address leads to: WebSocket or Zenoh, one server and one connection whichever it is.
+
+use std::time::Duration;
+
+use chiral_proto::{Codec, Frame, Transport, TransportError, pool::Pool};
+
+#[cfg(feature = "websocket")]
+use crate::websocket;
+#[cfg(feature = "zenoh")]
+use crate::zenoh;
+use crate::{builder::Attempt, error::Error, lane::Carries};
+
+/// Beginnings of addresses that Zenoh knows and this client does not yet.
+const NOT_YET: &[&str] = &["tls/", "quic/", "unixsock-stream/", "udp/", "ws/", "zenoh:"];
+
+/// How to reach a server. A clone is the same server.
+#[derive(Clone)]
+pub(crate) enum Server {
+    #[cfg(feature = "websocket")]
+    WebSocket(websocket::Server),
+    #[cfg(feature = "zenoh")]
+    Zenoh(zenoh::Server),
+}
+
+/// A connection to a server.
+pub(crate) enum Connection {
+    #[cfg(feature = "websocket")]
+    WebSocket(Box<websocket::Connection>),
+    #[cfg(feature = "zenoh")]
+    Zenoh(Box<chiral_link::zenoh::ZenohTransport>),
+}
+
+impl Server {
+    /// The server at this address; of several robots the one with this name.
+    pub(crate) fn parse(uri: &str, root_certificates: Option<&[u8]>, robot: Option<&str>) -> Result<Server, Error> {
+        let refuse = |reason: &str| Error::Address { uri: uri.to_owned(), reason: reason.to_owned() };
+        if NOT_YET.iter().any(|beginning| uri.starts_with(beginning)) {
+            return Err(refuse("of Zenoh's addresses only tcp/ is supported yet"));
+        }
+        if uri.starts_with("tcp/") {
+            #[cfg(feature = "zenoh")]
+            return zenoh::Server::parse(uri, robot).map(Server::Zenoh);
+            #[cfg(not(feature = "zenoh"))]
+            return Err(refuse("tcp/ is an address of Zenoh, which this program was built without"));
+        }
+        if robot.is_some() {
+            return Err(refuse("a robot's name is asked for, where there can be only one robot"));
+        }
+        #[cfg(feature = "websocket")]
+        return websocket::Server::parse(uri, root_certificates).map(Server::WebSocket);
+        #[cfg(not(feature = "websocket"))]
+        {
+            let _ = root_certificates;
+            Err(refuse("it does not begin with tcp/, and this program was built without WebSocket"))
+        }
+    }
+
+    /// Between two attempts to connect.
+    pub(crate) fn retry_period(&self) -> Duration {
+        match self {
+            #[cfg(feature = "websocket")]
+            Server::WebSocket(_) => Duration::from_millis(100),
+            #[cfg(feature = "zenoh")]
+            Server::Zenoh(_) => zenoh::RETRY_PERIOD,
+        }
+    }
+
+    /// One attempt to connect, for what such a connection carries.
+    pub(crate) async fn connect(&self, carries: Carries, max_frame: usize, pool: Pool, courtesy: Courtesy) -> Result<Connection, Attempt> {
+        match self {
+            #[cfg(feature = "websocket")]
+            Server::WebSocket(server) => {
+                let _ = carries;
+                Ok(Connection::WebSocket(Box::new(websocket::connect(server, max_frame, pool, courtesy).await?)))
+            }
+            #[cfg(feature = "zenoh")]
+            Server::Zenoh(server) => Ok(Connection::Zenoh(Box::new(server.connect(carries, max_frame, pool).await?))),
+        }
+    }
+}
+
+/// Both are the same, but for the type.
+macro_rules! either {
+    ($connection:expr, $transport:ident => $call:expr) => {
+        match $connection {
+            #[cfg(feature = "websocket")]
+            Connection::WebSocket($transport) => $call,
+            #[cfg(feature = "zenoh")]
+            Connection::Zenoh($transport) => $call,
+        }
+    };
+}
+
+impl Transport for Connection {
+    async fn send(&self, frame: Frame) -> Result<(), TransportError> {
+        either!(self, transport => transport.send(frame).await)
+    }
+
+    async fn recv(&self) -> Result<Option<Frame>, TransportError> {
+        either!(self, transport => transport.recv().await)
+    }
+
+    async fn close(&self) {
+        either!(self, transport => transport.close().await)
+    }
+
+    fn codec(&self) -> Codec {
+        either!(self, transport => transport.codec())
+    }
+
+    fn peer(&self) -> &str {
+        either!(self, transport => transport.peer())
+    }
+}

@@ -1,0 +1,174 @@
+//! Received chunks put together again, and how much of a lane was taken. Pure: no socket, no thread.
+
+use bytes::{Bytes, BytesMut};
+use chiral_proto::{
+    Frame, TransportError,
+    pool::{Buffer, Pool},
+};
+
+use super::word::Word;
+
+/// The most that one put carries, in bytes. Larger messages would hold up a router's other traffic, and are no faster.
+pub(super) const CHUNK: usize = 256 * 1024;
+/// So much, by [`cost`], may have been put without the other side having taken it: eight chunks, or some hundred small frames.
+pub(super) const WINDOW: u64 = 8 * cost(CHUNK);
+/// The other side is told after so much; a quarter of the window, so that it never stands still.
+const TELL_AFTER: u64 = WINDOW / 4;
+/// Frames up to this size are not worth the pool's memory.
+const SMALL: usize = 4 * 1024;
+
+/// What a put of `len` bytes counts: its bytes and what it costs to have it wait, so that the window bounds small frames, too.
+pub(super) const fn cost(len: usize) -> u64 {
+    len as u64 + 4096
+}
+
+/// The receiving side of a lane.
+#[derive(Debug)]
+pub(super) struct Incoming {
+    max_frame: usize,
+    pool: Pool,
+    /// The number of the last frame or chunk.
+    number: u64,
+    partial: Option<Partial>,
+    /// What was taken, and how much of it the other side knows.
+    taken: u64,
+    told: u64,
+}
+
+/// A frame of which chunks are missing.
+#[derive(Debug)]
+struct Partial {
+    buffer: Buffer,
+    filled: usize,
+}
+
+impl Incoming {
+    pub(super) fn new(max_frame: usize, pool: Pool) -> Incoming {
+        Incoming { max_frame, pool, number: 0, partial: None, taken: 0, told: 0 }
+    }
+
+    /// Takes a frame or chunk, whose payload of `len` bytes comes in slices; returns the frame that it completes.
+    pub(super) fn take<'a>(
+        &mut self,
+        word: Word,
+        len: usize,
+        slices: impl Iterator<Item = &'a [u8]>,
+    ) -> Result<Option<Frame>, TransportError> {
+        self.taken += cost(len);
+        let (number, offset, total) = match word {
+            Word::Frame { number } => (number, 0, len as u64),
+            Word::Chunk { number, offset, total } => (number, offset, total),
+            other => return Err(violation("a frame or chunk", format!("{other:?}"))),
+        };
+        self.number += 1;
+        if number != self.number {
+            return Err(violation("frames and chunks without a gap", format!("number {number} in place of {}", self.number)));
+        }
+        let partial = self.partial.take();
+        let filled = partial.as_ref().map_or(0, |partial| partial.filled);
+        let whole = partial.as_ref().map_or(total, |partial| partial.buffer.len() as u64);
+        // Sums do not overflow: `offset` is compared with what is there before anything is added to it.
+        if offset != filled as u64 || total != whole || len as u64 > total - offset || (len == 0 && offset < total) {
+            let found = format!("{len} bytes at {offset} of {total} after {filled} of {whole}");
+            return Err(violation("chunks of a frame in order", found));
+        }
+        let total = usize::try_from(total).ok().filter(|total| *total <= self.max_frame);
+        let total = total.ok_or_else(|| violation("a frame within the limit", format!("{whole} bytes")))?;
+        if total <= SMALL && len == total {
+            return Ok(Some(joined(len, slices).into()));
+        }
+        let Partial { mut buffer, mut filled } =
+            partial.unwrap_or_else(|| Partial { buffer: self.pool.take(total), filled: 0 });
+        for slice in slices {
+            buffer[filled..filled + slice.len()].copy_from_slice(slice);
+            filled += slice.len();
+        }
+        if filled == total {
+            return Ok(Some(buffer.freeze().into()));
+        }
+        self.partial = Some(Partial { buffer, filled });
+        Ok(None)
+    }
+
+    /// What the other side should be told was taken, if it is time to.
+    pub(super) fn tell(&mut self) -> Option<u64> {
+        let is_due = self.taken - self.told >= TELL_AFTER;
+        is_due.then(|| {
+            self.told = self.taken;
+            self.taken
+        })
+    }
+}
+
+fn joined<'a>(len: usize, slices: impl Iterator<Item = &'a [u8]>) -> Bytes {
+    let mut joined = BytesMut::with_capacity(len);
+    for slice in slices {
+        joined.extend_from_slice(slice);
+    }
+    joined.freeze()
+}
+
+pub(super) fn violation(expected: &'static str, found: impl Into<String>) -> TransportError {
+    TransportError::Protocol { expected, found: found.into() }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// What comes of these words, each with so many bytes: the length of the last frame, or the words of the refusal.
+    fn check(words: &[(Word, usize)], expected: Result<Option<usize>, &str>) {
+        let mut incoming = Incoming::new(1 << 20, Pool::new(0));
+        let mut last = Ok(None);
+        for (word, len) in words {
+            let payload = vec![7; *len];
+            last = incoming.take(*word, *len, payload.chunks(100));
+            if last.is_err() {
+                break;
+            }
+        }
+        match (last, expected) {
+            (Ok(frame), Ok(len)) => assert_eq!(frame.map(|frame| frame.len()), len, "{words:?}"),
+            (Err(error), Err(text)) => assert!(error.to_string().contains(text), "{error}"),
+            (found, expected) => panic!("{words:?}: expected {expected:?}, found {found:?}"),
+        }
+    }
+
+    #[test]
+    fn only_chunks_in_order_make_a_frame() {
+        let frame = |number| Word::Frame { number };
+        let chunk = |number, offset, total| Word::Chunk { number, offset, total };
+        check(&[(frame(1), 10)], Ok(Some(10)));
+        check(&[(frame(1), 0)], Ok(Some(0)));
+        check(&[(frame(1), 9000), (frame(2), 9000)], Ok(Some(9000)));
+        check(&[(chunk(1, 0, 9000), 5000)], Ok(None));
+        check(&[(chunk(1, 0, 9000), 5000), (chunk(2, 5000, 9000), 4000)], Ok(Some(9000)));
+        check(&[(chunk(1, 0, 100), 50), (chunk(2, 50, 100), 50), (frame(3), 1)], Ok(Some(1)));
+        for lost in [frame(0), frame(2), chunk(7, 0, 9)] {
+            check(&[(lost, 5)], Err("without a gap"));
+        }
+        check(&[(frame(1), 1), (frame(1), 1)], Err("without a gap"));
+        check(&[(chunk(1, 0, 9000), 5000), (frame(2), 5)], Err("in order"));
+        check(&[(chunk(1, 5, 9000), 5)], Err("in order"));
+        check(&[(chunk(1, 0, 10), 11)], Err("in order"));
+        check(&[(chunk(1, 0, 10), 0)], Err("in order"));
+        check(&[(chunk(1, u64::MAX, u64::MAX), 1)], Err("in order"));
+        check(&[(chunk(1, 0, 9000), 5000), (chunk(2, 5000, 9001), 4000)], Err("in order"));
+        check(&[(chunk(1, 0, 9000), 5000), (chunk(2, 5000, 9000), 4001)], Err("in order"));
+        check(&[(chunk(1, 0, u64::MAX), 5)], Err("within the limit"));
+        check(&[(frame(1), (1 << 20) + 1)], Err("within the limit"));
+        check(&[(Word::Close, 0)], Err("a frame or chunk"));
+    }
+
+    #[test]
+    fn what_was_taken_is_told_before_the_window_is_full() {
+        let mut incoming = Incoming::new(1 << 20, Pool::new(0));
+        let (mut told, mut put) = (0, 0);
+        for number in 1..10_000 {
+            incoming.take(Word::Frame { number }, 1, [&[1_u8][..]].into_iter()).unwrap();
+            put += cost(1);
+            told = incoming.tell().unwrap_or(told);
+            assert!(put - told + cost(CHUNK) <= WINDOW);
+        }
+    }
+}

@@ -1,0 +1,131 @@
+//! How a robot and its clients meet: the robot's server is alive under the robot's name, and gives each connection a name of its own.
+
+use std::{fmt, sync::Arc, time::Duration};
+
+use chiral_proto::{error::chain, keys};
+use tokio::sync::{Semaphore, mpsc};
+use zenoh::{
+    liveliness::LivelinessToken,
+    qos::{CongestionControl, Priority},
+    query::{Query, Queryable},
+};
+
+use super::{
+    lane::{LaneKind, ZenohOptions, ZenohTransport},
+    network::{Network, NetworkError},
+};
+
+/// Within this a server must answer who asks for a connection.
+const OPEN_LIMIT: Duration = Duration::from_secs(5);
+/// Who asks for a connection while so many others wait for theirs is not heard.
+const REQUESTS: usize = 64;
+/// A server has no more connections than that at once.
+const CONNECTIONS: usize = 256;
+
+/// A robot that is alive on a network. It is not any more when this is dropped.
+pub struct Presence {
+    network: Network,
+    robot: String,
+    requests: mpsc::Receiver<Query>,
+    places: Arc<Semaphore>,
+    _queryable: Queryable<()>,
+    _token: LivelinessToken,
+}
+
+impl fmt::Debug for Presence {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Presence").field("robot", &self.robot).finish_non_exhaustive()
+    }
+}
+
+impl Network {
+    /// Makes a robot known to this network, under a name that [`keys::check_robot`] has found good.
+    ///
+    /// # Errors
+    /// [`NetworkError::NameTaken`] if a robot of this name is alive already, else [`NetworkError::Failed`].
+    pub async fn announce(&self, robot: &str) -> Result<Presence, NetworkError> {
+        let ours = self.session().zid().to_string();
+        let tokens = keys::alive(robot, "*");
+        let taken = |(robot, server)| NetworkError::NameTaken { robot, server };
+        if let Some(other) = self.alive(&tokens).await?.into_iter().find(|(_, server)| *server != ours) {
+            return Err(taken(other));
+        }
+        let (sender, requests) = mpsc::channel(REQUESTS);
+        let answer = move |query| drop(sender.try_send(query));
+        let queryable = self.session().declare_queryable(keys::open(robot)).complete(true).callback(answer);
+        let queryable = queryable.await.map_err(NetworkError::Failed)?;
+        let token = self.session().liveliness().declare_token(keys::alive(robot, &ours)).await.map_err(NetworkError::Failed)?;
+        // Of two that came at the same time and now see each other, the smaller id stays.
+        if let Some(other) = self.alive(&tokens).await?.into_iter().find(|(_, server)| *server < ours) {
+            return Err(taken(other));
+        }
+        Ok(Presence {
+            network: self.clone(),
+            robot: robot.to_owned(),
+            requests,
+            places: Arc::new(Semaphore::new(CONNECTIONS)),
+            _queryable: queryable,
+            _token: token,
+        })
+    }
+
+    /// Asks a robot for a connection.
+    ///
+    /// # Errors
+    /// [`NetworkError::NoAnswer`], [`NetworkError::Refused`], [`NetworkError::Failed`].
+    pub async fn connect(&self, robot: &str, kind: LaneKind, options: ZenohOptions) -> Result<ZenohTransport, NetworkError> {
+        let no_answer = || NetworkError::NoAnswer { robot: robot.to_owned(), waited: OPEN_LIMIT };
+        let refused = |reason: String| NetworkError::Refused { robot: robot.to_owned(), reason };
+        let asking = self.session().get(keys::open(robot)).payload(kind.word()).timeout(OPEN_LIMIT);
+        let asking = asking.congestion_control(CongestionControl::Block).priority(Priority::RealTime).express(true);
+        let answers = asking.await.map_err(NetworkError::Failed)?;
+        // Where nobody serves the key, or the server is gone, there is no item at all.
+        let answer = answers.recv_async().await.map_err(|_| no_answer())?;
+        let connection = match answer.result() {
+            Ok(sample) => String::from_utf8_lossy(&sample.payload().to_bytes()).into_owned(),
+            Err(error) if *error.payload().to_bytes() == *b"Timeout" => return Err(no_answer()),
+            Err(error) => return Err(refused(String::from_utf8_lossy(&error.payload().to_bytes()).into_owned())),
+        };
+        if !is_connection(&connection) {
+            return Err(refused(format!("expected a connection's name of 32 hexadecimal digits, found {connection:?}")));
+        }
+        let transport = ZenohTransport::declare(self, robot, &connection, keys::End::Client, kind, options, None).await?;
+        if transport.begin(OPEN_LIMIT).await { Ok(transport) } else { Err(no_answer()) }
+    }
+}
+
+impl Presence {
+    /// The next connection that a client asks for. `None` never comes while the network is there.
+    pub async fn accept(&mut self, options: &ZenohOptions) -> Option<ZenohTransport> {
+        loop {
+            let query = self.requests.recv().await?;
+            match self.admit(&query, options.clone()).await {
+                Ok((transport, connection)) => {
+                    if query.reply(keys::open(&self.robot), connection).express(true).await.is_ok() {
+                        return Some(transport);
+                    }
+                }
+                Err(reason) => drop(query.reply_err(reason).await),
+            }
+        }
+    }
+
+    /// A new connection, which listens already, and its name; or why there is none.
+    async fn admit(&self, query: &Query, options: ZenohOptions) -> Result<(ZenohTransport, String), String> {
+        let asked = query.payload().map(|payload| payload.to_bytes().into_owned()).unwrap_or_default();
+        let kind = LaneKind::from_word(&asked).ok_or("expected a kind of connection, control or observations, found another")?;
+        let place = Arc::clone(&self.places).try_acquire_owned();
+        let place = place.map_err(|_| format!("expected at most {CONNECTIONS} connections, found more"))?;
+        let mut random = [0; 16];
+        getrandom::fill(&mut random).map_err(|error| format!("no random bits: {error}"))?;
+        let connection = format!("{:032x}", u128::from_le_bytes(random));
+        let end = keys::End::Server;
+        let transport = ZenohTransport::declare(&self.network, &self.robot, &connection, end, kind, options, Some(place)).await;
+        Ok((transport.map_err(|error| chain(&error))?, connection))
+    }
+}
+
+/// 128 bits in hexadecimal.
+fn is_connection(name: &str) -> bool {
+    name.len() == 32 && name.bytes().all(|byte| byte.is_ascii_hexdigit())
+}

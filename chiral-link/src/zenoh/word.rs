@@ -1,0 +1,71 @@
+//! What a put on a lane is: a few bytes beside its payload, in Zenoh's attachment. One byte of kind, then `u64`s, little-endian.
+
+/// A lane's put, without its payload. Frames and chunks are numbered together, from 1: a number that is not the next one means a loss.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Word {
+    /// The lane is there. The client says it until the server answers it: what is put before the other side is known to listen is lost without a word.
+    Begin,
+    /// A whole frame.
+    Frame { number: u64 },
+    /// Part of a frame of `total` bytes, from `offset`.
+    Chunk { number: u64, offset: u64, total: u64 },
+    /// So much, as `flow::cost` counts, was taken from the lane since it began.
+    Taken { cost: u64 },
+    /// Nothing more comes.
+    Close,
+}
+
+impl Word {
+    pub(super) fn encode(self) -> Vec<u8> {
+        let (kind, numbers): (u8, &[u64]) = match self {
+            Word::Begin => (1, &[]),
+            Word::Frame { number } => (2, &[number]),
+            Word::Chunk { number, offset, total } => (3, &[number, offset, total]),
+            Word::Taken { cost } => (4, &[cost]),
+            Word::Close => (5, &[]),
+        };
+        let mut bytes = vec![kind];
+        bytes.extend(numbers.iter().flat_map(|number| number.to_le_bytes()));
+        bytes
+    }
+
+    /// `None` if it is none.
+    pub(super) fn decode(bytes: &[u8]) -> Option<Word> {
+        let (kind, rest) = bytes.split_first()?;
+        let (numbers, []) = rest.as_chunks::<8>() else { return None };
+        let numbers: Vec<u64> = numbers.iter().take(4).map(|bytes| u64::from_le_bytes(*bytes)).collect();
+        match (kind, numbers.as_slice()) {
+            (1, []) => Some(Word::Begin),
+            (2, &[number]) => Some(Word::Frame { number }),
+            (3, &[number, offset, total]) => Some(Word::Chunk { number, offset, total }),
+            (4, &[cost]) => Some(Word::Taken { cost }),
+            (5, []) => Some(Word::Close),
+            _ => None,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn words_come_back_and_nothing_else_is_one() {
+        let words = [
+            Word::Begin,
+            Word::Frame { number: 1 },
+            Word::Chunk { number: 2, offset: 1 << 40, total: u64::MAX },
+            Word::Taken { cost: 7 },
+            Word::Close,
+        ];
+        for word in words {
+            let bytes = word.encode();
+            assert_eq!(Word::decode(&bytes), Some(word));
+            assert_eq!(Word::decode(&bytes[..bytes.len() - 1]), None);
+            assert_eq!(Word::decode(&[&bytes[..], &[0]].concat()), None);
+            assert_eq!(Word::decode(&[&bytes[..], &[0; 64]].concat()), None);
+        }
+        assert_eq!(Word::decode(&[0]), None);
+        assert_eq!(Word::decode(&[6]), None);
+    }
+}
