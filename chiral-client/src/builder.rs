@@ -318,7 +318,11 @@ impl PolicyClientBuilder {
 
     /// Attempts to connect until somebody is there.
     #[cfg_attr(not(any(feature = "websocket", feature = "zenoh")), expect(dead_code, reason = "transports use it"))]
-    async fn wait_for<T, F: Future<Output = Result<T, Attempt>>>(&self, period: Duration, attempt: impl Fn() -> F) -> Result<T, Error> {
+    async fn wait_for<T, F: Future<Output = Result<T, Attempt>>>(
+        &self,
+        period: Duration,
+        attempt: impl Fn() -> F,
+    ) -> Result<T, Error> {
         let mut said = self.quiet;
         let mut last = "the first attempt is not over".to_owned();
         let attempts = async {

@@ -64,9 +64,7 @@ impl Server {
     /// Whether another attempt may mend it.
     fn judge(&self, error: NetworkError) -> Attempt {
         match error {
-            NetworkError::Locator { .. } => {
-                Attempt::Failed(Error::Address { uri: self.locator.clone(), reason: chain(&error) })
-            }
+            NetworkError::Locator { .. } => Attempt::Failed(Error::Address { uri: self.locator.clone(), reason: chain(&error) }),
             NetworkError::Open { ref source, .. } => Attempt::Absent(source.to_string()),
             NetworkError::NoAnswer { .. } => Attempt::Absent(error.to_string()),
             NetworkError::Thread(error) => Attempt::Failed(Error::Thread(Arc::new(error))),
@@ -101,7 +99,10 @@ mod tests {
         assert_eq!(choose(&["arm", "leg"], Some("leg")), "leg");
         assert_eq!(choose(&[], None), "absent: no robot is alive there");
         assert_eq!(choose(&["arm"], Some("leg")), "absent: no robot named \"leg\" is alive there; there are: arm");
-        assert_eq!(choose(&["arm", "leg"], None), "failed: expected one robot at tcp/a:1, found several: arm, leg; ask for one by its name");
+        assert_eq!(
+            choose(&["arm", "leg"], None),
+            "failed: expected one robot at tcp/a:1, found several: arm, leg; ask for one by its name"
+        );
     }
 
     #[test]

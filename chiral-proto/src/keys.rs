@@ -102,13 +102,24 @@ mod tests {
         let too_long = "a".repeat(65);
         for bad in ["", "left arm", "a/b", "*", "**", "a*", "$*", "a#", "a?b", "@a", "a\n", "a\u{0}", &too_long] {
             let error = check_robot(bad).unwrap_err().to_string();
-            assert!(error.starts_with("expected a robot's name of 1 to 64 letters, digits") && error.contains(&format!("{bad:?}")), "{error}");
+            assert!(
+                error.starts_with("expected a robot's name of 1 to 64 letters, digits") && error.contains(&format!("{bad:?}")),
+                "{error}"
+            );
         }
     }
 
     #[test]
     fn keys_of_others_tell_of_no_robot() {
-        for key in ["", "chiral/v1", "chiral/v1/a", "chiral/v1/a/open", "chiral/v1/a/alive/", "chiral/v1/a/alive/b/c", "chiral/v2/a/alive/b"] {
+        for key in [
+            "",
+            "chiral/v1",
+            "chiral/v1/a",
+            "chiral/v1/a/open",
+            "chiral/v1/a/alive/",
+            "chiral/v1/a/alive/b/c",
+            "chiral/v2/a/alive/b",
+        ] {
             assert_eq!(robot_and_server(key), None, "{key}");
         }
     }

@@ -77,8 +77,7 @@ impl Incoming {
         if total <= SMALL && len == total {
             return Ok(Some(joined(len, slices).into()));
         }
-        let Partial { mut buffer, mut filled } =
-            partial.unwrap_or_else(|| Partial { buffer: self.pool.take(total), filled: 0 });
+        let Partial { mut buffer, mut filled } = partial.unwrap_or_else(|| Partial { buffer: self.pool.take(total), filled: 0 });
         for slice in slices {
             buffer[filled..filled + slice.len()].copy_from_slice(slice);
             filled += slice.len();

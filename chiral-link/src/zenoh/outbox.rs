@@ -136,7 +136,14 @@ mod tests {
     fn frames_of_any_size_arrive_whole_within_the_window() {
         let mut outbox = Outbox::default();
         let mut incoming = Incoming::new(64 << 20, Pool::new(2));
-        let frames = [frame(&[10]), frame(&[100, 5_000_000, 3]), frame(&[]), frame(&[CHUNK]), frame(&[CHUNK, 1]), frame(&[1, CHUNK, CHUNK])];
+        let frames = [
+            frame(&[10]),
+            frame(&[100, 5_000_000, 3]),
+            frame(&[]),
+            frame(&[CHUNK]),
+            frame(&[CHUNK, 1]),
+            frame(&[1, CHUNK, CHUNK]),
+        ];
         let mut arrived = Vec::new();
         for sent in &frames {
             outbox.push(sent.clone());
