@@ -64,6 +64,6 @@ pub(crate) fn lock<T>(mutex: &std::sync::Mutex<T>) -> std::sync::MutexGuard<'_, 
     mutex.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
 }
 
-#[cfg(all(doctest, feature = "websocket"))]
+#[cfg(all(doctest, feature = "websocket", feature = "zenoh"))]
 #[doc = include_str!("../../docs/server-guide.md")]
 struct ServerGuide;
