@@ -95,7 +95,7 @@ impl PolicyClientBuilder {
         self
     }
 
-    /// Which robot, where an address leads to a Zenoh network of several.
+    /// Which robot, where an address leads to a Zenoh network of several. Other addresses lead to one robot: asking for one there is an error.
     #[must_use]
     pub fn robot(mut self, name: impl Into<String>) -> Self {
         self.robot = Some(name.into());

@@ -68,7 +68,7 @@ impl Server {
             NetworkError::Open { ref source, .. } => Attempt::Absent(source.to_string()),
             NetworkError::NoAnswer { .. } => Attempt::Absent(error.to_string()),
             NetworkError::Thread(error) => Attempt::Failed(Error::Thread(Arc::new(error))),
-            error => Attempt::Failed(Error::Zenoh(Arc::<dyn StdError + Send + Sync>::from(Box::from(error)))),
+            error => Attempt::Failed(Error::Zenoh(Arc::from(Box::<dyn StdError + Send + Sync>::from(chain(&error))))),
         }
     }
 }

@@ -30,7 +30,7 @@ use zenoh::{
 
 use super::{
     flow::{Incoming, WINDOW, cost, violation},
-    network::{Network, NetworkError},
+    network::{Network, NetworkError, cause, failed},
     outbox::{Outbox, Put},
     word::Word,
 };
@@ -169,16 +169,16 @@ impl ZenohTransport {
         let key = keys::frames(robot, connection, end.other());
         let ear = Ear { key: key.clone(), end, events: sender.clone(), shared: Arc::clone(&shared) };
         let subscriber = session.declare_subscriber(key).callback(move |sample| ear.hear(&sample));
-        let subscriber = subscriber.await.map_err(NetworkError::Failed)?;
+        let subscriber = subscriber.await.map_err(failed)?;
         let other = keys::end(robot, connection, end.other());
         let ear = Ear { key: other.clone(), end, events: sender, shared: Arc::clone(&shared) };
         let watch = session.liveliness().declare_subscriber(other).history(true).callback(move |sample| ear.watch(&sample));
-        let watch = watch.await.map_err(NetworkError::Failed)?;
+        let watch = watch.await.map_err(failed)?;
         let token = session.liveliness().declare_token(keys::end(robot, connection, end));
-        let token = token.await.map_err(NetworkError::Failed)?;
+        let token = token.await.map_err(failed)?;
         let publisher = session.declare_publisher(keys::frames(robot, connection, end));
         let publisher = publisher.congestion_control(CongestionControl::Block).priority(kind.priority()).express(true);
-        let publisher = publisher.await.map_err(NetworkError::Failed)?;
+        let publisher = publisher.await.map_err(failed)?;
         let putting = Arc::clone(&shared);
         let name = format!("chiral-{}", kind.word());
         thread::Builder::new().name(name).spawn(move || putting.put_all(&publisher)).map_err(NetworkError::Thread)?;
@@ -310,7 +310,7 @@ impl Shared {
                 payload.append(ZBytes::from(part));
             }
             if let Err(error) = publisher.put(payload.finish()).attachment(put.word.encode()).wait() {
-                return self.fail(TransportError::lost(error));
+                return self.fail(TransportError::lost(cause(&error)));
             }
             self.progress.send_if_modified(|progress| {
                 progress.finished += u64::from(put.completes);

@@ -12,7 +12,7 @@ use zenoh::{
 
 use super::{
     lane::{LaneKind, ZenohOptions, ZenohTransport},
-    network::{Network, NetworkError},
+    network::{Network, NetworkError, failed},
 };
 
 /// Within this a server must answer who asks for a connection.
@@ -53,8 +53,8 @@ impl Network {
         let (sender, requests) = mpsc::channel(REQUESTS);
         let answer = move |query| drop(sender.try_send(query));
         let queryable = self.session().declare_queryable(keys::open(robot)).complete(true).callback(answer);
-        let queryable = queryable.await.map_err(NetworkError::Failed)?;
-        let token = self.session().liveliness().declare_token(keys::alive(robot, &ours)).await.map_err(NetworkError::Failed)?;
+        let queryable = queryable.await.map_err(failed)?;
+        let token = self.session().liveliness().declare_token(keys::alive(robot, &ours)).await.map_err(failed)?;
         // Of two that came at the same time and now see each other, the smaller id stays.
         if let Some(other) = self.alive(&tokens).await?.into_iter().find(|(_, server)| *server < ours) {
             return Err(taken(other));
@@ -78,7 +78,7 @@ impl Network {
         let refused = |reason: String| NetworkError::Refused { robot: robot.to_owned(), reason };
         let asking = self.session().get(keys::open(robot)).payload(kind.word()).timeout(OPEN_LIMIT);
         let asking = asking.congestion_control(CongestionControl::Block).priority(Priority::RealTime).express(true);
-        let answers = asking.await.map_err(NetworkError::Failed)?;
+        let answers = asking.await.map_err(failed)?;
         // Where nobody serves the key, or the server is gone, there is no item at all.
         let answer = answers.recv_async().await.map_err(|_| no_answer())?;
         let connection = match answer.result() {
@@ -112,8 +112,8 @@ impl Presence {
 
     /// A new connection, which listens already, and its name; or why there is none.
     async fn admit(&self, query: &Query, options: ZenohOptions) -> Result<(ZenohTransport, String), String> {
-        let asked = query.payload().map(|payload| payload.to_bytes().into_owned()).unwrap_or_default();
-        let kind = LaneKind::from_word(&asked).ok_or("expected a kind of connection, control or observations, found another")?;
+        let kind = query.payload().and_then(|asked| LaneKind::from_word(&asked.to_bytes()));
+        let kind = kind.ok_or("expected a kind of connection, control or observations, found another")?;
         let place = Arc::clone(&self.places).try_acquire_owned();
         let place = place.map_err(|_| format!("expected at most {CONNECTIONS} connections, found more"))?;
         let mut random = [0; 16];

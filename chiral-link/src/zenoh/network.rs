@@ -87,17 +87,18 @@ pub struct Network {
     owned: Arc<Owned>,
 }
 
-/// A session that is never dropped where it must not be.
+/// A session that is never dropped where it must not be. It is there until this is dropped.
 #[derive(Debug)]
-struct Owned(ManuallyDrop<Session>);
+struct Owned(Option<Session>);
 
 impl Drop for Owned {
     fn drop(&mut self) {
-        // Without a thread it is forgotten, which is better than a panic; a clone left in `self` is never dropped, and counts no more once closed.
-        let session = ManuallyDrop::new(Session::clone(&self.0));
+        let Some(session) = self.0.take() else { return };
+        // If there is no thread to be had it is forgotten, which is better than a panic.
+        let session = ManuallyDrop::new(session);
         let end = move || {
+            let session = ManuallyDrop::into_inner(session);
             let _ = session.close().wait();
-            drop(ManuallyDrop::into_inner(session));
         };
         let _ = thread::Builder::new().name("chiral-zenoh".to_owned()).spawn(end);
     }
@@ -110,15 +111,15 @@ impl Network {
     /// [`NetworkError::Locator`], [`NetworkError::Open`] if nobody is there, [`NetworkError::Thread`].
     pub async fn open(options: &NetworkOptions) -> Result<Network, NetworkError> {
         let locators = || [&options.listen[..], &options.connect[..]].concat();
-        let config = config(options).map_err(|source| NetworkError::Locator { locators: locators(), source })?;
+        let config = config(options).map_err(|error| NetworkError::Locator { locators: locators(), source: cause(&error) })?;
         // Wrapped on its own thread: whoever stops waiting drops no session.
         let opening = on_thread(move || {
             let session = zenoh::open(config).wait()?;
-            Ok(Network { owned: Arc::new(Owned(ManuallyDrop::new(session))) })
+            zenoh::Result::Ok(Network { owned: Arc::new(Owned(Some(session))) })
         })?;
         let source: Cause = match timeout(OPEN_LIMIT, opening).await {
             Ok(Ok(Ok(network))) => return Ok(network),
-            Ok(Ok(Err(source))) => source,
+            Ok(Ok(Err(error))) => cause(&error),
             Ok(Err(_)) => "its thread ended".into(),
             Err(_) => format!("no handshake within {} s", OPEN_LIMIT.as_secs()).into(),
         };
@@ -135,7 +136,7 @@ impl Network {
 
     /// The same, of the robots whose tokens match.
     pub(super) async fn alive(&self, tokens: &str) -> Result<Vec<(String, String)>, NetworkError> {
-        let replies = self.session().liveliness().get(tokens).timeout(LOOK_LIMIT).await.map_err(NetworkError::Failed)?;
+        let replies = self.session().liveliness().get(tokens).timeout(LOOK_LIMIT).await.map_err(failed)?;
         let mut robots = Vec::new();
         while let Ok(reply) = replies.recv_async().await {
             let Ok(sample) = reply.result() else { continue };
@@ -149,7 +150,7 @@ impl Network {
 
     /// Leaves the network, for all clones; returns when that is done, or after a second.
     pub async fn close(&self) {
-        let session = Session::clone(&self.owned.0);
+        let session = self.session().clone();
         let closing = on_thread(move || {
             let _ = session.close().wait();
             drop(session);
@@ -160,7 +161,7 @@ impl Network {
     }
 
     pub(super) fn session(&self) -> &Session {
-        &self.owned.0
+        self.owned.0.as_ref().expect("it is taken only when the last clone is dropped")
     }
 }
 
@@ -170,4 +171,42 @@ fn on_thread<T: Send + 'static>(call: impl FnOnce() -> T + Send + 'static) -> Re
     let run = move || drop(done.send(call()));
     thread::Builder::new().name("chiral-zenoh".to_owned()).spawn(run).map_err(NetworkError::Thread)?;
     Ok(waiting)
+}
+
+pub(super) fn failed(error: zenoh::Error) -> NetworkError {
+    NetworkError::Failed(cause(&error))
+}
+
+/// What Zenoh says, without the places in its sources, which are paths of the machine that it was built on.
+pub(super) fn cause(error: &zenoh::Error) -> Cause {
+    let text = error.to_string();
+    let mut parts = text.split(" at ");
+    let mut plain = parts.next().unwrap_or_default().trim_end().to_owned();
+    for part in parts {
+        let (place, rest) = part.split_at(part.find(' ').unwrap_or(part.len()));
+        if !place.contains(".rs:") {
+            plain.push_str(" at ");
+            plain.push_str(place);
+        }
+        plain.push_str(rest);
+    }
+    plain.into()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn places_in_sources_are_left_out() {
+        let cases = [
+            ("no link", "no link"),
+            ("no link!  at /a/b.rs:44.", "no link!"),
+            ("no link: [refused at /a/b.rs:1.] at /c.rs:3. at /d.rs:2.", "no link: [refused"),
+            ("looked at length at noon", "looked at length at noon"),
+        ];
+        for (text, expected) in cases {
+            assert_eq!(cause(&text.into()).to_string(), expected);
+        }
+    }
 }

@@ -18,9 +18,9 @@ use tracing_subscriber::EnvFilter;
 /// What shells expect of a program that Ctrl-C ended.
 pub(crate) const INTERRUPTED: u8 = 130;
 
-/// Logs to stderr, as `RUST_LOG` says, else from this level up.
+/// Logs to stderr, as `RUST_LOG` says, else from this level up; of Zenoh errors only, since it warns of each attempt to find a robot that is not there yet.
 pub(crate) fn log(level: &str) {
-    let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new(level));
+    let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new(format!("{level},zenoh=error")));
     let ansi = std::io::stderr().is_terminal();
     tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).with_ansi(ansi).with_target(false).init();
 }
