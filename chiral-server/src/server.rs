@@ -66,6 +66,7 @@ pub(crate) struct Options {
     pub(crate) max_frame: usize,
 }
 
+#[cfg(any(feature = "websocket", feature = "zenoh"))]
 impl Options {
     pub(crate) fn is_on_zenoh(&self) -> bool {
         #[cfg(feature = "zenoh")]
