@@ -6,7 +6,7 @@ use std::process::ExitCode;
 
 use clap::Parser;
 
-use crate::cli::{policy, serve, watch};
+use crate::cli::{policy, router, serve, watch};
 
 /// A simulated robot, and a policy that drives it from pixels.
 #[derive(Parser)]
@@ -15,6 +15,8 @@ enum Command {
     Serve(serve::Arguments),
     Policy(policy::Arguments),
     Watch(watch::Arguments),
+    #[command(hide = true)]
+    Router(router::Arguments),
 }
 
 const EXAMPLES: &str = "\
@@ -33,6 +35,7 @@ fn main() -> ExitCode {
         Command::Serve(arguments) => serve::run(&arguments).map(|()| ExitCode::SUCCESS),
         Command::Policy(arguments) => policy::run(&arguments),
         Command::Watch(arguments) => watch::run(&arguments).map(|()| ExitCode::SUCCESS),
+        Command::Router(arguments) => router::run(&arguments).map(|()| ExitCode::SUCCESS),
     };
     ended.unwrap_or_else(|error| {
         eprintln!("chiral-sim: {error:#}");

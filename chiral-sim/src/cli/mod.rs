@@ -1,6 +1,7 @@
 //! The commands, a file each, and what they share: logs, Ctrl-C, the process's own CPU time.
 
 pub(crate) mod policy;
+pub(crate) mod router;
 pub(crate) mod serve;
 pub(crate) mod watch;
 
@@ -40,6 +41,22 @@ pub(crate) fn client(uri: &str, robot: Option<&str>, quiet: bool, wait: Option<f
         Some(seconds) => builder.deadline(Duration::try_from_secs_f64(seconds).context("--wait")?),
         None => builder,
     })
+}
+
+/// Returns on Ctrl-C, or when a supervisor asks for the end.
+pub(crate) async fn asked_to_end() {
+    #[cfg(unix)]
+    {
+        use tokio::signal::unix::{SignalKind, signal};
+        if let Ok(mut terminate) = signal(SignalKind::terminate()) {
+            tokio::select! {
+                _ = terminate.recv() => {}
+                _ = tokio::signal::ctrl_c() => {}
+            }
+            return;
+        }
+    }
+    let _ = tokio::signal::ctrl_c().await;
 }
 
 /// Ctrl-C of a client's process.

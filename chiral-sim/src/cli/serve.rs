@@ -80,7 +80,7 @@ pub(crate) fn run(arguments: &Arguments) -> Result<()> {
     runtime.block_on(async {
         let handle = server.handle();
         tokio::spawn(async move {
-            asked_to_end().await;
+            super::asked_to_end().await;
             tracing::info!("shutting down");
             handle.shutdown();
         });
@@ -89,20 +89,4 @@ pub(crate) fn run(arguments: &Arguments) -> Result<()> {
     let (cpu, seconds) = (super::cpu_seconds() - cpu_before, began.elapsed().as_secs_f64());
     tracing::info!("served for {seconds:.1} s on {cpu:.1} s of CPU");
     Ok(())
-}
-
-/// Returns on Ctrl-C, or when a supervisor asks for the end.
-async fn asked_to_end() {
-    #[cfg(unix)]
-    {
-        use tokio::signal::unix::{SignalKind, signal};
-        if let Ok(mut terminate) = signal(SignalKind::terminate()) {
-            tokio::select! {
-                _ = terminate.recv() => {}
-                _ = tokio::signal::ctrl_c() => {}
-            }
-            return;
-        }
-    }
-    let _ = tokio::signal::ctrl_c().await;
 }
