@@ -2,6 +2,7 @@
 
 use std::time::Duration;
 
+use chiral_link::Courtesy;
 use chiral_proto::{Codec, Frame, Transport, TransportError, pool::Pool};
 
 #[cfg(feature = "websocket")]
@@ -66,7 +67,13 @@ impl Server {
     }
 
     /// One attempt to connect, for what such a connection carries.
-    pub(crate) async fn connect(&self, carries: Carries, max_frame: usize, pool: Pool, courtesy: Courtesy) -> Result<Connection, Attempt> {
+    pub(crate) async fn connect(
+        &self,
+        carries: Carries,
+        max_frame: usize,
+        pool: Pool,
+        courtesy: Courtesy,
+    ) -> Result<Connection, Attempt> {
         match self {
             #[cfg(feature = "websocket")]
             Server::WebSocket(server) => {
