@@ -33,17 +33,23 @@ pub(crate) enum Connection {
 
 impl Server {
     /// The server at this address; of several robots the one with this name.
-    pub(crate) fn parse(uri: &str, root_certificates: Option<&[u8]>, robot: Option<&str>) -> Result<Server, Error> {
+    pub(crate) fn parse(
+        uri: &str,
+        root_certificates: Option<&[u8]>,
+        robot: Option<&str>,
+        shared_memory: bool,
+    ) -> Result<Server, Error> {
         let refuse = |reason: &str| Error::Address { uri: uri.to_owned(), reason: reason.to_owned() };
         if NOT_YET.iter().any(|beginning| uri.starts_with(beginning)) {
             return Err(refuse("of Zenoh's addresses only tcp/ is supported yet"));
         }
         if uri.starts_with("tcp/") {
             #[cfg(feature = "zenoh")]
-            return zenoh::Server::parse(uri, robot).map(Server::Zenoh);
+            return zenoh::Server::parse(uri, robot, shared_memory).map(Server::Zenoh);
             #[cfg(not(feature = "zenoh"))]
             return Err(refuse("tcp/ is an address of Zenoh, which this program was built without"));
         }
+        let _ = shared_memory;
         if robot.is_some() {
             return Err(refuse("a robot's name is asked for, where there can be only one robot"));
         }

@@ -36,6 +36,8 @@ const IDLE_BUFFERS: usize = 3;
 pub struct PolicyClientBuilder {
     uri: String,
     robot: Option<String>,
+    #[cfg_attr(not(feature = "zenoh"), expect(dead_code, reason = "there is none without"))]
+    shared_memory: bool,
     identity: Identity,
     quiet: bool,
     deadline: Option<Duration>,
@@ -65,6 +67,7 @@ impl PolicyClientBuilder {
         PolicyClientBuilder {
             uri: uri.to_owned(),
             robot: None,
+            shared_memory: true,
             identity: Identity { name: default_name(), ..Identity::default() },
             quiet: false,
             deadline: None,
@@ -99,6 +102,14 @@ impl PolicyClientBuilder {
     #[must_use]
     pub fn robot(mut self, name: impl Into<String>) -> Self {
         self.robot = Some(name.into());
+        self
+    }
+
+    /// Whether observations are read from memory that the server shares, where that is on the same host and the address is Zenoh's; they are by default.
+    #[cfg(feature = "zenoh")]
+    #[must_use]
+    pub fn shared_memory(mut self, is_wanted: bool) -> Self {
+        self.shared_memory = is_wanted;
         self
     }
 
@@ -232,7 +243,7 @@ impl PolicyClientBuilder {
     async fn connect_by(mut self, host: Host) -> Result<PolicyClient, Error> {
         // Clones of a builder make clients that have nothing in common.
         (self.pool, self.courtesy) = (Pool::new(IDLE_BUFFERS), Courtesy::default());
-        let server = Server::parse(&self.uri, self.root_certificates.as_deref(), self.robot.as_deref())?;
+        let server = Server::parse(&self.uri, self.root_certificates.as_deref(), self.robot.as_deref(), self.shared_memory)?;
         let control = self.wait_for(server.retry_period(), || self.attempt(&server, Carries::Control, &host)).await?;
         let began = self.now();
         let welcome = session::greet(&control, &self.identity, Bytes::new()).await?;

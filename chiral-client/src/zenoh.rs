@@ -19,12 +19,13 @@ pub(crate) const RETRY_PERIOD: Duration = Duration::from_millis(500);
 pub(crate) struct Server {
     locator: String,
     asked: Option<String>,
+    shared_memory: bool,
     /// The network and the robot's name, once it was found; for its second connection.
     found: Arc<Mutex<Option<(Network, String)>>>,
 }
 
 impl Server {
-    pub(crate) fn parse(locator: &str, robot: Option<&str>) -> Result<Server, Error> {
+    pub(crate) fn parse(locator: &str, robot: Option<&str>, shared_memory: bool) -> Result<Server, Error> {
         let refuse = |reason: String| Error::Address { uri: locator.to_owned(), reason };
         // What comes after it is for Zenoh.
         let address = locator.strip_prefix("tcp/").and_then(|rest| rest.split(['?', '#']).next()).unwrap_or_default();
@@ -35,13 +36,13 @@ impl Server {
         if let Some(robot) = robot {
             keys::check_robot(robot).map_err(|error| refuse(error.to_string()))?;
         }
-        Ok(Server { locator: locator.to_owned(), asked: robot.map(str::to_owned), found: Arc::default() })
+        Ok(Server { locator: locator.to_owned(), asked: robot.map(str::to_owned), shared_memory, found: Arc::default() })
     }
 
     /// One attempt to connect: on the network that is known already, or on a new session of it.
     pub(crate) async fn connect(&self, carries: Carries, max_frame: usize, pool: Pool) -> Result<ZenohTransport, Attempt> {
         let kind = if carries == Carries::Observations { LaneKind::Observations } else { LaneKind::Control };
-        let options = ZenohOptions { max_frame, pool, codec: Codec::Protobuf };
+        let options = ZenohOptions { max_frame, pool, codec: Codec::Protobuf, shared_memory: None };
         let known = lock(&self.found).clone();
         let (network, robot) = match known {
             Some(known) => known,
@@ -53,7 +54,11 @@ impl Server {
     }
 
     async fn find(&self) -> Result<(Network, String), Attempt> {
-        let options = NetworkOptions { listen: Vec::new(), connect: vec![self.locator.clone()] };
+        let options = NetworkOptions {
+            connect: vec![self.locator.clone()],
+            shared_memory: self.shared_memory,
+            ..NetworkOptions::default()
+        };
         let network = Network::open(&options).await.map_err(|error| self.judge(error))?;
         let robots = network.robots().await.map_err(|error| self.judge(error))?;
         let mut names: Vec<String> = robots.into_iter().map(|(robot, _)| robot).collect();
@@ -108,11 +113,11 @@ mod tests {
     #[test]
     fn an_address_has_a_host_and_a_port() {
         for good in ["tcp/localhost:7447", "tcp/[::1]:7447", "tcp/10.0.0.1:1#so_sndbuf=65536"] {
-            assert!(Server::parse(good, None).is_ok(), "{good}");
+            assert!(Server::parse(good, None, true).is_ok(), "{good}");
         }
         for bad in ["tcp/", "tcp/localhost", "tcp/:7447", "tcp/localhost:port", "tcp/localhost:70000"] {
-            assert!(matches!(Server::parse(bad, None), Err(Error::Address { .. })), "{bad}");
+            assert!(matches!(Server::parse(bad, None, true), Err(Error::Address { .. })), "{bad}");
         }
-        assert!(matches!(Server::parse("tcp/localhost:1", Some("a/b")), Err(Error::Address { .. })));
+        assert!(matches!(Server::parse("tcp/localhost:1", Some("a/b"), true), Err(Error::Address { .. })));
     }
 }

@@ -19,11 +19,24 @@ pub struct Pool {
     shelf: Arc<Shelf>,
 }
 
+/// Memory of another kind than the heap for a pool to lend, such as what two processes share.
+pub trait Memory: fmt::Debug + Send + Sync {
+    /// `len` bytes that begin at a multiple of [`ALIGNMENT`], whatever they were last; `None` if there are none to be had now. Never waits.
+    fn take(&self, len: usize) -> Option<Box<dyn Lent>>;
+}
+
+/// A piece of such [`Memory`], to be written and then shared.
+pub trait Lent: AsRef<[u8]> + AsMut<[u8]> + Send + Sync {
+    /// What was written; nothing is copied.
+    fn freeze(self: Box<Self>) -> Bytes;
+}
+
 #[derive(Debug)]
 struct Shelf {
     /// In the order in which they came back.
     idle: Mutex<Vec<Idle>>,
     max_idle: usize,
+    supply: Mutex<Option<Weak<dyn Memory>>>,
 }
 
 #[derive(Debug)]
@@ -36,11 +49,20 @@ struct Idle {
 impl Pool {
     /// A pool that keeps at most `max_idle` buffers that nobody uses.
     pub fn new(max_idle: usize) -> Pool {
-        Pool { shelf: Arc::new(Shelf { idle: Mutex::default(), max_idle }) }
+        Pool { shelf: Arc::new(Shelf { idle: Mutex::default(), max_idle, supply: Mutex::default() }) }
+    }
+
+    /// From now on, buffers are of this memory, as long as it is there and has any to lend; else of the heap as before.
+    pub fn supply(&self, memory: &Arc<dyn Memory>) {
+        *self.shelf.supply.lock().unwrap_or_else(PoisonError::into_inner) = Some(Arc::downgrade(memory));
     }
 
     /// A buffer of `len` bytes, whatever they were last; never waits.
     pub fn take(&self, len: usize) -> Buffer {
+        let supply = self.shelf.supply.lock().unwrap_or_else(PoisonError::into_inner).clone();
+        if let Some(lent) = supply.and_then(|memory| memory.upgrade()?.take(len)) {
+            return Buffer { memory: Kind::Lent(lent) };
+        }
         let needed = len + ALIGNMENT - 1;
         let mut idle = self.shelf.idle.lock().unwrap_or_else(PoisonError::into_inner);
         // The smallest that is large enough, and not so large that a small message would pin a whole observation's memory; among equals the one that was
@@ -51,7 +73,7 @@ impl Pool {
         drop(idle);
         let memory = memory.unwrap_or_else(|| vec![0; needed]);
         let start = memory.as_ptr().align_offset(ALIGNMENT);
-        Buffer { memory, start, len, shelf: Arc::downgrade(&self.shelf) }
+        Buffer { memory: Kind::Heap(Heap { memory, start, len, shelf: Arc::downgrade(&self.shelf) }) }
     }
 
     /// Frees the buffers that nobody has used since this was called last. To be called every few seconds, also while nothing arrives.
@@ -67,6 +89,15 @@ impl Pool {
 
 /// Writable memory that begins at a multiple of [`ALIGNMENT`]. Dropped or frozen and dropped, it goes back to its pool.
 pub struct Buffer {
+    memory: Kind,
+}
+
+enum Kind {
+    Heap(Heap),
+    Lent(Box<dyn Lent>),
+}
+
+struct Heap {
     memory: Vec<u8>,
     start: usize,
     len: usize,
@@ -76,13 +107,16 @@ pub struct Buffer {
 impl Buffer {
     /// The memory as values, such as the `f32` of a depth image; as many as fit.
     pub fn values_mut<T: Element>(&mut self) -> &mut [T] {
-        let whole = self.len - self.len % size_of::<T>();
+        let whole = self.len() - self.len() % size_of::<T>();
         bytemuck::cast_slice_mut(&mut self[..whole])
     }
 
     /// What was written, to be shared; nothing is copied.
     pub fn freeze(self) -> Bytes {
-        Bytes::from_owner(self)
+        match self.memory {
+            Kind::Heap(heap) => Bytes::from_owner(heap),
+            Kind::Lent(lent) => lent.freeze(),
+        }
     }
 }
 
@@ -92,9 +126,18 @@ impl From<Buffer> for Bytes {
     }
 }
 
-impl AsRef<[u8]> for Buffer {
+impl AsRef<[u8]> for Heap {
     fn as_ref(&self) -> &[u8] {
         &self.memory[self.start..self.start + self.len]
+    }
+}
+
+impl AsRef<[u8]> for Buffer {
+    fn as_ref(&self) -> &[u8] {
+        match &self.memory {
+            Kind::Heap(heap) => heap.as_ref(),
+            Kind::Lent(lent) => (**lent).as_ref(),
+        }
     }
 }
 
@@ -108,11 +151,14 @@ impl Deref for Buffer {
 
 impl DerefMut for Buffer {
     fn deref_mut(&mut self) -> &mut [u8] {
-        &mut self.memory[self.start..self.start + self.len]
+        match &mut self.memory {
+            Kind::Heap(Heap { memory, start, len, .. }) => &mut memory[*start..*start + *len],
+            Kind::Lent(lent) => (**lent).as_mut(),
+        }
     }
 }
 
-impl Drop for Buffer {
+impl Drop for Heap {
     fn drop(&mut self) {
         if let Some(shelf) = self.shelf.upgrade() {
             let mut idle = shelf.idle.lock().unwrap_or_else(PoisonError::into_inner);
@@ -125,7 +171,7 @@ impl Drop for Buffer {
 
 impl fmt::Debug for Buffer {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "Buffer({} bytes)", self.len)
+        write!(f, "Buffer({} bytes)", self.len())
     }
 }
 
@@ -144,6 +190,50 @@ mod tests {
         drop(shared);
         let (a, b) = (pool.take(1000), pool.take(1000));
         assert!([a.as_ptr(), b.as_ptr()].contains(&address));
+    }
+
+    /// Lends one piece.
+    #[derive(Debug)]
+    struct One(Mutex<Option<Vec<u8>>>);
+
+    impl Memory for One {
+        fn take(&self, len: usize) -> Option<Box<dyn Lent>> {
+            let piece = self.0.lock().unwrap().take()?;
+            Some(Box::new(Piece(piece[..len].to_vec())))
+        }
+    }
+
+    struct Piece(Vec<u8>);
+
+    impl AsRef<[u8]> for Piece {
+        fn as_ref(&self) -> &[u8] {
+            &self.0
+        }
+    }
+
+    impl AsMut<[u8]> for Piece {
+        fn as_mut(&mut self) -> &mut [u8] {
+            &mut self.0
+        }
+    }
+
+    impl Lent for Piece {
+        fn freeze(self: Box<Self>) -> Bytes {
+            self.0.into()
+        }
+    }
+
+    #[test]
+    fn supplied_memory_is_lent_while_it_is_there_and_has_any() {
+        let pool = Pool::new(1);
+        let memory: Arc<dyn Memory> = Arc::new(One(Mutex::new(Some(vec![7; 100]))));
+        pool.supply(&memory);
+        let mut supplied = pool.take(10);
+        supplied[0] = 1;
+        assert_eq!(supplied.freeze(), [1, 7, 7, 7, 7, 7, 7, 7, 7, 7][..]);
+        assert_eq!(pool.take(10)[..], [0; 10], "there was one piece");
+        drop(memory);
+        assert_eq!(pool.take(10).len(), 10);
     }
 
     #[test]

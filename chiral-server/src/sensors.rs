@@ -7,6 +7,10 @@ use std::{
 
 use bytes::Bytes;
 use chiral_link::monotonic;
+#[cfg(feature = "zenoh")]
+use chiral_link::zenoh::SharedMemory;
+#[cfg(feature = "zenoh")]
+use chiral_proto::pool::ALIGNMENT;
 use chiral_proto::{
     Camera, CameraSpec, Clock, DType, Observation, Proprio, ProprioSpec, Tensor, Timestamp, ValueMap,
     error::UnknownName,
@@ -131,6 +135,31 @@ impl Sensors {
         let application = Mutex::default();
         let shared = Shared { cameras, proprios, application, published: Published::default(), pool, clock };
         Ok(Sensors { shared: Arc::new(shared) })
+    }
+
+    /// From now on, the cameras' buffers lie in memory that other processes of this host may see, as long as what is returned is there. `None` without
+    /// cameras, or if there is no such memory to be had, as the log then says.
+    #[cfg(feature = "zenoh")]
+    pub(crate) fn share_memory(&self) -> Option<SharedMemory> {
+        let aligned = |len: usize| len.next_multiple_of(ALIGNMENT);
+        let depth = |slot: &CameraSlot| if slot.spec.has_depth { aligned(slot.depth_len()) } else { 0 };
+        let observation: usize = self.shared.cameras.iter().map(|slot| aligned(slot.image_len()) + depth(slot)).sum();
+        if observation == 0 {
+            return None;
+        }
+        // What the allocator needs for itself, and peers' probes, besides.
+        let len = Self::IDLE_BUFFERS * observation + (1 << 20);
+        match SharedMemory::new(len) {
+            Ok(memory) => {
+                self.shared.pool.supply(&memory.memory());
+                Some(memory)
+            }
+            Err(error) => {
+                let megabytes = len as f64 * 1e-6;
+                tracing::info!("no {megabytes:.0} MB of shared memory, so observations travel by the network: {error}");
+                None
+            }
+        }
     }
 
     /// The cameras' declarations.
@@ -324,8 +353,7 @@ impl CameraSensor {
 
     /// Memory for one depth image, as [`CameraSensor::buffer`]; written as `depth_buffer().values_mut::<f32>()`.
     pub fn depth_buffer(&self) -> Buffer {
-        let [height, width] = self.slot().spec.depth_shape();
-        self.shared.pool.take(height * width * size_of::<f32>())
+        self.shared.pool.take(self.slot().depth_len())
     }
 
     /// Swaps image, depth, K, T and time in, all at once. Nothing is copied: the memory is shared until the last reader is done with it.
@@ -381,6 +409,11 @@ impl CameraSlot {
 
     fn image_len(&self) -> usize {
         self.spec.image_shape.iter().product::<usize>() * self.spec.image_dtype.size()
+    }
+
+    fn depth_len(&self) -> usize {
+        let [height, width] = self.spec.depth_shape();
+        height * width * size_of::<f32>()
     }
 
     fn image(&self, data: Bytes) -> Result<Tensor, SensorError> {

@@ -11,6 +11,8 @@ use std::{
     time::Duration,
 };
 
+#[cfg(feature = "zenoh")]
+use chiral_link::zenoh::{SharedMemory, SharedMemoryCounts};
 use chiral_link::{Courtesy, monotonic};
 use chiral_proto::{Clock, Code, Fault, Transport, message::RobotInfo};
 use tokio::sync::watch;
@@ -46,6 +48,9 @@ pub(crate) struct Inner {
     pub(crate) lobby: Mutex<Lobby<Session>>,
     /// Asked for by the actions that arrive.
     pub(crate) courtesy: Courtesy,
+    /// For observations to peers on this host, if it can be had.
+    #[cfg(feature = "zenoh")]
+    pub(crate) shared_memory: Option<SharedMemory>,
     /// For what is worth a line in the log, and not one for every connection.
     #[cfg(feature = "websocket")]
     pub(crate) says_once: std::sync::Once,
@@ -166,6 +171,15 @@ impl PolicyServerBuilder {
         self
     }
 
+    /// Whether peers on this host that come by Zenoh see observations in shared memory, which then never cross the network; they do by default. It takes
+    /// eight observations' worth of memory, locked; where that cannot be had, observations travel by the network, as the log says.
+    #[cfg(feature = "zenoh")]
+    #[must_use]
+    pub fn shared_memory(mut self, is_wanted: bool) -> Self {
+        self.options.network.shared_memory = is_wanted;
+        self
+    }
+
     /// Where observations come from, in place of the sensors' snapshot. The sensors still say what cameras and proprioception there are.
     #[must_use]
     pub fn observations(mut self, source: impl ObservationSource) -> Self {
@@ -227,6 +241,9 @@ impl PolicyServerBuilder {
                 )));
             }
         }
+        #[cfg(feature = "zenoh")]
+        let shared_memory =
+            if self.options.is_on_zenoh() && self.options.network.shared_memory { self.sensors.share_memory() } else { None };
         let info = RobotInfo {
             name: self.name,
             cameras: self.sensors.camera_specs().cloned().collect(),
@@ -248,6 +265,8 @@ impl PolicyServerBuilder {
             options: self.options,
             lobby: Mutex::default(),
             courtesy: Courtesy::default(),
+            #[cfg(feature = "zenoh")]
+            shared_memory,
             #[cfg(feature = "websocket")]
             says_once: std::sync::Once::new(),
             last_session: AtomicU64::new(0),
@@ -278,6 +297,9 @@ pub struct ServerStats {
     pub actions_failed: u64,
     /// Why the robot is out of service, if it is.
     pub out_of_service: Option<String>,
+    /// How observations travelled to peers that came by Zenoh.
+    #[cfg(feature = "zenoh")]
+    pub shared_memory: SharedMemoryCounts,
 }
 
 impl ServerHandle {
@@ -301,6 +323,8 @@ impl ServerHandle {
             actions_refused: refused,
             actions_failed: failed,
             out_of_service: self.inner.control.out_of_service().map(|fault| fault.text),
+            #[cfg(feature = "zenoh")]
+            shared_memory: self.inner.shared_memory.as_ref().map(SharedMemory::counts).unwrap_or_default(),
         }
     }
 }

@@ -31,11 +31,16 @@ impl PolicyServer {
                 return Err(error(refused));
             }
         };
-        let chiral_link::zenoh::NetworkOptions { listen, connect } = &inner.options.network;
+        let chiral_link::zenoh::NetworkOptions { listen, connect, .. } = &inner.options.network;
         tracing::info!("serving robot {name:?} on Zenoh, at {listen:?} and by {connect:?}");
         tracing::warn!("on Zenoh, whoever reaches the network can move the robot, for there is no authentication yet");
         // What a client says is small.
-        let options = ZenohOptions { max_frame: inner.options.max_frame, pool: Pool::new(0), codec: Codec::Protobuf };
+        let options = ZenohOptions {
+            max_frame: inner.options.max_frame,
+            pool: Pool::new(0),
+            codec: Codec::Protobuf,
+            shared_memory: inner.shared_memory.clone(),
+        };
         let accepting = async {
             while let Some(transport) = presence.accept(&options).await {
                 serve_connection(&inner, transport);

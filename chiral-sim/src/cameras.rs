@@ -39,7 +39,7 @@ impl Camera {
         let mut turn = lock(&self.turn);
         let Some(View { links, bodies, captured_at }) = look() else { return Ok(()) };
         let frame = match self.replay.get(*turn) {
-            Some(frame) => frame.clone(),
+            Some(frame) => self.copy(frame),
             None => self.draw(&Instant::new(bodies), &links),
         };
         *turn = (*turn + 1) % self.replay.len().max(1);
@@ -49,6 +49,18 @@ impl Camera {
             None => frame,
         };
         self.sensor.publish(frame)
+    }
+
+    /// The frame in the sensor's buffers, where a camera's driver would have put it.
+    fn copy(&self, frame: &CameraFrame) -> CameraFrame {
+        let mut image = self.sensor.buffer();
+        image.copy_from_slice(&frame.image);
+        let depth = frame.depth.as_ref().map(|pixels| {
+            let mut depth = self.sensor.depth_buffer();
+            depth.copy_from_slice(pixels);
+            depth.freeze()
+        });
+        CameraFrame { image: image.freeze(), depth, ..frame.clone() }
     }
 
     fn draw(&self, instant: &Instant, links: &Links) -> CameraFrame {

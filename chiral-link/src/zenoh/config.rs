@@ -31,6 +31,9 @@ pub(super) fn config(options: &NetworkOptions) -> zenoh::Result<Config> {
         ("transport/link/tx/lease", LEASE_MS.to_string()),
         ("transport/link/tx/queue/size/data", DATA_QUEUE.to_string()),
         ("transport/link/tx/queue/congestion_control/block/wait_before_close", WAIT_BEFORE_CLOSE_US.to_string()),
+        ("transport/shared_memory/enabled", options.shared_memory.to_string()),
+        // Copies what lies elsewhere into shared memory, where it may be overwritten under a slow reader.
+        ("transport/shared_memory/transport_optimization/enabled", "false".to_owned()),
     ];
     for (key, value) in settings {
         config.insert_json5(key, &value)?;
@@ -45,7 +48,7 @@ mod tests {
     #[test]
     fn zenoh_knows_every_setting() {
         for listen in [vec![], vec!["tcp/127.0.0.1:0".to_owned()]] {
-            let options = NetworkOptions { listen, connect: vec!["tcp/localhost:7447".to_owned()] };
+            let options = NetworkOptions { listen, connect: vec!["tcp/localhost:7447".to_owned()], ..NetworkOptions::default() };
             let config = config(&options).unwrap();
             assert_eq!(config.get_json("transport/link/tx/lease").unwrap(), "2000");
         }
@@ -53,6 +56,6 @@ mod tests {
 
     #[test]
     fn what_is_no_locator_is_refused() {
-        assert!(config(&NetworkOptions { listen: vec!["nonsense".to_owned()], connect: Vec::new() }).is_err());
+        assert!(config(&NetworkOptions { listen: vec!["nonsense".to_owned()], ..NetworkOptions::default() }).is_err());
     }
 }

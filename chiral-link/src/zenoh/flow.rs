@@ -27,8 +27,8 @@ pub(super) const fn cost(len: usize) -> u64 {
 pub(super) struct Incoming {
     max_frame: usize,
     pool: Pool,
-    /// The number of the last frame or chunk.
-    number: u64,
+    /// Frames that have arrived.
+    arrived: u64,
     partial: Option<Partial>,
     /// What was taken, and how much of it the other side knows.
     taken: u64,
@@ -44,7 +44,7 @@ struct Partial {
 
 impl Incoming {
     pub(super) fn new(max_frame: usize, pool: Pool) -> Incoming {
-        Incoming { max_frame, pool, number: 0, partial: None, taken: 0, told: 0 }
+        Incoming { max_frame, pool, arrived: 0, partial: None, taken: 0, told: 0 }
     }
 
     /// Takes a frame or chunk, whose payload of `len` bytes comes in slices; returns the frame that it completes.
@@ -60,9 +60,8 @@ impl Incoming {
             Word::Chunk { number, offset, total } => (number, offset, total),
             other => return Err(violation("a frame or chunk", format!("{other:?}"))),
         };
-        self.number += 1;
-        if number != self.number {
-            return Err(violation("frames and chunks without a gap", format!("number {number} in place of {}", self.number)));
+        if !self.is_next(number)? {
+            return Ok(None);
         }
         let partial = self.partial.take();
         let filled = partial.as_ref().map_or(0, |partial| partial.filled);
@@ -72,9 +71,9 @@ impl Incoming {
             let found = format!("{len} bytes at {offset} of {total} after {filled} of {whole}");
             return Err(violation("chunks of a frame in order", found));
         }
-        let total = usize::try_from(total).ok().filter(|total| *total <= self.max_frame);
-        let total = total.ok_or_else(|| violation("a frame within the limit", format!("{whole} bytes")))?;
+        let total = self.within_limit(total)?;
         if total <= SMALL && len == total {
+            self.arrived += 1;
             return Ok(Some(joined(len, slices).into()));
         }
         let Partial { mut buffer, mut filled } = partial.unwrap_or_else(|| Partial { buffer: self.pool.take(total), filled: 0 });
@@ -83,10 +82,38 @@ impl Incoming {
             filled += slice.len();
         }
         if filled == total {
+            self.arrived += 1;
             return Ok(Some(buffer.freeze().into()));
         }
         self.partial = Some(Partial { buffer, filled });
         Ok(None)
+    }
+
+    /// Takes a frame that was sent by reference, in the segments that it came in; `None` if it has come another way meanwhile.
+    pub(super) fn take_reference(&mut self, number: u64, segments: Vec<Bytes>) -> Result<Option<Frame>, TransportError> {
+        if !self.is_next(number)? {
+            return Ok(None);
+        }
+        let frame = Frame::from(segments);
+        self.within_limit(frame.len() as u64)?;
+        if self.partial.is_some() {
+            return Err(violation("the rest of a frame", "another one"));
+        }
+        self.arrived += 1;
+        Ok(Some(frame))
+    }
+
+    /// Whether this is the next frame, and not one that has arrived.
+    fn is_next(&self, number: u64) -> Result<bool, TransportError> {
+        if number > self.arrived + 1 {
+            return Err(violation("frames without a gap", format!("frame {number} after frame {}", self.arrived)));
+        }
+        Ok(number > self.arrived)
+    }
+
+    fn within_limit(&self, len: u64) -> Result<usize, TransportError> {
+        let allowed = usize::try_from(len).ok().filter(|len| *len <= self.max_frame);
+        allowed.ok_or_else(|| violation("a frame within the limit", format!("{len} bytes")))
     }
 
     /// What the other side should be told was taken, if it is time to.
@@ -141,22 +168,43 @@ mod tests {
         check(&[(frame(1), 0)], Ok(Some(0)));
         check(&[(frame(1), 9000), (frame(2), 9000)], Ok(Some(9000)));
         check(&[(chunk(1, 0, 9000), 5000)], Ok(None));
-        check(&[(chunk(1, 0, 9000), 5000), (chunk(2, 5000, 9000), 4000)], Ok(Some(9000)));
-        check(&[(chunk(1, 0, 100), 50), (chunk(2, 50, 100), 50), (frame(3), 1)], Ok(Some(1)));
-        for lost in [frame(0), frame(2), chunk(7, 0, 9)] {
+        check(&[(chunk(1, 0, 9000), 5000), (chunk(1, 5000, 9000), 4000)], Ok(Some(9000)));
+        check(&[(chunk(1, 0, 100), 50), (chunk(1, 50, 100), 50), (frame(2), 1)], Ok(Some(1)));
+        for lost in [frame(2), chunk(7, 0, 9), frame(u64::MAX)] {
             check(&[(lost, 5)], Err("without a gap"));
         }
-        check(&[(frame(1), 1), (frame(1), 1)], Err("without a gap"));
-        check(&[(chunk(1, 0, 9000), 5000), (frame(2), 5)], Err("in order"));
+        check(&[(chunk(1, 0, 9000), 5000), (frame(1), 5)], Err("in order"));
+        check(&[(chunk(1, 0, 9000), 5000), (frame(2), 5)], Err("without a gap"));
         check(&[(chunk(1, 5, 9000), 5)], Err("in order"));
         check(&[(chunk(1, 0, 10), 11)], Err("in order"));
         check(&[(chunk(1, 0, 10), 0)], Err("in order"));
         check(&[(chunk(1, u64::MAX, u64::MAX), 1)], Err("in order"));
-        check(&[(chunk(1, 0, 9000), 5000), (chunk(2, 5000, 9001), 4000)], Err("in order"));
-        check(&[(chunk(1, 0, 9000), 5000), (chunk(2, 5000, 9000), 4001)], Err("in order"));
+        check(&[(chunk(1, 0, 9000), 5000), (chunk(1, 5000, 9001), 4000)], Err("in order"));
+        check(&[(chunk(1, 0, 9000), 5000), (chunk(1, 5000, 9000), 4001)], Err("in order"));
         check(&[(chunk(1, 0, u64::MAX), 5)], Err("within the limit"));
         check(&[(frame(1), (1 << 20) + 1)], Err("within the limit"));
         check(&[(Word::Close, 0)], Err("a frame or chunk"));
+    }
+
+    #[test]
+    fn what_has_arrived_and_comes_again_is_passed_over() {
+        check(&[(Word::Frame { number: 1 }, 10), (Word::Frame { number: 1 }, 10)], Ok(None));
+        let again = Word::Chunk { number: 1, offset: 0, total: 9000 };
+        let rest = Word::Chunk { number: 1, offset: 5000, total: 9000 };
+        check(&[(Word::Frame { number: 1 }, 9000), (again, 5000), (rest, 4000), (Word::Frame { number: 2 }, 3)], Ok(Some(3)));
+    }
+
+    #[test]
+    fn references_are_frames_in_the_same_order() {
+        let mut incoming = Incoming::new(100, Pool::new(0));
+        let segments = |len| vec![Bytes::from_static(b"head"), Bytes::from(vec![0; len])];
+        assert_eq!(incoming.take_reference(1, segments(50)).unwrap().map(|frame| frame.len()), Some(54));
+        assert_eq!(incoming.take_reference(1, segments(50)).unwrap(), None, "it has arrived already");
+        assert!(incoming.take_reference(3, segments(50)).unwrap_err().to_string().contains("without a gap"));
+        assert!(incoming.take_reference(2, segments(97)).unwrap_err().to_string().contains("within the limit"));
+        let chunk = Word::Chunk { number: 2, offset: 0, total: 100 };
+        incoming.take(chunk, 50, std::iter::once(&[0; 50][..])).unwrap();
+        assert!(incoming.take_reference(2, segments(50)).unwrap_err().to_string().contains("the rest of a frame"));
     }
 
     #[test]

@@ -1,4 +1,4 @@
-//! One connection over a Zenoh network as a transport: a publisher on a thread of its own, and a subscriber into a queue.
+//! One connection over a Zenoh network as a transport: a publisher, with a thread for what is large, and a subscriber into a queue.
 
 use std::{
     fmt,
@@ -31,7 +31,8 @@ use zenoh::{
 use super::{
     flow::{Incoming, WINDOW, cost, violation},
     network::{Network, NetworkError, cause, failed},
-    outbox::{Outbox, Put},
+    outbox::{Outbox, Path, Put},
+    shared::{SharedMemory, is_seen, segments},
     word::Word,
 };
 
@@ -39,6 +40,8 @@ use super::{
 const BEGIN_PERIOD: Duration = Duration::from_millis(20);
 /// For a last word each way.
 const CLOSE_LIMIT: Duration = Duration::from_millis(500);
+/// A frame that was sent by reference and has not arrived after one to two of these is sent by the network.
+const REFERENCE_LIMIT: Duration = Duration::from_millis(500);
 /// So many frames up to [`SMALL`] bytes may wait without their senders; what is larger may be an observation, which must not.
 const QUEUE: u64 = 8;
 const SMALL: usize = 4 * 1024;
@@ -84,6 +87,8 @@ pub struct ZenohOptions {
     pub pool: Pool,
     /// What was agreed with the peer.
     pub codec: Codec,
+    /// Where pixels may lie that are sent by reference.
+    pub shared_memory: Option<SharedMemory>,
 }
 
 /// Frames on two keys of a Zenoh network, one for each direction.
@@ -93,7 +98,6 @@ pub struct ZenohTransport {
     turn: Mutex<()>,
     shared: Arc<Shared>,
     codec: Codec,
-    peer: String,
     _subscriber: Subscriber<()>,
     _watch: Subscriber<()>,
     _token: LivelinessToken,
@@ -116,6 +120,9 @@ enum Event {
 
 /// What Zenoh's threads, the sending thread and the transport share.
 struct Shared {
+    publisher: Publisher<'static>,
+    memory: Option<SharedMemory>,
+    peer: String,
     work: StdMutex<Work>,
     changed: Condvar,
     progress: watch::Sender<Progress>,
@@ -129,6 +136,8 @@ struct Shared {
 struct Work {
     outbox: Outbox,
     pushed: u64,
+    /// Somebody puts, and looks for more afterwards.
+    is_putting: bool,
     is_dropped: bool,
 }
 
@@ -142,6 +151,8 @@ struct Progress {
     said_close: bool,
     /// The other side said its last word, or is gone.
     has_parted: bool,
+    /// It was the other side's last word.
+    was_told: bool,
     /// Why nothing more can be sent.
     failed: Option<TransportError>,
 }
@@ -158,8 +169,13 @@ impl ZenohTransport {
         place: Option<OwnedSemaphorePermit>,
     ) -> Result<ZenohTransport, NetworkError> {
         let session = network.session();
+        let publisher = session.declare_publisher(keys::frames(robot, connection, end));
+        let publisher = publisher.congestion_control(CongestionControl::Block).priority(kind.priority()).express(true);
         let (sender, events) = mpsc::unbounded_channel();
         let shared = Arc::new(Shared {
+            publisher: publisher.await.map_err(failed)?,
+            memory: options.shared_memory,
+            peer: format!("{robot}/{}", &connection[..8.min(connection.len())]),
             work: StdMutex::default(),
             changed: Condvar::new(),
             progress: watch::Sender::new(Progress::default()),
@@ -176,18 +192,14 @@ impl ZenohTransport {
         let watch = watch.await.map_err(failed)?;
         let token = session.liveliness().declare_token(keys::end(robot, connection, end));
         let token = token.await.map_err(failed)?;
-        let publisher = session.declare_publisher(keys::frames(robot, connection, end));
-        let publisher = publisher.congestion_control(CongestionControl::Block).priority(kind.priority()).express(true);
-        let publisher = publisher.await.map_err(failed)?;
         let putting = Arc::clone(&shared);
         let name = format!("chiral-{}", kind.word());
-        thread::Builder::new().name(name).spawn(move || putting.put_all(&publisher)).map_err(NetworkError::Thread)?;
+        thread::Builder::new().name(name).spawn(move || putting.put_all()).map_err(NetworkError::Thread)?;
         Ok(ZenohTransport {
             inbox: Mutex::new(Inbox { events, incoming: Incoming::new(options.max_frame, options.pool) }),
             turn: Mutex::default(),
             shared,
             codec: options.codec,
-            peer: format!("{robot}/{}", &connection[..8.min(connection.len())]),
             _subscriber: subscriber,
             _watch: watch,
             _token: token,
@@ -219,11 +231,14 @@ impl Transport for ZenohTransport {
     async fn send(&self, frame: Frame) -> Result<(), TransportError> {
         let _turn = self.turn.lock().await;
         let may_wait = if frame.len() <= SMALL { QUEUE } else { 0 };
-        let pushed = self.shared.work(|work| {
-            work.outbox.push(frame);
+        let regions = self.shared.memory.as_ref().map_or_else(Vec::new, |memory| memory.regions(&frame));
+        let pushed = {
+            let mut work = self.shared.lock();
+            work.outbox.push(frame, regions);
             work.pushed += 1;
             work.pushed
-        });
+        };
+        self.shared.flush();
         self.shared.until(|progress| progress.finished + may_wait >= pushed || progress.failed.is_some()).await;
         let failed = self.shared.progress.borrow().failed.clone();
         failed.map_or(Ok(()), Err)
@@ -238,11 +253,18 @@ impl Transport for ZenohTransport {
                 Some(Event::Broken(error)) => return Err(error),
                 None => return Err(TransportError::lost("the Zenoh session is closed")),
             };
-            self.shared.queued.fetch_sub(cost(payload.len()), Ordering::Relaxed);
-            let frame = inbox.incoming.take(word, payload.len(), payload.slices())?;
+            self.shared.queued.fetch_sub(load(word, &payload), Ordering::Relaxed);
+            let frame = if let Word::Reference { number } = word {
+                let frame = inbox.incoming.take_reference(number, segments(&payload))?;
+                self.shared.lock().outbox.tell_mapped(number);
+                frame
+            } else {
+                inbox.incoming.take(word, payload.len(), payload.slices())?
+            };
             if let Some(taken) = inbox.incoming.tell() {
-                self.shared.work(|work| work.outbox.tell(taken));
+                self.shared.lock().outbox.tell(taken);
             }
+            self.shared.flush();
             if frame.is_some() {
                 return Ok(frame);
             }
@@ -261,27 +283,40 @@ impl Transport for ZenohTransport {
     }
 
     fn peer(&self) -> &str {
-        &self.peer
+        &self.shared.peer
     }
 }
 
 impl Drop for ZenohTransport {
     fn drop(&mut self) {
-        self.shared.work(|work| work.is_dropped = true);
+        let path = self.shared.work(|work| {
+            work.is_dropped = true;
+            work.outbox.path()
+        });
+        // A peer that said goodbye has given back what it had, or will.
+        if let Some(memory) = &self.shared.memory
+            && path != Path::Unasked
+            && !self.shared.progress.borrow().was_told
+        {
+            memory.spoil();
+        }
     }
 }
 
 impl fmt::Debug for ZenohTransport {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("ZenohTransport").field("peer", &self.peer).finish_non_exhaustive()
+        f.debug_struct("ZenohTransport").field("peer", &self.shared.peer).finish_non_exhaustive()
     }
 }
 
 impl Shared {
-    /// Changes what the sending thread has to do, and wakes it.
+    /// Changes what there is to do, and wakes the sending thread if that is anything.
     fn work<T>(&self, change: impl FnOnce(&mut Work) -> T) -> T {
-        let changed = change(&mut self.lock());
-        self.changed.notify_one();
+        let mut work = self.lock();
+        let changed = change(&mut work);
+        if work.is_dropped || work.outbox.has_work() {
+            self.changed.notify_one();
+        }
         changed
     }
 
@@ -302,37 +337,122 @@ impl Shared {
         });
     }
 
-    /// The sending thread, since a put waits for the network.
-    fn put_all(&self, publisher: &Publisher<'_>) {
+    /// Puts what is small, without waking another thread for it. What is large is left to the sending thread, since it waits for the network.
+    fn flush(&self) {
+        loop {
+            let put = {
+                let mut work = self.lock();
+                if work.is_putting || work.is_dropped {
+                    return;
+                }
+                let put = work.outbox.next(SMALL);
+                work.is_putting = put.is_some();
+                if put.is_none() && work.outbox.has_work() {
+                    self.changed.notify_one();
+                }
+                put
+            };
+            let Some(put) = put else { return };
+            self.put(put);
+            self.lock().is_putting = false;
+        }
+    }
+
+    /// The sending thread.
+    fn put_all(&self) {
         while let Some(put) = self.next() {
-            let mut payload = ZBytes::writer();
-            for part in put.payload {
-                payload.append(ZBytes::from(part));
-            }
-            if let Err(error) = publisher.put(payload.finish()).attachment(put.word.encode()).wait() {
-                return self.fail(TransportError::lost(cause(&error)));
-            }
-            self.progress.send_if_modified(|progress| {
-                progress.finished += u64::from(put.completes);
-                progress.said_close |= put.word == Word::Close;
-                put.completes || put.word == Word::Close
-            });
+            self.put(put);
+            self.lock().is_putting = false;
         }
     }
 
     /// Waits for the next put; `None` once the transport is dropped.
     fn next(&self) -> Option<Put> {
+        let mut awaited = None;
         let mut work = self.lock();
         loop {
             if work.is_dropped {
                 return None;
             }
-            if let Some(put) = work.outbox.next() {
+            if !work.is_putting
+                && let Some(put) = work.outbox.next(usize::MAX)
+            {
+                work.is_putting = true;
                 return Some(put);
             }
-            work = self.changed.wait(work).unwrap_or_else(PoisonError::into_inner);
+            let waited = self.changed.wait_timeout(work, REFERENCE_LIMIT);
+            let (now, timeout) = waited.unwrap_or_else(PoisonError::into_inner);
+            work = now;
+            if timeout.timed_out() {
+                let before = std::mem::replace(&mut awaited, work.outbox.awaited());
+                if before.is_some_and(|number| work.outbox.give_up(number)) {
+                    tracing::warn!(
+                        "a reference to shared memory did not arrive: observations to {} go by the network",
+                        self.peer
+                    );
+                }
+            }
         }
     }
+
+    fn put(&self, put: Put) {
+        let is_large =
+            put.completes && (matches!(put.word, Word::Chunk { .. }) || put.payload.iter().any(|part| part.len() > SMALL));
+        let payload = match (put.word, &self.memory) {
+            (Word::Reference { .. }, Some(memory)) => {
+                memory.count(true);
+                memory.refer(put.payload)
+            }
+            // A region that has gone meanwhile has no pixels left to ask for.
+            (Word::Probe { region }, Some(memory)) => memory.probe(region).unwrap_or_default(),
+            (_, memory) => {
+                if let Some(memory) = memory.as_ref().filter(|_| is_large) {
+                    memory.count(false);
+                }
+                let mut payload = ZBytes::writer();
+                for part in put.payload {
+                    payload.append(ZBytes::from(part));
+                }
+                payload.finish()
+            }
+        };
+        if let Err(error) = self.publisher.put(payload).attachment(put.word.encode()).wait() {
+            return self.fail(TransportError::lost(cause(&error)));
+        }
+        self.progress.send_if_modified(|progress| {
+            progress.finished += u64::from(put.completes);
+            progress.said_close |= put.word == Word::Close;
+            put.completes || put.word == Word::Close
+        });
+    }
+
+    /// The other side has said whether it sees a region of shared memory.
+    fn probed(&self, region: u64, is_shared: bool) {
+        let (before, after) = self.work(|work| {
+            let before = work.outbox.path();
+            work.outbox.probed(region, is_shared);
+            (before, work.outbox.path())
+        });
+        if before == after {
+            return;
+        }
+        match after {
+            Path::Reference => tracing::info!("observations to {} travel by shared memory", self.peer),
+            _ => tracing::info!("observations to {} travel by the network: it does not see this host's shared memory", self.peer),
+        }
+    }
+
+    /// The other side has a frame that was sent by reference.
+    fn mapped(&self, number: u64) {
+        if self.work(|work| work.outbox.mapped(number)) {
+            self.progress.send_modify(|progress| progress.finished += 1);
+        }
+    }
+}
+
+/// What a put that waits counts, as [`cost`] does: a reference weighs nothing.
+fn load(word: Word, payload: &ZBytes) -> u64 {
+    if matches!(word, Word::Reference { .. }) { cost(0) } else { cost(payload.len()) }
 }
 
 /// What Zenoh's own threads call; it never waits.
@@ -357,16 +477,23 @@ impl Ear {
             Some(Word::Taken { cost }) => self.shared.work(|work| work.outbox.taken(cost)),
             Some(Word::Close) => {
                 self.tell(Event::Closed);
+                self.shared.progress.send_modify(|progress| progress.was_told = true);
                 self.part("the other side closed the connection");
             }
-            Some(word @ (Word::Frame { .. } | Word::Chunk { .. })) => self.put(word, sample.payload()),
+            Some(Word::Mapped { number }) => self.shared.mapped(number),
+            Some(Word::Probe { region }) => {
+                let is_shared = is_seen(sample.payload());
+                self.shared.work(|work| work.outbox.tell_probed(region, is_shared));
+            }
+            Some(Word::Probed { region, is_shared }) => self.shared.probed(region, is_shared == 1),
+            Some(word @ (Word::Frame { .. } | Word::Chunk { .. } | Word::Reference { .. })) => self.put(word, sample.payload()),
             None => self.tell(Event::Broken(violation("frames", "bytes that are none"))),
         }
     }
 
     fn put(&self, word: Word, payload: &ZBytes) {
-        let cost = cost(payload.len());
-        let queued = self.shared.queued.fetch_add(cost, Ordering::Relaxed).saturating_add(cost);
+        let load = load(word, payload);
+        let queued = self.shared.queued.fetch_add(load, Ordering::Relaxed).saturating_add(load);
         if queued <= WINDOW {
             self.tell(Event::Put { word, payload: payload.clone() });
         } else {

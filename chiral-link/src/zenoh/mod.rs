@@ -8,8 +8,10 @@ mod lane;
 mod meeting;
 mod network;
 mod outbox;
+mod shared;
 mod word;
 
 pub use lane::{LaneKind, ZenohOptions, ZenohTransport};
 pub use meeting::Presence;
 pub use network::{Network, NetworkError, NetworkOptions};
+pub use shared::{SharedMemory, SharedMemoryCounts};

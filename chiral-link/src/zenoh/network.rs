@@ -4,7 +4,7 @@ use std::{error::Error, io, mem::ManuallyDrop, sync::Arc, thread, time::Duration
 
 use chiral_proto::keys;
 use tokio::{sync::oneshot, time::timeout};
-use zenoh::{Session, Wait};
+use zenoh::{Session, Wait, shm::ShmClientStorage};
 
 use super::config::config;
 
@@ -16,12 +16,21 @@ const CLOSE_LIMIT: Duration = Duration::from_secs(1);
 const LOOK_LIMIT: Duration = Duration::from_secs(1);
 
 /// How a network is joined: by Zenoh locators such as `tcp/0.0.0.0:7447`.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct NetworkOptions {
     /// Where others are let in. Without any this is a client of the network, which passes on nothing for others.
     pub listen: Vec<String>,
     /// Whom to connect to: all of them, or at least one for a client.
     pub connect: Vec<String>,
+    /// Whether memory is shared with other processes of this host.
+    pub shared_memory: bool,
+}
+
+impl Default for NetworkOptions {
+    /// Nowhere yet, with shared memory.
+    fn default() -> NetworkOptions {
+        NetworkOptions { listen: Vec::new(), connect: Vec::new(), shared_memory: true }
+    }
 }
 
 /// Why nobody can be met on a network.
@@ -114,7 +123,9 @@ impl Network {
         let config = config(options).map_err(|error| NetworkError::Locator { locators: locators(), source: cause(&error) })?;
         // Wrapped on its own thread: whoever stops waiting drops no session.
         let opening = on_thread(move || {
-            let session = zenoh::open(config).wait()?;
+            // Its own, so that what the other side has given up is unmapped at this session's end, and not at the process's.
+            let shared = Arc::new(ShmClientStorage::builder().with_default_client_set().build());
+            let session = zenoh::open(config).with_shm_clients(shared).wait()?;
             zenoh::Result::Ok(Network { owned: Arc::new(Owned(Some(session))) })
         })?;
         let source: Cause = match timeout(OPEN_LIMIT, opening).await {

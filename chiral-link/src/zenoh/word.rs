@@ -1,16 +1,24 @@
 //! What a put on a lane is: a few bytes beside its payload, in Zenoh's attachment. One byte of kind, then `u64`s, little-endian.
 
-/// A lane's put, without its payload. Frames and chunks are numbered together, from 1: a number that is not the next one means a loss.
+/// A lane's put, without its payload. Frames are numbered from 1: a number beyond the next one means a loss, an earlier one means that it is sent again.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Word {
     /// The lane is there. The client says it until the server answers it: what is put before the other side is known to listen is lost without a word.
     Begin,
     /// A whole frame.
     Frame { number: u64 },
+    /// A whole frame, some of which lies in shared memory: the other side is to answer, or gets it again by the network.
+    Reference { number: u64 },
+    /// A frame that was sent by reference has arrived.
+    Mapped { number: u64 },
     /// Part of a frame of `total` bytes, from `offset`.
     Chunk { number: u64, offset: u64, total: u64 },
     /// So much, as `flow::cost` counts, was taken from the lane since it began.
     Taken { cost: u64 },
+    /// The payload lies in this region of shared memory: the other side is to say whether it can be seen there.
+    Probe { region: u64 },
+    /// Whether it could: 1 if so.
+    Probed { region: u64, is_shared: u64 },
     /// Nothing more comes.
     Close,
 }
@@ -23,6 +31,10 @@ impl Word {
             Word::Chunk { number, offset, total } => (3, &[number, offset, total]),
             Word::Taken { cost } => (4, &[cost]),
             Word::Close => (5, &[]),
+            Word::Reference { number } => (6, &[number]),
+            Word::Mapped { number } => (7, &[number]),
+            Word::Probe { region } => (8, &[region]),
+            Word::Probed { region, is_shared } => (9, &[region, is_shared]),
         };
         let mut bytes = vec![kind];
         bytes.extend(numbers.iter().flat_map(|number| number.to_le_bytes()));
@@ -40,6 +52,10 @@ impl Word {
             (3, &[number, offset, total]) => Some(Word::Chunk { number, offset, total }),
             (4, &[cost]) => Some(Word::Taken { cost }),
             (5, []) => Some(Word::Close),
+            (6, &[number]) => Some(Word::Reference { number }),
+            (7, &[number]) => Some(Word::Mapped { number }),
+            (8, &[region]) => Some(Word::Probe { region }),
+            (9, &[region, is_shared]) => Some(Word::Probed { region, is_shared }),
             _ => None,
         }
     }
@@ -57,6 +73,10 @@ mod tests {
             Word::Chunk { number: 2, offset: 1 << 40, total: u64::MAX },
             Word::Taken { cost: 7 },
             Word::Close,
+            Word::Reference { number: 3 },
+            Word::Mapped { number: 3 },
+            Word::Probe { region: 4 },
+            Word::Probed { region: 4, is_shared: 1 },
         ];
         for word in words {
             let bytes = word.encode();
@@ -66,6 +86,6 @@ mod tests {
             assert_eq!(Word::decode(&[&bytes[..], &[0; 64]].concat()), None);
         }
         assert_eq!(Word::decode(&[0]), None);
-        assert_eq!(Word::decode(&[6]), None);
+        assert_eq!(Word::decode(&[10]), None);
     }
 }

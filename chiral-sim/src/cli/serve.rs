@@ -22,6 +22,9 @@ pub(crate) struct Arguments {
     /// Join the Zenoh network of a router or another robot, such as tcp/router:7447
     #[arg(long, value_name = "LOCATOR")]
     zenoh_join: Vec<String>,
+    /// Send observations by the network also to peers on this host
+    #[arg(long)]
+    no_shared_memory: bool,
     /// The robot's name, as peers see it; on a Zenoh network each has its own
     #[arg(long, default_value = "panda")]
     name: String,
@@ -66,7 +69,7 @@ pub(crate) fn run(arguments: &Arguments) -> Result<()> {
         let each = (super::cpu_seconds() - cpu_before) * 1e3 / pictures.max(1) as f64;
         tracing::info!("drew {pictures} pictures, {each:.2} ms of CPU each");
     }
-    let mut builder = PolicyServer::builder(robot, sensors).name(&arguments.name);
+    let mut builder = PolicyServer::builder(robot, sensors).name(&arguments.name).shared_memory(!arguments.no_shared_memory);
     if let Some(address) = arguments.bind {
         builder = builder.bind(address);
     }
