@@ -387,7 +387,7 @@ impl Shared {
                 let before = std::mem::replace(&mut awaited, work.outbox.awaited());
                 if before.is_some_and(|number| work.outbox.give_up(number)) {
                     tracing::warn!(
-                        "a reference to shared memory did not arrive: observations to {} go by the network",
+                        "what was sent to {} by shared memory did not arrive in time, and goes by the network",
                         self.peer
                     );
                 }

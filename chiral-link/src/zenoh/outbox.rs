@@ -13,6 +13,9 @@ use super::{
 /// Probes that wait for their answers; there are at most two regions at a time.
 const MAX_ANSWERS: usize = 4;
 
+/// After so many references that did not arrive there are no more of them: each has held up the lane.
+const MAX_LOST: u32 = 3;
+
 /// The sending side of a lane.
 #[derive(Debug, Default)]
 pub(super) struct Outbox {
@@ -48,8 +51,8 @@ struct Regions {
     asked: Vec<u64>,
     answered: Vec<u64>,
     seen: Vec<u64>,
-    /// A reference did not arrive: no more of them.
-    is_given_up: bool,
+    /// References that did not arrive.
+    lost: u32,
 }
 
 /// How pixels in shared memory travel.
@@ -63,7 +66,7 @@ pub(super) enum Path {
     Unseen,
     /// By reference.
     Reference,
-    /// By the network, since a reference did not arrive.
+    /// By the network, since references did not arrive.
     GivenUp,
 }
 
@@ -125,9 +128,9 @@ impl Outbox {
 
     /// How far shared memory has come.
     pub(super) fn path(&self) -> Path {
-        let Regions { asked, answered, seen, is_given_up } = &self.regions;
+        let Regions { asked, answered, seen, lost } = &self.regions;
         match () {
-            () if *is_given_up => Path::GivenUp,
+            () if *lost == MAX_LOST => Path::GivenUp,
             () if !seen.is_empty() => Path::Reference,
             () if !answered.is_empty() => Path::Unseen,
             () if !asked.is_empty() => Path::Asked,
@@ -156,12 +159,13 @@ impl Outbox {
         self.is_referred_to.then_some(self.sent + 1)
     }
 
-    /// This frame is not waited for any longer, if it still is: it is sent by the network, and so are all others. Whether it is so.
+    /// This frame is not waited for any longer, if it still is: it is sent by the network, and so are those that follow, until the other side has said again
+    /// that it sees shared memory. Whether it is so.
     pub(super) fn give_up(&mut self, number: u64) -> bool {
         let is_awaited = self.awaited() == Some(number);
         if is_awaited {
             self.is_referred_to = false;
-            self.regions.is_given_up = true;
+            self.regions = Regions { lost: self.regions.lost + 1, ..Regions::default() };
         }
         is_awaited
     }
@@ -203,7 +207,7 @@ impl Outbox {
             return if std::mem::take(&mut self.owes_close) { bare(Word::Close) } else { None };
         };
         let number = self.sent + 1;
-        if self.offset == 0 && !regions.is_empty() && !self.regions.is_given_up {
+        if self.offset == 0 && !regions.is_empty() && self.regions.lost < MAX_LOST {
             let Regions { asked, seen, .. } = &mut self.regions;
             if regions.iter().all(|region| seen.contains(region)) {
                 self.is_referred_to = true;
@@ -358,24 +362,30 @@ mod tests {
     fn a_reference_that_does_not_arrive_is_sent_by_the_network_and_so_is_what_follows() {
         let (mut outbox, mut incoming) = (Outbox::default(), Incoming::new(64 << 20, Pool::new(1)));
         let sent = frame(&[9, CHUNK]);
-        outbox.push(sent.clone(), vec![7]);
-        words(&mut outbox);
-        incoming.take_reference(1, sent.segments().to_vec()).unwrap();
-        outbox.taken(outbox.put);
-        outbox.probed(7, true);
-        for _ in 0..2 {
-            outbox.push(sent.clone(), vec![7]);
-        }
-        assert_eq!(words(&mut outbox), [Word::Reference { number: 2 }]);
-        assert_eq!(outbox.awaited(), Some(2));
-        assert!(!outbox.give_up(1) && outbox.give_up(2));
-        assert!(!outbox.mapped(2), "it is too late");
-        assert_eq!(outbox.path(), Path::GivenUp);
         let mut arrived = Vec::new();
-        while let Some(put) = outbox.next(CHUNK) {
-            let len = put.payload.iter().map(Bytes::len).sum();
-            arrived.extend(incoming.take(put.word, len, put.payload.iter().map(|part| &part[..])).unwrap());
+        let mut arrive = |outbox: &mut Outbox| {
+            while let Some(put) = outbox.next(CHUNK) {
+                let len = put.payload.iter().map(Bytes::len).sum();
+                if let Word::Frame { .. } | Word::Chunk { .. } = put.word {
+                    arrived.extend(incoming.take(put.word, len, put.payload.iter().map(|part| &part[..])).unwrap());
+                }
+            }
+            outbox.taken(outbox.put);
+        };
+        for lost in 1..=MAX_LOST {
+            outbox.push(sent.clone(), vec![7]);
+            arrive(&mut outbox);
+            outbox.probed(7, true);
+            outbox.push(sent.clone(), vec![7]);
+            let number = u64::from(lost) * 2;
+            assert_eq!(words(&mut outbox), [Word::Reference { number }]);
+            assert!(!outbox.give_up(number - 1) && outbox.give_up(number));
+            assert!(!outbox.mapped(number), "it is too late");
+            arrive(&mut outbox);
         }
-        assert_eq!(arrived, [sent.clone(), sent]);
+        assert_eq!(outbox.path(), Path::GivenUp);
+        outbox.push(sent.clone(), vec![7]);
+        arrive(&mut outbox);
+        assert_eq!(arrived, vec![sent; 7]);
     }
 }
