@@ -156,7 +156,9 @@ impl Sensors {
             }
             Err(error) => {
                 let megabytes = len as f64 * 1e-6;
-                tracing::info!("no {megabytes:.0} MB of shared memory, so observations travel by the network: {error}");
+                tracing::info!(
+                    "no {megabytes:.0} MB of shared memory (/dev/shm, ulimit -l), so observations travel by the network: {error}"
+                );
                 None
             }
         }

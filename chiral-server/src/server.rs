@@ -219,7 +219,7 @@ impl PolicyServerBuilder {
     ///
     /// # Errors
     /// [`Error::Declaration`] if the robot's action spec cannot be, or its name on a Zenoh network; [`Error::Start`] if there can be no thread.
-    pub fn build(self) -> Result<PolicyServer, Error> {
+    pub fn build(mut self) -> Result<PolicyServer, Error> {
         #[cfg(feature = "zenoh")]
         if self.options.is_on_zenoh() {
             chiral_proto::keys::check_robot(&self.name).map_err(|error| Error::Declaration(error.to_string()))?;

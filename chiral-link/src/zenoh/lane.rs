@@ -7,7 +7,7 @@ use std::{
         atomic::{AtomicBool, AtomicU64, Ordering},
     },
     thread,
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use chiral_proto::{
@@ -138,6 +138,7 @@ struct Work {
     pushed: u64,
     /// Somebody puts, and looks for more afterwards.
     is_putting: bool,
+    was_silence_told: bool,
     is_dropped: bool,
 }
 
@@ -360,9 +361,19 @@ impl Shared {
 
     /// The sending thread.
     fn put_all(&self) {
+        let mut asked_at = None;
         while let Some(put) = self.next() {
             self.put(put);
-            self.lock().is_putting = false;
+            let mut work = self.lock();
+            work.is_putting = false;
+            if work.outbox.path() != Path::Asked {
+                asked_at = None;
+            } else if asked_at.get_or_insert_with(Instant::now).elapsed() > REFERENCE_LIMIT && !work.was_silence_told {
+                // Its Zenoh drops what it cannot see, without a word.
+                work.was_silence_told = true;
+                let peer = &self.peer;
+                tracing::info!("observations to {peer} travel by the network: no word whether it sees this host's shared memory");
+            }
         }
     }
 

@@ -6,7 +6,7 @@ use chiral_proto::keys;
 use tokio::{sync::oneshot, time::timeout};
 use zenoh::{Session, Wait, shm::ShmClientStorage};
 
-use super::config::config;
+use super::{config::config, shared::try_some};
 
 /// For all of opening: names, connection, handshake.
 const OPEN_LIMIT: Duration = Duration::from_secs(5);
@@ -120,7 +120,15 @@ impl Network {
     /// [`NetworkError::Locator`], [`NetworkError::Open`] if nobody is there, [`NetworkError::Thread`].
     pub async fn open(options: &NetworkOptions) -> Result<Network, NetworkError> {
         let locators = || [&options.listen[..], &options.connect[..]].concat();
-        let config = config(options).map_err(|error| NetworkError::Locator { locators: locators(), source: cause(&error) })?;
+        let mut options = options.clone();
+        if options.shared_memory
+            && let Err(error) = on_thread(try_some)?.await.unwrap_or(Ok(()))
+        {
+            // A session that is told to use it would not open.
+            tracing::info!("no shared memory, so observations travel by the network: {error}");
+            options.shared_memory = false;
+        }
+        let config = config(&options).map_err(|error| NetworkError::Locator { locators: locators(), source: cause(&error) })?;
         // Wrapped on its own thread: whoever stops waiting drops no session.
         let opening = on_thread(move || {
             // Its own, so that what the other side has given up is unmapped at this session's end, and not at the process's.

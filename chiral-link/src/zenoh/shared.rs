@@ -25,6 +25,8 @@ use zenoh::{
     shm::{AllocAlignment, PosixShmProviderBackend, ShmProvider, ShmProviderBuilder, ZShm, ZShmMut},
 };
 
+use super::network::cause;
+
 /// Segments up to this size are copied, wherever they lie.
 const SMALL: usize = 4 * 1024;
 /// A region that is exhausted is replaced, but not more often than this: readers may just hold that much.
@@ -169,6 +171,11 @@ impl SharedMemory {
     }
 }
 
+/// Whether a session of Zenoh's can have any.
+pub(super) fn try_some() -> Result<(), Box<dyn Error + Send + Sync>> {
+    Region::new(0, 2 << 20).map(drop)
+}
+
 impl fmt::Debug for SharedMemory {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("SharedMemory").field("len", &self.inner.len).field("counts", &self.counts()).finish_non_exhaustive()
@@ -179,7 +186,7 @@ impl Region {
     fn new(number: u64, len: usize) -> Result<Region, Box<dyn Error + Send + Sync>> {
         // A power of two.
         let alignment = AllocAlignment::new(ALIGNMENT.ilog2() as u8).map_err(|error| format!("{error:?}"))?;
-        let provider = ShmProviderBuilder::default_backend((len, alignment)).wait().map_err(|error| format!("{error:?}"))?;
+        let provider = ShmProviderBuilder::default_backend((len, alignment)).wait().map_err(|error| cause(&error))?;
         Ok(Region { number, provider })
     }
 
