@@ -9,10 +9,15 @@ use chiral_proto::{Codec, Frame, Transport, TransportError, pool::Pool};
 use crate::websocket;
 #[cfg(feature = "zenoh")]
 use crate::zenoh;
-use crate::{builder::Attempt, error::Error, lane::Carries};
+use crate::{
+    builder::{Attempt, Means},
+    error::Error,
+    lane::Carries,
+};
 
-/// Beginnings of addresses that Zenoh knows and this client does not yet.
-const NOT_YET: &[&str] = &["tls/", "quic/", "unixsock-stream/", "udp/", "ws/", "zenoh:"];
+/// Beginnings of addresses of Zenoh's, those among them that this client was not built for.
+const ZENOHS: &[&str] =
+    &["tcp/", "tls/", "quic/", "unixsock-stream/", "zenoh:", "udp/", "ws/", "wss/", "serial/", "vsock/", "unixpipe/"];
 
 /// How to reach a server. A clone is the same server.
 #[derive(Clone)]
@@ -32,34 +37,30 @@ pub(crate) enum Connection {
 }
 
 impl Server {
-    /// The server at this address; of several robots the one with this name.
-    pub(crate) fn parse(
-        uri: &str,
-        root_certificates: Option<&[u8]>,
-        robot: Option<&str>,
-        shared_memory: bool,
-    ) -> Result<Server, Error> {
+    /// The server at this address, reached as the builder's options say.
+    pub(crate) fn parse(uri: &str, means: &Means) -> Result<Server, Error> {
         let refuse = |reason: &str| Error::Address { uri: uri.to_owned(), reason: reason.to_owned() };
-        if NOT_YET.iter().any(|beginning| uri.starts_with(beginning)) {
-            return Err(refuse("of Zenoh's addresses only tcp/ is supported yet"));
+        #[cfg(feature = "zenoh")]
+        if zenoh::Server::is_meant(uri) {
+            return zenoh::Server::parse(uri, means).map(Server::Zenoh);
         }
-        if uri.starts_with("tcp/") {
-            #[cfg(feature = "zenoh")]
-            return zenoh::Server::parse(uri, robot, shared_memory).map(Server::Zenoh);
-            #[cfg(not(feature = "zenoh"))]
-            return Err(refuse("tcp/ is an address of Zenoh, which this program was built without"));
+        if ZENOHS.iter().any(|beginning| uri.starts_with(beginning)) {
+            return Err(refuse(if cfg!(feature = "zenoh") {
+                "of Zenoh's addresses only tcp/, tls/, quic/, unixsock-stream/ and zenoh: are supported"
+            } else {
+                "it is an address of Zenoh, which this program was built without"
+            }));
         }
-        let _ = shared_memory;
-        if robot.is_some() {
+        if means.robot.is_some() {
             return Err(refuse("a robot's name is asked for, where there can be only one robot"));
         }
-        #[cfg(feature = "websocket")]
-        return websocket::Server::parse(uri, root_certificates).map(Server::WebSocket);
-        #[cfg(not(feature = "websocket"))]
-        {
-            let _ = root_certificates;
-            Err(refuse("it does not begin with tcp/, and this program was built without WebSocket"))
+        if means.zenoh_config.is_some() {
+            return Err(refuse("a Zenoh configuration is given for an address that is none of Zenoh's"));
         }
+        #[cfg(feature = "websocket")]
+        return websocket::Server::parse(uri, means.root_certificates.as_deref()).map(Server::WebSocket);
+        #[cfg(not(feature = "websocket"))]
+        Err(refuse("it is none of Zenoh's, and this program was built without WebSocket"))
     }
 
     /// Between two attempts to connect.

@@ -44,6 +44,15 @@ impl PolicyClient {
         PolicyClient::builder(uri).connect_blocking()
     }
 
+    /// See [`crate::PolicyClient::discover`].
+    ///
+    /// # Errors
+    /// As there.
+    #[cfg(feature = "zenoh")]
+    pub fn discover(duration: Duration) -> Result<Vec<crate::DiscoveredRobot>> {
+        PolicyClient::builder(client::PolicyClient::DEFAULT_URI).discover_blocking(duration)
+    }
+
     /// A client to be configured, then connected by [`PolicyClientBuilder::connect_blocking`].
     pub fn builder(uri: &str) -> PolicyClientBuilder {
         PolicyClientBuilder::new(uri)

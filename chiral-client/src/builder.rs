@@ -1,6 +1,6 @@
 //! How a client is configured, and how it finds its server.
 
-use std::{future::Future, sync::Arc, time::Duration};
+use std::{future::Future, path::PathBuf, sync::Arc, time::Duration};
 
 use bytes::Bytes;
 use chiral_link::{Courtesy, Host, monotonic};
@@ -16,6 +16,8 @@ use tokio::{
 
 #[cfg(any(feature = "websocket", feature = "zenoh"))]
 use crate::address::{Connection, Server};
+#[cfg(feature = "zenoh")]
+use crate::discover::{DiscoveredRobot, discover};
 use crate::{
     client::PolicyClient,
     dispatcher::{self, Dispatcher, Pace},
@@ -35,9 +37,6 @@ const IDLE_BUFFERS: usize = 3;
 #[derive(Clone, Debug)]
 pub struct PolicyClientBuilder {
     uri: String,
-    robot: Option<String>,
-    #[cfg_attr(not(feature = "zenoh"), expect(dead_code, reason = "there is none without"))]
-    shared_memory: bool,
     identity: Identity,
     quiet: bool,
     deadline: Option<Duration>,
@@ -48,9 +47,23 @@ pub struct PolicyClientBuilder {
     dispatch_spin: Duration,
     one_connection: bool,
     max_frame: usize,
-    root_certificates: Option<Vec<u8>>,
+    means: Means,
     pool: Pool,
     courtesy: Courtesy,
+}
+
+/// By what a server is reached, beside its address.
+#[derive(Clone, Debug, Default)]
+#[cfg_attr(not(feature = "websocket"), allow(dead_code, reason = "certificates are of WebSocket, the rest of Zenoh"))]
+pub(crate) struct Means {
+    /// Trusted for `wss://`, in place of the system's.
+    pub(crate) root_certificates: Option<Vec<u8>>,
+    /// Which robot, on a Zenoh network.
+    pub(crate) robot: Option<String>,
+    /// A configuration file of Zenoh's.
+    pub(crate) zenoh_config: Option<PathBuf>,
+    /// Whether memory is shared with a server on this host.
+    pub(crate) shared_memory: bool,
 }
 
 /// What became of one attempt to connect.
@@ -66,8 +79,6 @@ impl PolicyClientBuilder {
     pub(crate) fn new(uri: &str) -> PolicyClientBuilder {
         PolicyClientBuilder {
             uri: uri.to_owned(),
-            robot: None,
-            shared_memory: true,
             identity: Identity { name: default_name(), ..Identity::default() },
             quiet: false,
             deadline: None,
@@ -78,7 +89,7 @@ impl PolicyClientBuilder {
             dispatch_spin: Duration::from_micros(300),
             one_connection: false,
             max_frame: 256 << 20,
-            root_certificates: None,
+            means: Means { shared_memory: true, ..Means::default() },
             pool: Pool::new(IDLE_BUFFERS),
             courtesy: Courtesy::default(),
         }
@@ -101,7 +112,17 @@ impl PolicyClientBuilder {
     /// Which robot, where an address leads to a Zenoh network of several. Other addresses lead to one robot: asking for one there is an error.
     #[must_use]
     pub fn robot(mut self, name: impl Into<String>) -> Self {
-        self.robot = Some(name.into());
+        self.means.robot = Some(name.into());
+        self
+    }
+
+    /// Reaches the robot as this configuration file of Zenoh's says (JSON5, JSON or YAML): TLS, user and password, whatever else it says stands. The
+    /// client's address is added to those that the file connects to; with the address `zenoh:<robot>` they are all there are. Other addresses than
+    /// Zenoh's have no use for it, and are refused.
+    #[cfg(feature = "zenoh")]
+    #[must_use]
+    pub fn zenoh_config(mut self, file: impl Into<PathBuf>) -> Self {
+        self.means.zenoh_config = Some(file.into());
         self
     }
 
@@ -109,7 +130,7 @@ impl PolicyClientBuilder {
     #[cfg(feature = "zenoh")]
     #[must_use]
     pub fn shared_memory(mut self, is_wanted: bool) -> Self {
-        self.shared_memory = is_wanted;
+        self.means.shared_memory = is_wanted;
         self
     }
 
@@ -166,7 +187,7 @@ impl PolicyClientBuilder {
     /// Trusts these certificates (PEM) for `wss://`, in place of the system's.
     #[must_use]
     pub fn root_certificates(mut self, pem: impl Into<Vec<u8>>) -> Self {
-        self.root_certificates = Some(pem.into());
+        self.means.root_certificates = Some(pem.into());
         self
     }
 
@@ -197,7 +218,7 @@ impl PolicyClientBuilder {
     ///
     /// # Errors
     /// At once: [`Error::Address`], [`Error::Busy`] naming the holder, [`Error::VersionMismatch`], [`Error::Http`], [`Error::Tls`], [`Error::Handshake`],
-    /// [`Error::Thread`]; on Zenoh [`Error::SeveralRobots`] and [`Error::Zenoh`]. [`Error::NoServer`] after the deadline, if one was set.
+    /// [`Error::Thread`]; on Zenoh [`Error::SeveralRobots`], [`Error::ZenohConfig`] and [`Error::Zenoh`]. [`Error::NoServer`] after the deadline, if one was set.
     #[cfg(any(feature = "websocket", feature = "zenoh"))]
     pub async fn connect(self) -> Result<PolicyClient, Error> {
         let control = thread("chiral-client")?;
@@ -213,6 +234,25 @@ impl PolicyClientBuilder {
         let control = thread("chiral-client")?;
         let client = control.block_on(self.connect_by(control.clone()))?;
         Ok(crate::blocking::PolicyClient::new(client, control))
+    }
+
+    /// As [`PolicyClient::discover`], and wherever the configuration file connects to. Of the options only that file counts, and not the address.
+    ///
+    /// # Errors
+    /// [`Error::ZenohConfig`], [`Error::Zenoh`] if multicast cannot be used, [`Error::Thread`].
+    #[cfg(feature = "zenoh")]
+    pub async fn discover(&self, duration: Duration) -> Result<Vec<DiscoveredRobot>, Error> {
+        let config = self.means.zenoh_config.clone();
+        discover(&chiral_link::zenoh::NetworkOptions { config, ..Default::default() }, duration).await
+    }
+
+    /// The same, for code without a runtime; blocks.
+    ///
+    /// # Errors
+    /// As [`PolicyClientBuilder::discover`].
+    #[cfg(feature = "zenoh")]
+    pub fn discover_blocking(&self, duration: Duration) -> Result<Vec<DiscoveredRobot>, Error> {
+        thread("chiral-client")?.block_on(self.discover(duration))
     }
 
     /// Connects over a transport of the caller's.
@@ -243,7 +283,7 @@ impl PolicyClientBuilder {
     async fn connect_by(mut self, host: Host) -> Result<PolicyClient, Error> {
         // Clones of a builder make clients that have nothing in common.
         (self.pool, self.courtesy) = (Pool::new(IDLE_BUFFERS), Courtesy::default());
-        let server = Server::parse(&self.uri, self.root_certificates.as_deref(), self.robot.as_deref(), self.shared_memory)?;
+        let server = Server::parse(&self.uri, &self.means)?;
         let control = self.wait_for(server.retry_period(), || self.attempt(&server, Carries::Control, &host)).await?;
         let began = self.now();
         let welcome = session::greet(&control, &self.identity, Bytes::new()).await?;

@@ -9,6 +9,8 @@ use chiral_proto::{
 };
 use tokio::time::timeout;
 
+#[cfg(feature = "zenoh")]
+use crate::discover::DiscoveredRobot;
 use crate::{
     builder::PolicyClientBuilder,
     dispatch::PutMode,
@@ -91,13 +93,28 @@ impl From<f64> for StreamOptions {
 }
 
 impl PolicyClient {
-    /// Connects to the robot at `uri`, such as `ws://localhost:8765` or, over Zenoh, `tcp/localhost:7447`, waiting until there is a server.
+    /// Where a robot of this host is by default: over WebSocket or, in a program built with Zenoh only, on its network.
+    pub const DEFAULT_URI: &str = if cfg!(feature = "websocket") { "ws://localhost:8765" } else { "tcp/localhost:7447" };
+
+    /// Connects to the robot at `uri`, waiting until there is a server. Such as `ws://localhost:8765`; over Zenoh `tcp/localhost:7447`, or
+    /// `zenoh:panda` for the robot of this name, which is then searched for by multicast.
     ///
     /// # Errors
     /// See [`PolicyClientBuilder::connect`].
     #[cfg(any(feature = "websocket", feature = "zenoh"))]
     pub async fn connect(uri: &str) -> Result<PolicyClient> {
         PolicyClient::builder(uri).connect().await
+    }
+
+    /// The robots of the Zenoh networks around, found without an address: the search goes out by multicast, so to this network segment, and takes just
+    /// as long as it is given; a second is plenty. Listed are those that were reached, behind a router that answers, too, and one of this host at its
+    /// default address; not those that are served over WebSocket only. See also [`PolicyClientBuilder::discover`].
+    ///
+    /// # Errors
+    /// [`Error::Zenoh`] if multicast cannot be used, [`Error::Thread`].
+    #[cfg(feature = "zenoh")]
+    pub async fn discover(duration: Duration) -> Result<Vec<DiscoveredRobot>> {
+        PolicyClient::builder(PolicyClient::DEFAULT_URI).discover(duration).await
     }
 
     /// A client to be configured.

@@ -1,6 +1,6 @@
 //! Everything that can go wrong on the policy's side. Every failure reaches the caller as one of these, and its text says all there is to say.
 
-use std::{error::Error as StdError, sync::Arc, time::Duration};
+use std::{error::Error as StdError, path::PathBuf, sync::Arc, time::Duration};
 
 use chiral_proto::{
     DecodeError, Fault, InvalidAction, PROTOCOL_VERSION, TensorError, TransportError, Unsayable, error::UnknownName,
@@ -45,6 +45,14 @@ pub enum Error {
     /// No connection comes about on a Zenoh network on which the robot is alive.
     #[error("no Zenoh connection: {0}")]
     Zenoh(Arc<dyn StdError + Send + Sync>),
+    /// A configuration file of Zenoh's cannot be used.
+    #[error("the Zenoh configuration {}: {problem}", file.display())]
+    ZenohConfig {
+        /// The file.
+        file: PathBuf,
+        /// What is wrong with it.
+        problem: String,
+    },
     /// A Zenoh address leads to a network of several robots, and none was asked for.
     #[error("expected one robot at {uri}, found several: {}; ask for one by its name", names.join(", "))]
     SeveralRobots {

@@ -26,6 +26,8 @@ mod address;
 pub mod blocking;
 mod builder;
 mod client;
+#[cfg(feature = "zenoh")]
+mod discover;
 mod dispatch;
 mod dispatcher;
 mod error;
@@ -47,6 +49,8 @@ pub use chiral_proto::{
 
 pub use builder::PolicyClientBuilder;
 pub use client::{PolicyClient, StreamOptions};
+#[cfg(feature = "zenoh")]
+pub use discover::DiscoveredRobot;
 pub use dispatch::PutMode;
 pub use error::Error;
 pub use stats::ClientStats;

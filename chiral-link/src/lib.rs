@@ -1,5 +1,5 @@
 //! What client and server both need with a socket, and neither alone: WebSocket frames over any byte stream, threads for connections, and the host's
-//! clock.
+//! clock and name.
 //!
 //! The opening handshake is not here: each end does its own, by a library. Afterwards the bytes are ours: an observation of 17 MB is written from the
 //! sensors' memory and read into the memory that the policy will look at.
@@ -7,6 +7,7 @@
 mod clock;
 mod courtesy;
 mod host;
+mod name;
 #[cfg(feature = "websocket")]
 mod read;
 mod silence;
@@ -22,6 +23,7 @@ pub mod zenoh;
 pub use clock::monotonic;
 pub use courtesy::Courtesy;
 pub use host::Host;
+pub use name::host_name;
 pub use silence::Silence;
 #[cfg(feature = "websocket")]
 pub use socket::{Role, WebSocketOptions, WebSocketTransport};

@@ -2,8 +2,9 @@
 //! `chiral-link`'s.
 //!
 //! ```text
-//! chiral/v1/<robot>/alive/<server>        liveliness token of the robot's server
+//! chiral/v1/<robot>/alive/<server>        liveliness token of the robot's server, which is `<Zenoh id>@<host>`
 //! chiral/v1/<robot>/open                  queryable: a connection is asked for, and its name is the answer
+//! chiral/v1/<robot>/info                  queryable: a welcome without a session, which says what the robot is and who controls it
 //! chiral/v1/<robot>/c/<connection>/c2s    frames of the client
 //! chiral/v1/<robot>/c/<connection>/s2c    frames of the server
 //! chiral/v1/<robot>/c/<connection>/client, .../server    liveliness tokens of the connection's two ends
@@ -27,11 +28,22 @@ pub struct InvalidName {
 /// # Errors
 /// [`InvalidName`] says what is allowed.
 pub fn check_robot(name: &str) -> Result<(), InvalidName> {
-    let is_allowed = |char: char| char.is_alphanumeric() || matches!(char, '-' | '_' | '.');
     if (1..=MAX_NAME).contains(&name.chars().count()) && name.chars().all(is_allowed) {
         return Ok(());
     }
     Err(InvalidName { found: name.to_owned() })
+}
+
+/// A good name for the robot of a host that is called so: what cannot be in it is replaced, and `robot` is taken where nothing is left.
+pub fn robot_of_host(host: &str) -> String {
+    let replaced = host.trim().chars().map(|char| if is_allowed(char) { char } else { '-' });
+    let name: String = replaced.take(MAX_NAME).collect();
+    let name = name.trim_matches('-');
+    if name.is_empty() { "robot".to_owned() } else { name.to_owned() }
+}
+
+fn is_allowed(char: char) -> bool {
+    char.is_alphanumeric() || matches!(char, '-' | '_' | '.')
 }
 
 /// The token of a robot's server; `*` for either means all.
@@ -49,6 +61,11 @@ pub fn robot_and_server(alive: &str) -> Option<(&str, &str)> {
 /// Where a connection to a robot is asked for.
 pub fn open(robot: &str) -> String {
     format!("{ROOT}/{robot}/open")
+}
+
+/// Where a robot is asked what it is.
+pub fn info(robot: &str) -> String {
+    format!("{ROOT}/{robot}/info")
 }
 
 /// Which end of a connection.
@@ -106,6 +123,23 @@ mod tests {
                 error.starts_with("expected a robot's name of 1 to 64 letters, digits") && error.contains(&format!("{bad:?}")),
                 "{error}"
             );
+        }
+    }
+
+    #[test]
+    fn a_host_gives_its_robot_a_good_name() {
+        let long = "h".repeat(300);
+        for (host, expected) in [
+            ("lab-pc", "lab-pc"),
+            ("left.robots.example", "left.robots.example"),
+            (" what a/host ", "what-a-host"),
+            ("(none)", "none"),
+            ("***", "robot"),
+            ("", "robot"),
+            (&long, &long[..64]),
+        ] {
+            assert_eq!(robot_of_host(host), expected);
+            assert_eq!(check_robot(expected), Ok(()));
         }
     }
 

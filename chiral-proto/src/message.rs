@@ -187,6 +187,8 @@ pub struct Welcome {
     pub robot: RobotInfo,
     /// Joins a second connection to the session; empty where none is offered.
     pub attach_token: Bytes,
+    /// The name of who controls the robot now; empty if nobody does.
+    pub controller: String,
 }
 
 /// What a robot is: its sensors and its actions.

@@ -205,6 +205,7 @@ def welcome():
         "software": "python",
         "session": 5,
         "episode": 6,
+        "controller": "day shift",
         "robot_name": "snake",
         "cameras": [{"name": "a", "image_shape": [4, 5, 6], "image_dtype": "D_TYPE_I16", "has_depth": True}],
         "proprios": [{"name": "coil", "size": 3, "unit": "N m"}],

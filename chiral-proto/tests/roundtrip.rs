@@ -161,14 +161,15 @@ fn hellos() -> impl Strategy<Value = Hello> {
 }
 
 fn welcomes() -> impl Strategy<Value = Welcome> {
-    (any::<u32>(), text(), any::<[u64; 2]>(), robots(), bytes()).prop_map(
-        |(protocol, software, [session, episode], robot, attach_token)| Welcome {
+    (any::<u32>(), text(), any::<[u64; 2]>(), robots(), bytes(), text()).prop_map(
+        |(protocol, software, [session, episode], robot, attach_token, controller)| Welcome {
             protocol,
             software,
             session,
             episode,
             robot,
             attach_token,
+            controller,
         },
     )
 }

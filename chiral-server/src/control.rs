@@ -130,6 +130,11 @@ impl Control {
         Ok(())
     }
 
+    /// The name of the controller, if there is one.
+    pub(crate) fn controller(&self) -> Option<String> {
+        lock(&self.shared.state).controller.as_ref().map(|holder| holder.name.clone())
+    }
+
     /// The session has ended. If it was the controller, what it asked for is dropped, the robot holds, and another may claim it at once.
     pub(crate) fn release(&self, session: u64) {
         let mut state = lock(&self.shared.state);

@@ -38,7 +38,7 @@ pub enum Error {
     NameTaken {
         /// The robot's name.
         name: String,
-        /// The Zenoh id of the server that has it.
+        /// The server that has it: its Zenoh id, and its host.
         holder: String,
     },
     /// The Zenoh network cannot be joined.

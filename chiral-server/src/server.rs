@@ -1,5 +1,7 @@
 //! The server as its host sees it: how it is made, run, embedded and stopped.
 
+#[cfg(feature = "zenoh")]
+use std::path::PathBuf;
 use std::{
     fmt,
     net::SocketAddr,
@@ -11,10 +13,14 @@ use std::{
     time::Duration,
 };
 
+use bytes::Bytes;
 #[cfg(feature = "zenoh")]
 use chiral_link::zenoh::{SharedMemory, SharedMemoryCounts};
-use chiral_link::{Courtesy, monotonic};
-use chiral_proto::{Clock, Code, Fault, Transport, message::RobotInfo};
+use chiral_link::{Courtesy, host_name, monotonic};
+use chiral_proto::{
+    Clock, Code, Fault, PROTOCOL_VERSION, Transport, keys,
+    message::{RobotInfo, Welcome},
+};
 use tokio::sync::watch;
 
 use crate::{
@@ -75,7 +81,7 @@ pub(crate) struct Options {
 impl Options {
     pub(crate) fn is_on_zenoh(&self) -> bool {
         #[cfg(feature = "zenoh")]
-        return !(self.network.listen.is_empty() && self.network.connect.is_empty());
+        return !(self.network.listen.is_empty() && self.network.connect.is_empty()) || self.network.config.is_some();
         #[cfg(not(feature = "zenoh"))]
         false
     }
@@ -107,13 +113,13 @@ impl PolicyServer {
             robot: Box::new(robot),
             sensors,
             source: None,
-            name: "robot".to_owned(),
+            name: keys::robot_of_host(&host_name()),
             observe_timeout: Duration::from_secs(1),
             clock: monotonic(),
             options: Options {
                 bind: None,
                 #[cfg(feature = "zenoh")]
-                network: chiral_link::zenoh::NetworkOptions::default(),
+                network: chiral_link::zenoh::NetworkOptions { discovery: true, ..Default::default() },
                 silence_limit: Duration::from_secs(10),
                 max_frame: 16 << 20,
             },
@@ -138,7 +144,7 @@ impl fmt::Debug for PolicyServer {
 }
 
 impl PolicyServerBuilder {
-    /// The robot's name, as peers see it; `robot` by default.
+    /// The robot's name, as peers see it; by default that of this host, or as much of it as a name on a Zenoh network can have.
     #[must_use]
     pub fn name(mut self, name: impl Into<String>) -> Self {
         self.name = name.into();
@@ -153,8 +159,8 @@ impl PolicyServerBuilder {
         self
     }
 
-    /// Puts the robot on a Zenoh network, and lets others into it at this locator, such as `tcp/127.0.0.1:7447`. May be said more than once. Not every
-    /// robot's name will do then: see [`chiral_proto::keys::check_robot`].
+    /// Puts the robot on a Zenoh network, and lets others into it at this locator, such as `tcp/127.0.0.1:7447`; also by `tls/`, `quic/` and
+    /// `unixsock-stream/`. May be said more than once. Not every robot's name will do then: see [`chiral_proto::keys::check_robot`].
     #[cfg(feature = "zenoh")]
     #[must_use]
     pub fn listen_zenoh(mut self, locator: impl Into<String>) -> Self {
@@ -177,6 +183,25 @@ impl PolicyServerBuilder {
     #[must_use]
     pub fn shared_memory(mut self, is_wanted: bool) -> Self {
         self.options.network.shared_memory = is_wanted;
+        self
+    }
+
+    /// Puts the robot on the Zenoh network of this configuration file of Zenoh's (JSON5, JSON or YAML): TLS, users, access control, whatever else it says
+    /// stands. Locators of [`PolicyServerBuilder::listen_zenoh`] and [`PolicyServerBuilder::join_zenoh`] are added to its own. It is read when serving
+    /// begins.
+    #[cfg(feature = "zenoh")]
+    #[must_use]
+    pub fn zenoh_config(mut self, file: impl Into<PathBuf>) -> Self {
+        self.options.network.config = Some(file.into());
+        self
+    }
+
+    /// Whether the robot can be found without its address, by multicast; true by default, for one on a Zenoh network who lets others in there. A
+    /// configuration file's own word on multicast goes before it.
+    #[cfg(feature = "zenoh")]
+    #[must_use]
+    pub fn discovery(mut self, is_found: bool) -> Self {
+        self.options.network.discovery = is_found;
         self
     }
 
@@ -222,7 +247,7 @@ impl PolicyServerBuilder {
     pub fn build(mut self) -> Result<PolicyServer, Error> {
         #[cfg(feature = "zenoh")]
         if self.options.is_on_zenoh() {
-            chiral_proto::keys::check_robot(&self.name).map_err(|error| Error::Declaration(error.to_string()))?;
+            keys::check_robot(&self.name).map_err(|error| Error::Declaration(error.to_string()))?;
         }
         let robot = self.robot;
         let spec = catch_unwind(AssertUnwindSafe(|| robot.action_spec()))
@@ -242,8 +267,15 @@ impl PolicyServerBuilder {
             }
         }
         #[cfg(feature = "zenoh")]
-        let shared_memory =
-            if self.options.is_on_zenoh() && self.options.network.shared_memory { self.sensors.share_memory() } else { None };
+        let shared_memory = match self.options.is_on_zenoh() && self.options.network.shared_memory {
+            true => self.sensors.share_memory(),
+            false => None,
+        };
+        #[cfg(feature = "zenoh")]
+        {
+            // What its sensors cannot have, its network need not try.
+            self.options.network.shared_memory = shared_memory.is_some();
+        }
         let info = RobotInfo {
             name: self.name,
             cameras: self.sensors.camera_specs().cloned().collect(),
@@ -336,6 +368,19 @@ impl fmt::Debug for ServerHandle {
 }
 
 impl Inner {
+    /// What this server says of its robot, to a session or, with 0, to none.
+    pub(crate) fn welcome(&self, session: u64, attach_token: Bytes) -> Welcome {
+        Welcome {
+            protocol: PROTOCOL_VERSION,
+            software: concat!("chiral-server ", env!("CARGO_PKG_VERSION")).to_owned(),
+            session,
+            episode: self.observations.episode(),
+            robot: self.robot.clone(),
+            attach_token,
+            controller: self.control.controller().unwrap_or_default(),
+        }
+    }
+
     /// A new session's number.
     pub(crate) fn session_began(&self) -> Result<u64, Fault> {
         if *self.stopping.borrow() {

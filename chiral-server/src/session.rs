@@ -9,7 +9,7 @@ use bytes::Bytes;
 use chiral_proto::{
     Code, Fault, Message, PROTOCOL_VERSION, Request, Transport, TransportError,
     error::chain,
-    message::{Hello, Role, Welcome},
+    message::{Hello, Role},
 };
 use tokio::{
     sync::{mpsc, watch},
@@ -41,7 +41,7 @@ pub(crate) async fn serve<T: Transport>(server: &Arc<Inner>, transport: T) {
     };
     match session {
         Ok((session, attach_token)) => {
-            let welcome = session.welcome(attach_token);
+            let welcome = server.welcome(session.id, attach_token);
             lane::serve(&session, &transport, id, welcome).await;
         }
         Err(fault) => refuse(&transport, Some((id, fault))).await,
@@ -144,17 +144,6 @@ impl Session {
         })?;
         tracing::debug!(parent: &session.span, "second connection");
         Ok((session, Bytes::new()))
-    }
-
-    fn welcome(&self, attach_token: Bytes) -> Welcome {
-        Welcome {
-            protocol: PROTOCOL_VERSION,
-            software: concat!("chiral-server ", env!("CARGO_PKG_VERSION")).to_owned(),
-            session: self.id,
-            episode: self.server.observations.episode(),
-            robot: self.server.robot.clone(),
-            attach_token,
-        }
     }
 
     /// From now on, and for good, what carries observations is sent by this connection.

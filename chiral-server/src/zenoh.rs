@@ -2,11 +2,12 @@
 
 use std::sync::Arc;
 
+use bytes::Bytes;
 use chiral_link::{
     Host,
-    zenoh::{Network, NetworkError, ZenohOptions, ZenohTransport},
+    zenoh::{Network, NetworkError, NetworkOptions, ZenohOptions, ZenohTransport},
 };
-use chiral_proto::{Codec, pool::Pool};
+use chiral_proto::{Codec, Message, Reply, error::chain, pool::Pool};
 
 use crate::{
     error::Error,
@@ -23,7 +24,7 @@ impl PolicyServer {
     pub async fn serve_zenoh(self) -> Result<(), Error> {
         let inner = self.inner;
         let name = &inner.robot.name;
-        let network = Network::open(&inner.options.network).await.map_err(error)?;
+        let network = join(&inner.options.network).await.map_err(error)?;
         let mut presence = match network.announce(name).await {
             Ok(presence) => presence,
             Err(refused) => {
@@ -31,9 +32,18 @@ impl PolicyServer {
                 return Err(error(refused));
             }
         };
-        let chiral_link::zenoh::NetworkOptions { listen, connect, .. } = &inner.options.network;
-        tracing::info!("serving robot {name:?} on Zenoh, at {listen:?} and by {connect:?}");
-        tracing::warn!("on Zenoh, whoever reaches the network can move the robot, for there is no authentication yet");
+        let NetworkOptions { listen, connect, config, .. } = &inner.options.network;
+        match config {
+            Some(file) => {
+                tracing::info!("serving robot {name:?} on Zenoh as {} says, at {listen:?} and by {connect:?}", file.display())
+            }
+            None => {
+                tracing::info!("serving robot {name:?} on Zenoh, at {listen:?} and by {connect:?}");
+                tracing::warn!(
+                    "on Zenoh, whoever reaches the network can move the robot, unless a configuration file says who may"
+                );
+            }
+        }
         // What a client says is small.
         let options = ZenohOptions {
             max_frame: inner.options.max_frame,
@@ -42,7 +52,7 @@ impl PolicyServer {
             shared_memory: inner.shared_memory.clone(),
         };
         let accepting = async {
-            while let Some(transport) = presence.accept(&options).await {
+            while let Some(transport) = presence.accept(&options, || info(&inner)).await {
                 serve_connection(&inner, transport);
             }
             inner.stopping().await;
@@ -56,6 +66,23 @@ impl PolicyServer {
         network.close().await;
         Ok(())
     }
+}
+
+/// Joins the network; without an answer to those who search by multicast, where only that cannot be had.
+async fn join(options: &NetworkOptions) -> Result<Network, NetworkError> {
+    let refused = match Network::open(options).await {
+        Err(refused @ NetworkError::Open { .. }) if options.discovery => refused,
+        joined => return joined,
+    };
+    let network = Network::open(&NetworkOptions { discovery: false, ..options.clone() }).await?;
+    tracing::warn!("the robot cannot be found without its address: {}", chain(&refused));
+    Ok(network)
+}
+
+/// What is told of the robot to whoever asks: a welcome without a session, as a frame.
+fn info(inner: &Inner) -> Vec<u8> {
+    let welcome = Message::Reply { id: 1, reply: Reply::Welcome(Box::new(inner.welcome(0, Bytes::new()))) };
+    Codec::Protobuf.encode(&welcome).map(|frame| frame.into_bytes().to_vec()).unwrap_or_default()
 }
 
 fn serve_connection(inner: &Arc<Inner>, transport: ZenohTransport) {

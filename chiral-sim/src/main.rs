@@ -6,7 +6,7 @@ use std::process::ExitCode;
 
 use clap::Parser;
 
-use crate::cli::{policy, router, serve, watch};
+use crate::cli::{discover, policy, router, serve, watch};
 
 /// A simulated robot, and a policy that drives it from pixels.
 #[derive(Parser)]
@@ -15,6 +15,7 @@ enum Command {
     Serve(serve::Arguments),
     Policy(policy::Arguments),
     Watch(watch::Arguments),
+    Discover(discover::Arguments),
     #[command(hide = true)]
     Router(router::Arguments),
 }
@@ -27,6 +28,8 @@ Examples:
   chiral-sim watch ws://robot:8765         look on: rate, age, throughput
   chiral-sim serve --zenoh tcp/0.0.0.0:7447 --name left     on a Zenoh network
   chiral-sim policy tcp/robot:7447 --robot left             and by way of it
+  chiral-sim discover                                       which robots there are
+  chiral-sim policy zenoh:left                              one of them, found by its name
 
 RUST_LOG sets what is logged on stderr, such as RUST_LOG=debug.";
 
@@ -35,6 +38,7 @@ fn main() -> ExitCode {
         Command::Serve(arguments) => serve::run(&arguments).map(|()| ExitCode::SUCCESS),
         Command::Policy(arguments) => policy::run(&arguments),
         Command::Watch(arguments) => watch::run(&arguments).map(|()| ExitCode::SUCCESS),
+        Command::Discover(arguments) => discover::run(&arguments),
         Command::Router(arguments) => router::run(&arguments).map(|()| ExitCode::SUCCESS),
     };
     ended.unwrap_or_else(|error| {

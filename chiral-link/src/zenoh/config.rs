@@ -1,8 +1,11 @@
-//! What a Zenoh session is told. Defaults of Zenoh's that would not do are replaced, everything else is left as it is.
+//! What a Zenoh session is told: what its configuration file says, if there is one; else Zenoh's defaults, but for those that would not do.
 
+use std::{fs, path::Path};
+
+use serde_json::Value;
 use zenoh::Config;
 
-use super::network::NetworkOptions;
+use super::network::{NetworkError, NetworkOptions, cause, failed};
 
 /// A neighbour from which nothing comes for so long is lost, in milliseconds; a sign of life is sent four times as often.
 const LEASE_MS: u32 = 2_000;
@@ -10,52 +13,295 @@ const LEASE_MS: u32 = 2_000;
 const DATA_QUEUE: u32 = 16;
 /// Zenoh closes a connection on which a message could not be sent for so long, in microseconds: long after the lease. Its "for ever" panics.
 const WAIT_BEFORE_CLOSE_US: u32 = 60_000_000;
+const WAIT_BEFORE_CLOSE: &str = "transport/link/tx/queue/congestion_control/block/wait_before_close";
 /// For the handshake with a neighbour, in milliseconds.
-const OPEN_MS: u32 = 3_000;
+pub(super) const OPEN_MS: u32 = 3_000;
 
-/// The configuration of a session: it finds nobody by itself, and talks to whom it is told to.
-pub(super) fn config(options: &NetworkOptions) -> zenoh::Result<Config> {
-    let mode = if options.listen.is_empty() { "client" } else { "peer" };
-    let mut config = Config::default();
-    let settings = [
-        ("mode", format!("{mode:?}")),
-        ("listen/endpoints", format!("{:?}", options.listen)),
-        ("connect/endpoints", format!("{:?}", options.connect)),
-        // One attempt: who waits for somebody does so by himself, and says so.
-        ("connect/timeout_ms", "0".to_owned()),
-        ("connect/exit_on_failure", "true".to_owned()),
-        ("scouting/multicast/enabled", "false".to_owned()),
-        ("scouting/gossip/enabled", "false".to_owned()),
-        ("transport/unicast/open_timeout", OPEN_MS.to_string()),
-        ("transport/unicast/accept_timeout", OPEN_MS.to_string()),
-        ("transport/link/tx/lease", LEASE_MS.to_string()),
-        ("transport/link/tx/queue/size/data", DATA_QUEUE.to_string()),
-        ("transport/link/tx/queue/congestion_control/block/wait_before_close", WAIT_BEFORE_CLOSE_US.to_string()),
-        ("transport/shared_memory/enabled", options.shared_memory.to_string()),
-        // Copies what lies elsewhere into shared memory, where it may be overwritten under a slow reader.
-        ("transport/shared_memory/transport_optimization/enabled", "false".to_owned()),
-    ];
-    for (key, value) in settings {
-        config.insert_json5(key, &value)?;
+const LISTEN: &str = "listen/endpoints";
+const CONNECT: &str = "connect/endpoints";
+const MULTICAST: &str = "scouting/multicast/enabled";
+
+/// What a configuration is for.
+#[derive(Clone, Copy, Debug)]
+pub(super) enum Purpose<'a> {
+    /// A member of the network, as the options say.
+    Member,
+    /// A look at who is at this locator, and nowhere else.
+    Look(&'a str),
+    /// A search by multicast, which needs no session.
+    Scout,
+}
+
+/// The configuration of a session, and the locators in it: where it listens, and whom it connects to.
+pub(super) struct Configured {
+    pub(super) config: Config,
+    pub(super) listen: Vec<String>,
+    pub(super) connect: Vec<String>,
+}
+
+/// What comes of the options, for this purpose. What the file says stands, except that locators are added to its own.
+pub(super) fn configure(options: &NetworkOptions, purpose: Purpose<'_>) -> Result<Configured, NetworkError> {
+    let mut draft = Draft::read(options.config.as_deref())?;
+    let only = |locator: &str| vec![Value::from(locator)];
+    let (mode, listen, connect) = match purpose {
+        Purpose::Member => draft.membership(options)?,
+        Purpose::Look(locator) => ("client".to_owned(), Vec::new(), only(locator)),
+        Purpose::Scout => ("client".to_owned(), Vec::new(), Vec::new()),
+    };
+    let [(listen, to_listen), (connect, to_connect)] =
+        [listen, connect].map(|said| (plain(&said), Value::from(said).to_string()));
+    let refused = |error| NetworkError::Locator { locators: [&listen[..], &connect[..]].concat(), source: cause(&error) };
+    draft.config.insert_json5(LISTEN, &to_listen).map_err(refused)?;
+    draft.config.insert_json5(CONNECT, &to_connect).map_err(refused)?;
+    draft.set("mode", format!("{mode:?}"))?;
+
+    match purpose {
+        Purpose::Scout => draft.set(MULTICAST, true)?,
+        Purpose::Look(_) => draft.set(MULTICAST, false)?,
+        // Who lets nobody in cannot be found. Nobody is connected to for having been found.
+        Purpose::Member if options.discovery && mode != "client" && !draft.says(MULTICAST) => {
+            draft.set(MULTICAST, true)?;
+            draft.default("scouting/multicast/listen", true)?;
+            draft.default("scouting/multicast/autoconnect", "[]")?;
+        }
+        Purpose::Member => draft.default(MULTICAST, false)?,
     }
-    Ok(config)
+    if connect.is_empty() {
+        // There is nobody to wait for.
+        draft.default("open/return_conditions/connect_scouted", false)?;
+    }
+    // One attempt: who waits for somebody does so by himself, and says so.
+    draft.default("connect/timeout_ms", 0)?;
+    draft.default("connect/exit_on_failure", true)?;
+    draft.default("scouting/gossip/enabled", false)?;
+    draft.default("transport/unicast/open_timeout", OPEN_MS)?;
+    draft.default("transport/unicast/accept_timeout", OPEN_MS)?;
+    draft.default("transport/link/tx/lease", LEASE_MS)?;
+    draft.default("transport/link/tx/queue/size/data", DATA_QUEUE)?;
+    if !options.shared_memory || !matches!(purpose, Purpose::Member) {
+        draft.set("transport/shared_memory/enabled", false)?;
+    }
+    // Copies what lies elsewhere into shared memory, where it may be overwritten under a slow reader.
+    draft.set("transport/shared_memory/transport_optimization/enabled", false)?;
+    if draft.get(WAIT_BEFORE_CLOSE)?.as_i64().is_some_and(i64::is_negative) {
+        draft.set(WAIT_BEFORE_CLOSE, WAIT_BEFORE_CLOSE_US)?;
+    }
+    draft.default(WAIT_BEFORE_CLOSE, WAIT_BEFORE_CLOSE_US)?;
+    Ok(Configured { config: draft.config, listen, connect })
+}
+
+/// A configuration that is being made.
+struct Draft<'a> {
+    file: Option<&'a Path>,
+    config: Config,
+    /// As Zenoh has it without a file. A file that says just the same cannot be told from one that says nothing.
+    untouched: Config,
+}
+
+impl<'a> Draft<'a> {
+    fn read(file: Option<&'a Path>) -> Result<Draft<'a>, NetworkError> {
+        let config = file.map_or_else(|| Ok(Config::default()), read)?;
+        Ok(Draft { file, config, untouched: Config::default() })
+    }
+
+    /// Mode, and where to listen and to connect to.
+    fn membership(&self, options: &NetworkOptions) -> Result<(String, Vec<Value>, Vec<Value>), NetworkError> {
+        let listens = !options.listen.is_empty() || self.says(LISTEN);
+        let mode = self.get("mode")?;
+        let mode = mode.as_str().unwrap_or(if listens { "peer" } else { "client" }).to_owned();
+        if let (Some(file), "client", false) = (self.file, mode.as_str(), options.listen.is_empty()) {
+            let problem = format!("expected mode \"peer\" for listening at {:?}, found \"client\"", options.listen);
+            return Err(NetworkError::Config { file: file.to_owned(), problem });
+        }
+        let listen = self.endpoints(LISTEN, &mode, &options.listen)?;
+        let connect = self.endpoints(CONNECT, &mode, &options.connect)?;
+        if listen.is_empty() && connect.is_empty() && self.get(MULTICAST)?.as_bool() != Some(true) {
+            return Err(NetworkError::NoLocator);
+        }
+        Ok((mode, listen, connect))
+    }
+
+    /// What the file says, for this mode, and our locators.
+    fn endpoints(&self, key: &str, mode: &str, ours: &[String]) -> Result<Vec<Value>, NetworkError> {
+        let mut endpoints = Vec::new();
+        if self.says(key) {
+            let said = self.get(key)?;
+            endpoints.extend(said.get(mode).unwrap_or(&said).as_array().into_iter().flatten().cloned());
+        }
+        endpoints.extend(ours.iter().map(|locator| Value::from(locator.as_str())));
+        Ok(endpoints)
+    }
+
+    fn says(&self, key: &str) -> bool {
+        self.config.get_json(key).ok() != self.untouched.get_json(key).ok()
+    }
+
+    fn get(&self, key: &str) -> Result<Value, NetworkError> {
+        let json = self.config.get_json(key).map_err(failed)?;
+        Ok(serde_json::from_str(&json).unwrap_or_default())
+    }
+
+    fn set(&mut self, key: &str, value: impl ToString) -> Result<(), NetworkError> {
+        self.config.insert_json5(key, &value.to_string()).map_err(failed)
+    }
+
+    /// Sets what the file says nothing of.
+    fn default(&mut self, key: &str, value: impl ToString) -> Result<(), NetworkError> {
+        if self.says(key) { Ok(()) } else { self.set(key, value) }
+    }
+}
+
+/// The locators among endpoints, each of which is one, or several by which the same neighbour is reached.
+fn plain(endpoints: &[Value]) -> Vec<String> {
+    let several = |endpoint: &Value| endpoint.get("locators").and_then(Value::as_array).cloned();
+    let each = endpoints.iter().flat_map(|endpoint| several(endpoint).unwrap_or_else(|| vec![endpoint.clone()]));
+    each.filter_map(|locator| locator.as_str().map(str::to_owned)).collect()
+}
+
+/// The configuration in a file.
+fn read(file: &Path) -> Result<Config, NetworkError> {
+    let refuse = |problem| NetworkError::Config { file: file.to_owned(), problem };
+    fs::read_to_string(file).map_err(|error| refuse(error.to_string()))?;
+    Config::from_file(file).map_err(|error| refuse(problem(&error.to_string())))
+}
+
+/// What is wrong with a file, and where, without what stands in it: Zenoh's own words quote a line of it or even all, passwords too.
+fn problem(said: &str) -> String {
+    let what = if said.starts_with("Unsupported file type") || said.starts_with("Empty") {
+        cause(&said.into()).to_string()
+    } else if said.starts_with("Invalid configuration") {
+        "a value is not within its limits".to_owned()
+    } else if let Some(unknown) = said.find("unknown field") {
+        until_quote(&said[unknown..]).to_owned()
+    } else if let Some((_, expected)) = said.rsplit_once(", expected ") {
+        format!("expected {}, found something else", until_quote(expected))
+    } else {
+        "expected JSON5, or YAML in a file that is called so, found something else".to_owned()
+    };
+    match line(said) {
+        Some(line) => format!("line {line}: {what}"),
+        None => what,
+    }
+}
+
+/// Zenoh's words, and the parsers', end with a quotation mark.
+fn until_quote(said: &str) -> &str {
+    said.split(['"', '\n']).next().unwrap_or_default().trim_end_matches("\\n")
+}
+
+fn line(said: &str) -> Option<u32> {
+    ["line: ", "--> ", "at line "].iter().find_map(|before| {
+        let (_, after) = said.split_once(before)?;
+        after.split(|char: char| !char.is_ascii_digit()).next()?.parse().ok()
+    })
 }
 
 #[cfg(test)]
 mod tests {
+    use std::{env, path::PathBuf, process};
+
     use super::*;
+
+    fn options(listen: &[&str], connect: &[&str]) -> NetworkOptions {
+        let [listen, connect] = [listen, connect].map(|locators| locators.iter().map(|locator| locator.to_string()).collect());
+        NetworkOptions { listen, connect, ..NetworkOptions::default() }
+    }
+
+    /// A file of this text; the operating system's directory for it is emptied by others.
+    fn file(name: &str, text: &str) -> PathBuf {
+        let path = env::temp_dir().join(format!("chiral-{}-{name}", process::id()));
+        fs::write(&path, text).unwrap();
+        path
+    }
+
+    fn json(configured: &Configured, key: &str) -> String {
+        configured.config.get_json(key).unwrap()
+    }
 
     #[test]
     fn zenoh_knows_every_setting() {
-        for listen in [vec![], vec!["tcp/127.0.0.1:0".to_owned()]] {
-            let options = NetworkOptions { listen, connect: vec!["tcp/localhost:7447".to_owned()], ..NetworkOptions::default() };
-            let config = config(&options).unwrap();
-            assert_eq!(config.get_json("transport/link/tx/lease").unwrap(), "2000");
+        for (listen, mode) in [(&[][..], "\"client\""), (&["tcp/127.0.0.1:0"], "\"peer\"")] {
+            let options = NetworkOptions { discovery: true, ..options(listen, &["tcp/localhost:7447"]) };
+            for purpose in [Purpose::Member, Purpose::Look("tcp/localhost:1"), Purpose::Scout] {
+                let configured = configure(&options, purpose).unwrap();
+                assert_eq!(json(&configured, "transport/link/tx/lease"), "2000");
+            }
+            let configured = configure(&options, Purpose::Member).unwrap();
+            assert_eq!(json(&configured, "mode"), mode);
+            assert_eq!(json(&configured, MULTICAST), (mode == "\"peer\"").to_string());
+            let configured = configure(&NetworkOptions { discovery: false, ..options }, Purpose::Member).unwrap();
+            assert_eq!(json(&configured, MULTICAST), "false");
         }
     }
 
     #[test]
     fn what_is_no_locator_is_refused() {
-        assert!(config(&NetworkOptions { listen: vec!["nonsense".to_owned()], ..NetworkOptions::default() }).is_err());
+        for bad in [options(&["nonsense"], &[]), options(&[], &["nonsense"])] {
+            assert!(matches!(configure(&bad, Purpose::Member), Err(NetworkError::Locator { .. })));
+        }
+        assert!(matches!(configure(&options(&[], &[]), Purpose::Member), Err(NetworkError::NoLocator)));
+    }
+
+    #[test]
+    fn what_a_file_says_stands_and_locators_are_added() {
+        let text = r#"{
+            connect: { endpoints: { client: ["tcp/router:7447", { strategy: "allOf", locators: ["tcp/a:1", "tcp/b:1"] }], peer: ["tcp/peer:7447"] } },
+            scouting: { multicast: { enabled: true } },
+            transport: { link: { tx: { lease: 5000, queue: { congestion_control: { block: { wait_before_close: -1 } } } } } },
+        }"#;
+        let config = Some(file("says.json5", text));
+        let client = NetworkOptions { config: config.clone(), ..options(&[], &["tcp/mine:1"]) };
+        let configured = configure(&client, Purpose::Member).unwrap();
+        assert_eq!(configured.connect, ["tcp/router:7447", "tcp/a:1", "tcp/b:1", "tcp/mine:1"]);
+        assert_eq!(json(&configured, "mode"), "\"client\"");
+        assert_eq!(json(&configured, MULTICAST), "true");
+        assert_eq!(json(&configured, "transport/link/tx/lease"), "5000");
+        assert_eq!(json(&configured, WAIT_BEFORE_CLOSE), "60000000");
+        assert_eq!(json(&configured, "transport/link/tx/queue/size/data"), "16");
+        let server = NetworkOptions { config: config.clone(), ..options(&["tcp/127.0.0.1:1"], &[]) };
+        let configured = configure(&server, Purpose::Member).unwrap();
+        assert_eq!(
+            (configured.listen, configured.connect),
+            (vec!["tcp/127.0.0.1:1".to_owned()], vec!["tcp/peer:7447".to_owned()])
+        );
+        let configured = configure(&client, Purpose::Look("tcp/only:1")).unwrap();
+        assert_eq!(configured.connect, ["tcp/only:1"]);
+        assert_eq!(json(&configured, MULTICAST), "false");
+        fs::remove_file(config.unwrap()).unwrap();
+    }
+
+    #[test]
+    fn a_bad_file_is_named_and_its_secrets_are_not_told() {
+        let secret = "transport: { auth: { usrpwd: { user: \"me\", password: \"secret\" } } }";
+        let cases = [
+            ("unclosed.json5", format!("{{\n{secret}, oops"), "line 2: "),
+            ("same-line.json5", format!("{{ {secret} \"secret\" }}"), "line 1: "),
+            ("unknown.json5", format!("{{ {secret},\n conect: {{}} }}"), "unknown field `conect`, expected one of"),
+            ("type.json5", format!("{{ {secret},\n listen: {{ timeout_ms: \"secret\" }} }}"), "expected "),
+            ("number.json5", "{ transport: { auth: { usrpwd: { password: 1234567 } } } }".to_owned(), "expected a string"),
+            ("mode.json5", format!("{{ {secret}, mode: \"secret\" }}"), "expected "),
+            ("limits.json5", format!("{{ {secret}, transport_: 1 }}").replace("transport_: 1", "id: \"\""), "expected "),
+            ("limits.json", r#"{ "transport": { "link": { "tx": { "queue": { "size": { "data": 17 } } } }, "auth": { "usrpwd": { "user": "a", "password": "secret" } } } }"#.to_owned(), "a value is not within its limits"),
+            ("bad.yaml", "transport:\n  auth:\n    usrpwd: secret\n".to_owned(), "expected "),
+            ("empty.json5", String::new(), "Empty"),
+            ("type.ini", "secret".to_owned(), "Unsupported file type '.ini'"),
+        ];
+        for (name, text, expected) in cases {
+            let path = file(name, &text);
+            let options = NetworkOptions { config: Some(path.clone()), ..options(&[], &["tcp/a:1"]) };
+            let error = configure(&options, Purpose::Member).err().expect(name).to_string();
+            fs::remove_file(&path).unwrap();
+            assert!(error.contains(&path.display().to_string()) && error.contains(expected), "{name}: {error}");
+            assert!(!error.contains("secret") && !error.contains("1234567") && !error.contains(".rs"), "{name}: {error}");
+            println!("{error}");
+        }
+        let options = NetworkOptions { config: Some("/nowhere.json5".into()), ..options(&[], &["tcp/a:1"]) };
+        let error = configure(&options, Purpose::Member).err().unwrap().to_string();
+        assert!(error.contains("/nowhere.json5") && error.contains("No such file"), "{error}");
+        let path = file("client.json5", "{ mode: \"client\" }");
+        let options = NetworkOptions { config: Some(path.clone()), listen: vec!["tcp/127.0.0.1:0".to_owned()], ..options };
+        let error = configure(&options, Purpose::Member).err().unwrap().to_string();
+        assert!(error.contains("expected mode \"peer\""), "{error}");
+        fs::remove_file(path).unwrap();
     }
 }

@@ -10,9 +10,11 @@ use zenoh::{
     query::{Query, Queryable},
 };
 
+use crate::host_name;
+
 use super::{
     lane::{LaneKind, ZenohOptions, ZenohTransport},
-    network::{Network, NetworkError, failed},
+    network::{LOOK_LIMIT, Network, NetworkError, failed},
 };
 
 /// Within this a server must answer who asks for a connection.
@@ -26,10 +28,18 @@ const CONNECTIONS: usize = 256;
 pub struct Presence {
     network: Network,
     robot: String,
-    requests: mpsc::Receiver<Query>,
+    requests: mpsc::Receiver<Asked>,
     places: Arc<Semaphore>,
-    _queryable: Queryable<()>,
+    _queryables: [Queryable<()>; 2],
     _token: LivelinessToken,
+}
+
+/// What somebody asks the robot's server.
+enum Asked {
+    /// For a connection.
+    Connection(Query),
+    /// What the robot is.
+    Info(Query),
 }
 
 impl fmt::Debug for Presence {
@@ -44,16 +54,19 @@ impl Network {
     /// # Errors
     /// [`NetworkError::NameTaken`] if a robot of this name is alive already, else [`NetworkError::Failed`].
     pub async fn announce(&self, robot: &str) -> Result<Presence, NetworkError> {
-        let ours = self.session().zid().to_string();
+        // The id is its own, the host is for people.
+        let ours = format!("{}@{}", self.session().zid(), keys::robot_of_host(&host_name()));
         let tokens = keys::alive(robot, "*");
         let taken = |(robot, server)| NetworkError::NameTaken { robot, server };
         if let Some(other) = self.alive(&tokens).await?.into_iter().find(|(_, server)| *server != ours) {
             return Err(taken(other));
         }
         let (sender, requests) = mpsc::channel(REQUESTS);
-        let answer = move |query| drop(sender.try_send(query));
-        let queryable = self.session().declare_queryable(keys::open(robot)).complete(true).callback(answer);
-        let queryable = queryable.await.map_err(failed)?;
+        let info = sender.clone();
+        let open = self.session().declare_queryable(keys::open(robot)).complete(true);
+        let open = open.callback(move |query| drop(sender.try_send(Asked::Connection(query)))).await.map_err(failed)?;
+        let about = self.session().declare_queryable(keys::info(robot)).complete(true);
+        let about = about.callback(move |query| drop(info.try_send(Asked::Info(query)))).await.map_err(failed)?;
         let token = self.session().liveliness().declare_token(keys::alive(robot, &ours)).await.map_err(failed)?;
         // Of two that came at the same time and now see each other, the smaller id stays.
         if let Some(other) = self.alive(&tokens).await?.into_iter().find(|(_, server)| *server < ours) {
@@ -64,9 +77,16 @@ impl Network {
             robot: robot.to_owned(),
             requests,
             places: Arc::new(Semaphore::new(CONNECTIONS)),
-            _queryable: queryable,
+            _queryables: [open, about],
             _token: token,
         })
+    }
+
+    /// What a robot's server says of the robot, as it gave it to [`Presence::accept`]; nothing if it does not answer within a second.
+    pub async fn info(&self, robot: &str) -> Option<Vec<u8>> {
+        let asking = self.session().get(keys::info(robot)).timeout(LOOK_LIMIT);
+        let answer = asking.await.ok()?.recv_async().await.ok()?;
+        Some(answer.result().ok()?.payload().to_bytes().into_owned())
     }
 
     /// Asks a robot for a connection.
@@ -95,10 +115,16 @@ impl Network {
 }
 
 impl Presence {
-    /// The next connection that a client asks for. `None` never comes while the network is there.
-    pub async fn accept(&mut self, options: &ZenohOptions) -> Option<ZenohTransport> {
+    /// The next connection that a client asks for; meanwhile, who asks what the robot is gets `info`. `None` never comes while the network is there.
+    pub async fn accept(&mut self, options: &ZenohOptions, info: impl Fn() -> Vec<u8>) -> Option<ZenohTransport> {
         loop {
-            let query = self.requests.recv().await?;
+            let query = match self.requests.recv().await? {
+                Asked::Connection(query) => query,
+                Asked::Info(query) => {
+                    let _ = query.reply(keys::info(&self.robot), info()).await;
+                    continue;
+                }
+            };
             match self.admit(&query, options.clone()).await {
                 Ok((transport, connection)) => {
                     if query.reply(keys::open(&self.robot), connection).express(true).await.is_ok() {

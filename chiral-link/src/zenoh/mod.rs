@@ -8,10 +8,12 @@ mod lane;
 mod meeting;
 mod network;
 mod outbox;
+mod search;
 mod shared;
 mod word;
 
 pub use lane::{LaneKind, ZenohOptions, ZenohTransport};
 pub use meeting::Presence;
 pub use network::{Network, NetworkError, NetworkOptions};
+pub use search::{Search, Sighting};
 pub use shared::{SharedMemory, SharedMemoryCounts};

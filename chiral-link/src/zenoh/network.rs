@@ -1,19 +1,33 @@
 //! A session of a Zenoh network: opened, closed and dropped on plain threads, since Zenoh panics at it in a tokio runtime of one thread.
 
-use std::{error::Error, io, mem::ManuallyDrop, sync::Arc, thread, time::Duration};
+use std::{
+    error::Error,
+    io,
+    mem::ManuallyDrop,
+    net::{TcpStream, ToSocketAddrs},
+    path::PathBuf,
+    sync::Arc,
+    thread,
+    time::{Duration, Instant},
+};
 
 use chiral_proto::keys;
 use tokio::{sync::oneshot, time::timeout};
 use zenoh::{Session, Wait, shm::ShmClientStorage};
 
-use super::{config::config, shared::try_some};
+use super::{
+    config::{Configured, OPEN_MS, Purpose, configure},
+    shared::try_some,
+};
 
 /// For all of opening: names, connection, handshake.
 const OPEN_LIMIT: Duration = Duration::from_secs(5);
 /// For an orderly end. Zenoh's own may take ten seconds on a link that loses packets.
 const CLOSE_LIMIT: Duration = Duration::from_secs(1);
 /// For what the network knows of who is alive.
-const LOOK_LIMIT: Duration = Duration::from_secs(1);
+pub(super) const LOOK_LIMIT: Duration = Duration::from_secs(1);
+/// For a glance at whether anybody listens.
+const GLANCE_LIMIT: Duration = Duration::from_millis(500);
 
 /// How a network is joined: by Zenoh locators such as `tcp/0.0.0.0:7447`.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -22,14 +36,18 @@ pub struct NetworkOptions {
     pub listen: Vec<String>,
     /// Whom to connect to: all of them, or at least one for a client.
     pub connect: Vec<String>,
-    /// Whether memory is shared with other processes of this host.
+    /// A configuration file of Zenoh's. What it says stands, and the locators are added to its own.
+    pub config: Option<PathBuf>,
+    /// Whether those who search by multicast are answered, by one who listens. The file's word on multicast goes before it.
+    pub discovery: bool,
+    /// Whether memory is shared with other processes of this host, if the file does not forbid it.
     pub shared_memory: bool,
 }
 
 impl Default for NetworkOptions {
-    /// Nowhere yet, with shared memory.
+    /// Nowhere yet, not to be found, with shared memory.
     fn default() -> NetworkOptions {
-        NetworkOptions { listen: Vec::new(), connect: Vec::new(), shared_memory: true }
+        NetworkOptions { listen: Vec::new(), connect: Vec::new(), config: None, discovery: false, shared_memory: true }
     }
 }
 
@@ -45,6 +63,26 @@ pub enum NetworkError {
         /// What Zenoh says of them.
         #[source]
         source: Cause,
+    },
+    /// The configuration file cannot be used.
+    #[error("the Zenoh configuration {}: {problem}", file.display())]
+    Config {
+        /// The file.
+        file: PathBuf,
+        /// What is wrong with it.
+        problem: String,
+    },
+    /// There is nothing by which a network could be reached.
+    #[error("expected a Zenoh locator to listen at or to connect to, found none")]
+    NoLocator,
+    /// Somebody listens, but there is no Zenoh session with him.
+    #[error(
+        "not let into the Zenoh network at {locators:?}: expected who listens there to take our user and password, our certificate and our kind of \
+         connection, and us to trust his; he does not say what it fails at, but a log of Zenoh's may"
+    )]
+    NotLetIn {
+        /// All of them.
+        locators: Vec<String>,
     },
     /// Nobody is there to connect to, or the address to listen on cannot be had.
     #[error("no Zenoh network at {locators:?}")]
@@ -63,7 +101,7 @@ pub enum NetworkError {
     NameTaken {
         /// The name.
         robot: String,
-        /// The Zenoh id of its server.
+        /// Its server: the Zenoh id, and the host.
         server: String,
     },
     /// The robot's server did not answer.
@@ -117,9 +155,9 @@ impl Network {
     /// Joins a network: one attempt, of at most 5 s.
     ///
     /// # Errors
-    /// [`NetworkError::Locator`], [`NetworkError::Open`] if nobody is there, [`NetworkError::Thread`].
+    /// [`NetworkError::Config`], [`NetworkError::Locator`], [`NetworkError::NoLocator`]; [`NetworkError::Open`] if nobody is there,
+    /// [`NetworkError::NotLetIn`] if somebody is; [`NetworkError::Thread`].
     pub async fn open(options: &NetworkOptions) -> Result<Network, NetworkError> {
-        let locators = || [&options.listen[..], &options.connect[..]].concat();
         let mut options = options.clone();
         if options.shared_memory
             && let Err(error) = on_thread(try_some)?.await.unwrap_or(Ok(()))
@@ -128,7 +166,11 @@ impl Network {
             tracing::info!("no shared memory, so observations travel by the network: {error}");
             options.shared_memory = false;
         }
-        let config = config(&options).map_err(|error| NetworkError::Locator { locators: locators(), source: cause(&error) })?;
+        Network::enter(configure(&options, Purpose::Member)?).await
+    }
+
+    pub(super) async fn enter(Configured { config, listen, connect }: Configured) -> Result<Network, NetworkError> {
+        let began = Instant::now();
         // Wrapped on its own thread: whoever stops waiting drops no session.
         let opening = on_thread(move || {
             // Its own, so that what the other side has given up is unmapped at this session's end, and not at the process's.
@@ -142,10 +184,19 @@ impl Network {
             Ok(Err(_)) => "its thread ended".into(),
             Err(_) => format!("no handshake within {} s", OPEN_LIMIT.as_secs()).into(),
         };
-        Err(NetworkError::Open { locators: locators(), source })
+        let locators = [&listen[..], &connect[..]].concat();
+        // Zenoh tells nobody's absence from his refusal by nothing but the time that it takes, and not even by that from a closed port.
+        let was_refused = began.elapsed() < Duration::from_millis(OPEN_MS.into());
+        if was_refused
+            && listen.is_empty()
+            && on_thread(move || connect.iter().any(|locator| is_heard(locator)))?.await == Ok(true)
+        {
+            return Err(NetworkError::NotLetIn { locators });
+        }
+        Err(NetworkError::Open { locators, source })
     }
 
-    /// The robots that are alive on this network, each with the Zenoh id of its server; in order of their names.
+    /// The robots that are alive on this network, each with its server, `<Zenoh id>@<host>`; in order of their names.
     ///
     /// # Errors
     /// [`NetworkError::Failed`].
@@ -184,8 +235,25 @@ impl Network {
     }
 }
 
+/// Whether somebody listens there; false where that cannot be told.
+fn is_heard(locator: &str) -> bool {
+    let Some((protocol, rest)) = locator.split_once('/') else { return false };
+    let address = rest.split(['?', '#']).next().unwrap_or_default();
+    match protocol {
+        "tcp" | "tls" => {
+            let addresses = address.to_socket_addrs().into_iter().flatten();
+            addresses.into_iter().any(|address| TcpStream::connect_timeout(&address, GLANCE_LIMIT).is_ok())
+        }
+        #[cfg(unix)]
+        "unixsock-stream" => std::os::unix::net::UnixStream::connect(address).is_ok(),
+        _ => false,
+    }
+}
+
 /// Runs what Zenoh does not do within a runtime.
-fn on_thread<T: Send + 'static>(call: impl FnOnce() -> T + Send + 'static) -> Result<oneshot::Receiver<T>, NetworkError> {
+pub(super) fn on_thread<T: Send + 'static>(
+    call: impl FnOnce() -> T + Send + 'static,
+) -> Result<oneshot::Receiver<T>, NetworkError> {
     let (done, waiting) = oneshot::channel();
     let run = move || drop(done.send(call()));
     thread::Builder::new().name("chiral-zenoh".to_owned()).spawn(run).map_err(NetworkError::Thread)?;

@@ -103,6 +103,9 @@ pub struct Welcome {
     /// The current episode, for a client that acts without a Reset of its own.
     #[prost(uint64, tag = "9")]
     pub episode: u64,
+    /// Who controls the robot now, by its Hello.client_name; empty if nobody does.
+    #[prost(string, tag = "10")]
+    pub controller: ::prost::alloc::string::String,
 }
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct CameraInfo {

@@ -68,8 +68,8 @@ fn replies() -> Vec<Named> {
     };
     let busy = Fault::new(Code::Busy, "the robot is held by Ada's laptop").retryable();
     vec![
-        ("welcome", reply(1, Reply::Welcome(welcome(arm(), Bytes::from_static(b"0123456789abcdef")).into()))),
-        ("welcome-bare", reply(2, Reply::Welcome(welcome(bare(), Bytes::new()).into()))),
+        ("welcome", reply(1, Reply::Welcome(welcome(arm(), Bytes::from_static(b"0123456789abcdef"), "night shift").into()))),
+        ("welcome-bare", reply(2, Reply::Welcome(welcome(bare(), Bytes::new(), "").into()))),
         ("metadata", reply(3, Reply::Metadata(every_value()))),
         ("reset_result", reply(4, Reply::Reset { obs: with_depth(), info: map([("seed", Value::Int(0))]) })),
         ("observation-reply", reply(6, Reply::Observation(of_every_dtype()))),
@@ -137,8 +137,9 @@ fn every_value() -> ValueMap {
     ])
 }
 
-fn welcome(robot: RobotInfo, attach_token: Bytes) -> Welcome {
-    Welcome { protocol: 1, software: "chiral-server 0.1.0".to_owned(), session: 9, episode: 3, robot, attach_token }
+fn welcome(robot: RobotInfo, attach_token: Bytes, controller: &str) -> Welcome {
+    let (software, controller) = ("chiral-server 0.1.0".to_owned(), controller.to_owned());
+    Welcome { protocol: 1, software, session: 9, episode: 3, robot, attach_token, controller }
 }
 
 fn arm() -> RobotInfo {

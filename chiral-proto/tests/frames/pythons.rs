@@ -62,6 +62,7 @@ fn replies() -> Vec<Named> {
             action_spec,
         },
         attach_token: Bytes::from_static(&[9; 16]),
+        controller: "day shift".to_owned(),
     };
     let values = map([
         ("bool", Value::Bool(false)),

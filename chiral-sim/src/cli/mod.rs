@@ -1,11 +1,13 @@
 //! The commands, a file each, and what they share: logs, Ctrl-C, the process's own CPU time.
 
+pub(crate) mod discover;
 pub(crate) mod policy;
 pub(crate) mod router;
 pub(crate) mod serve;
 pub(crate) mod watch;
 
 use std::io::IsTerminal;
+use std::path::PathBuf;
 use std::process;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
@@ -32,15 +34,48 @@ pub(crate) fn cpu_seconds() -> f64 {
     used.tv_sec as f64 + used.tv_nsec as f64 * 1e-9
 }
 
-/// A client yet to be connected.
-pub(crate) fn client(uri: &str, robot: Option<&str>, quiet: bool, wait: Option<f64>) -> Result<PolicyClientBuilder> {
-    let builder = PolicyClient::builder(uri);
-    let builder = if let Some(robot) = robot { builder.robot(robot) } else { builder };
-    let builder = if quiet { builder.quiet() } else { builder };
-    Ok(match wait {
-        Some(seconds) => builder.deadline(Duration::try_from_secs_f64(seconds).context("--wait")?),
-        None => builder,
-    })
+/// How a client finds its robot.
+#[derive(clap::Args)]
+pub(crate) struct Target {
+    /// The robot: ws:// or wss://, or of Zenoh's tcp/HOST:PORT, tls/HOST:PORT, quic/HOST:PORT, unixsock-stream/PATH, or zenoh:NAME for one found by its
+    /// name; by default ws://localhost:8765, with --robot tcp/localhost:7447, with --zenoh-config zenoh:
+    #[arg(value_name = "URI")]
+    uri: Option<String>,
+    /// Which robot, on a Zenoh network of several
+    #[arg(long, value_name = "NAME")]
+    robot: Option<String>,
+    /// A configuration file of Zenoh's: TLS, user and password, whom to connect to
+    #[arg(long, value_name = "FILE")]
+    zenoh_config: Option<PathBuf>,
+    /// Say nothing while waiting for the server, and print the summary only
+    #[arg(long)]
+    pub(crate) quiet: bool,
+    /// Give up if there is no server for so long; without, wait for ever
+    #[arg(long, value_name = "SECONDS")]
+    wait: Option<f64>,
+}
+
+impl Target {
+    pub(crate) fn uri(&self) -> &str {
+        match self {
+            Target { uri: Some(uri), .. } => uri,
+            Target { zenoh_config: Some(_), .. } => "zenoh:",
+            Target { robot: Some(_), .. } => "tcp/localhost:7447",
+            _ => PolicyClient::DEFAULT_URI,
+        }
+    }
+
+    /// A client yet to be connected.
+    pub(crate) fn client(&self) -> Result<PolicyClientBuilder> {
+        let builder = PolicyClient::builder(self.uri());
+        let builder = if let Some(robot) = &self.robot { builder.robot(robot) } else { builder };
+        let builder = if let Some(file) = &self.zenoh_config { builder.zenoh_config(file) } else { builder };
+        let builder = if self.quiet { builder.quiet() } else { builder };
+        Ok(match self.wait {
+            Some(seconds) => builder.deadline(Duration::try_from_secs_f64(seconds).context("--wait")?),
+            None => builder,
+        })
+    }
 }
 
 /// Returns on Ctrl-C, or when a supervisor asks for the end.

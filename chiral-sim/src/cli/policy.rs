@@ -11,7 +11,7 @@ use chiral_sim::sheet;
 use indicatif::{ProgressBar, ProgressStyle};
 use serde_json::json;
 
-use super::{INTERRUPTED, Interrupt};
+use super::{INTERRUPTED, Interrupt, Target};
 
 /// Drive a robot to the red ball, from pixels, depth, K, T and joints as they come over the wire.
 ///
@@ -19,12 +19,8 @@ use super::{INTERRUPTED, Interrupt};
 /// 130 after Ctrl-C.
 #[derive(clap::Args)]
 pub(crate) struct Arguments {
-    /// The robot: ws:// or wss://, or tcp/HOST:PORT for Zenoh
-    #[arg(default_value = "ws://localhost:8765", value_name = "URI")]
-    uri: String,
-    /// Which robot, on a Zenoh network of several
-    #[arg(long, value_name = "NAME")]
-    robot: Option<String>,
+    #[command(flatten)]
+    target: Target,
     /// How policy and robot are coupled
     #[arg(long, value_enum, default_value_t = Mode::Stream)]
     mode: Mode,
@@ -46,12 +42,6 @@ pub(crate) struct Arguments {
     /// Print one JSON object in place of words
     #[arg(long)]
     json: bool,
-    /// Print the summary only
-    #[arg(long)]
-    quiet: bool,
-    /// Give up if there is no server for so long; without, wait for ever
-    #[arg(long, value_name = "SECONDS")]
-    wait: Option<f64>,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
@@ -86,7 +76,7 @@ pub(crate) fn run(arguments: &Arguments) -> Result<ExitCode> {
         std::fs::create_dir_all(directory).with_context(|| format!("creating {}", directory.display()))?;
     }
     let interrupt = Interrupt::listen()?;
-    let builder = super::client(&arguments.uri, arguments.robot.as_deref(), arguments.quiet, arguments.wait)?;
+    let builder = arguments.target.client()?;
     let played = match arguments.client {
         Client::Async => {
             let runtime = tokio::runtime::Runtime::new().context("starting a runtime")?;
@@ -134,7 +124,7 @@ async fn play_all(arguments: &Arguments, client: &Face, interrupt: &Interrupt) -
             let path = directory.join(format!("episode-{seed}.png"));
             save(&episode, &path)?;
         }
-        if !arguments.json && !arguments.quiet {
+        if !arguments.json && !arguments.target.quiet {
             progress.suspend(|| println!("{}", line(&episode)));
         }
         episodes.push(episode.without_pictures());
@@ -147,7 +137,7 @@ async fn play_all(arguments: &Arguments, client: &Face, interrupt: &Interrupt) -
 
 /// On a terminal, and nowhere else.
 fn progress(arguments: &Arguments) -> ProgressBar {
-    if arguments.quiet {
+    if arguments.target.quiet {
         return ProgressBar::hidden();
     }
     let style = ProgressStyle::with_template("{bar:24} episode {pos} of {len}, {msg}").expect("a template that is well-formed");
@@ -192,12 +182,21 @@ fn summarize(played: &Played) {
     println!("{successes} of {count} episodes reached the target in {:.1} s{rate}{times}{interrupted}", played.seconds);
 }
 
+/// What an address leads to, for tables.
+fn transport(uri: &str) -> String {
+    match uri.split_once('/') {
+        Some((protocol, _)) if !protocol.ends_with(':') => format!("zenoh-{protocol}"),
+        Some(_) => "websocket".to_owned(),
+        None => "zenoh".to_owned(),
+    }
+}
+
 fn report(arguments: &Arguments, played: &Played) -> serde_json::Value {
     let (ages, steps) = (played.all(|e| &e.ages_ms), played.all(|e| &e.steps_ms));
     json!({
         "client": match arguments.client { Client::Async => "async", Client::Blocking => "blocking" },
         "mode": match arguments.mode { Mode::Stream => "stream", Mode::Step => "step" },
-        "transport": if arguments.uri.starts_with("tcp/") { "zenoh-tcp" } else { "websocket" },
+        "transport": transport(arguments.target.uri()),
         "codec": "protobuf",
         "episodes": played.episodes.len(),
         "successes": played.successes(),

@@ -38,13 +38,17 @@ fn config(arguments: &Arguments) -> Result<Config> {
         Some(path) => Config::from_file(path).map_err(zenoh)?,
         None => Config::default(),
     };
-    let mut settings = vec![
-        ("mode", "\"router\"".to_owned()),
-        ("scouting/multicast/enabled", "false".to_owned()),
-        ("transport/link/tx/lease", "2000".to_owned()),
-        ("transport/link/tx/queue/size/data", "16".to_owned()),
-        ("transport/link/tx/queue/congestion_control/block/wait_before_close", "60000000".to_owned()),
+    // What the file says stands, but for the mode.
+    let untouched = Config::default();
+    let unsaid = [
+        ("scouting/multicast/enabled", "false"),
+        ("transport/link/tx/lease", "2000"),
+        ("transport/link/tx/queue/size/data", "16"),
+        ("transport/link/tx/queue/congestion_control/block/wait_before_close", "60000000"),
     ];
+    let unsaid = unsaid.into_iter().filter(|(key, _)| config.get_json(key).ok() == untouched.get_json(key).ok());
+    let mut settings: Vec<(&str, String)> = unsaid.map(|(key, value)| (key, value.to_owned())).collect();
+    settings.push(("mode", "\"router\"".to_owned()));
     for (key, locators) in [("listen/endpoints", &arguments.listen), ("connect/endpoints", &arguments.connect)] {
         if !locators.is_empty() {
             settings.push((key, format!("{locators:?}")));

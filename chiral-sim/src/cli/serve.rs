@@ -1,6 +1,7 @@
 //! `chiral-sim serve`: the robot.
 
 use std::net::{SocketAddr, ToSocketAddrs};
+use std::path::PathBuf;
 use std::time::Instant;
 
 use anyhow::{Context, Result};
@@ -16,8 +17,8 @@ pub(crate) struct Arguments {
     /// Where to listen for WebSocket; 127.0.0.1:8765 by default, or nowhere with Zenoh. There is no authentication yet
     #[arg(long, value_name = "ADDRESS", value_parser = resolve)]
     bind: Option<SocketAddr>,
-    /// Be on a Zenoh network, and let others into it here, such as tcp/127.0.0.1:7447
-    #[arg(long, value_name = "LOCATOR")]
+    /// Be on a Zenoh network, and let others into it here, such as tcp/0.0.0.0:7447; without a locator tcp/127.0.0.1:7447, for this host
+    #[arg(long, value_name = "LOCATOR", num_args = 0..=1, default_missing_value = "tcp/127.0.0.1:7447")]
     zenoh: Vec<String>,
     /// Join the Zenoh network of a router or another robot, such as tcp/router:7447
     #[arg(long, value_name = "LOCATOR")]
@@ -25,9 +26,15 @@ pub(crate) struct Arguments {
     /// Send observations by the network also to peers on this host
     #[arg(long)]
     no_shared_memory: bool,
-    /// The robot's name, as peers see it; on a Zenoh network each has its own
-    #[arg(long, default_value = "panda")]
-    name: String,
+    /// Be on a Zenoh network as this configuration file of Zenoh's says: TLS, users, access control, whom to connect to
+    #[arg(long, value_name = "FILE")]
+    zenoh_config: Option<PathBuf>,
+    /// Do not answer those who search the Zenoh networks around for robots
+    #[arg(long)]
+    no_discovery: bool,
+    /// The robot's name, as peers see it; on a Zenoh network each has its own. By default this host's
+    #[arg(long)]
+    name: Option<String>,
     /// Columns of every picture
     #[arg(long, default_value_t = 320, value_name = "PIXELS")]
     width: usize,
@@ -69,7 +76,14 @@ pub(crate) fn run(arguments: &Arguments) -> Result<()> {
         let each = (super::cpu_seconds() - cpu_before) * 1e3 / pictures.max(1) as f64;
         tracing::info!("drew {pictures} pictures, {each:.2} ms of CPU each");
     }
-    let mut builder = PolicyServer::builder(robot, sensors).name(&arguments.name).shared_memory(!arguments.no_shared_memory);
+    let mut builder =
+        PolicyServer::builder(robot, sensors).shared_memory(!arguments.no_shared_memory).discovery(!arguments.no_discovery);
+    if let Some(name) = &arguments.name {
+        builder = builder.name(name);
+    }
+    if let Some(file) = &arguments.zenoh_config {
+        builder = builder.zenoh_config(file);
+    }
     if let Some(address) = arguments.bind {
         builder = builder.bind(address);
     }

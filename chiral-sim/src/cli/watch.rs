@@ -8,7 +8,7 @@ use chiral_sim::episode::{age_ms, percentile};
 use chiral_sim::face::Face;
 use serde_json::json;
 
-use super::Interrupt;
+use super::{Interrupt, Target};
 
 /// Look on without driving, and measure: achieved rate, age, throughput, CPU.
 ///
@@ -16,12 +16,8 @@ use super::Interrupt;
 #[derive(clap::Args)]
 #[command(after_help = EXAMPLE)]
 pub(crate) struct Arguments {
-    /// The robot: ws:// or wss://, or tcp/HOST:PORT for Zenoh
-    #[arg(default_value = "ws://localhost:8765", value_name = "URI")]
-    uri: String,
-    /// Which robot, on a Zenoh network of several
-    #[arg(long, value_name = "NAME")]
-    robot: Option<String>,
+    #[command(flatten)]
+    target: Target,
     /// Observations a second to ask for
     #[arg(long, default_value_t = 30.0)]
     hz: f64,
@@ -31,12 +27,6 @@ pub(crate) struct Arguments {
     /// Print one JSON object in place of words
     #[arg(long)]
     json: bool,
-    /// Say nothing while waiting for the server
-    #[arg(long)]
-    quiet: bool,
-    /// Give up if there is no server for so long; without, wait for ever
-    #[arg(long, value_name = "SECONDS")]
-    wait: Option<f64>,
 }
 
 const EXAMPLE: &str = "\
@@ -58,7 +48,7 @@ pub(crate) fn run(arguments: &Arguments) -> Result<()> {
     super::log("warn");
     let limit = Duration::try_from_secs_f64(arguments.seconds).context("--seconds")?;
     let interrupt = Interrupt::listen()?;
-    let builder = super::client(&arguments.uri, arguments.robot.as_deref(), arguments.quiet, arguments.wait)?.observer();
+    let builder = arguments.target.client()?.observer();
     let runtime = tokio::runtime::Runtime::new().context("starting a runtime")?;
     let seen = runtime.block_on(async {
         let client = Face::Async(builder.connect().await?);

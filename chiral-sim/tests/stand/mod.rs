@@ -11,7 +11,7 @@ use std::{
     time::Duration,
 };
 
-use chiral_client::{PolicyClient, PolicyClientBuilder};
+use chiral_client::{PolicyClient, PolicyClientBuilder, PutMode};
 use chiral_proto::{
     ActionChunk, ActionSpec, CameraSpec, Clock, Codec, Frame, Message, Notice, PROTOCOL_VERSION, ProprioSpec, Reply, Request,
     Timestamp, Transport, Value, ValueMap,
@@ -164,6 +164,35 @@ impl Robot for ScriptedRobot {
         self.0.note(Event::Disconnected);
         self.0.maybe_panic("on_disconnect");
     }
+}
+
+/// An address on loopback that was free a moment ago, for who does not tell which port he was given.
+pub fn free_address() -> String {
+    std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().to_string()
+}
+
+/// For what must come; no test measures time by it.
+pub const GUARD: Duration = Duration::from_secs(20);
+
+/// The loop that the guide shows, start to end.
+pub async fn drive(env: &PolicyClient) {
+    assert_eq!(env.get_metadata().await.unwrap()["kind"].as_str(), Some("scripted"));
+    let (obs, info) = env.reset_with(Some(3), Default::default()).await.unwrap();
+    assert_eq!(info["seed"].as_i64(), Some(3));
+    assert_eq!(env.step([0.5; DIMENSION]).await.unwrap().reward, 1.0);
+    env.start_obs_stream(50.0).await.unwrap();
+    assert!(env.next_obs(GUARD).await.unwrap().seq > obs.seq);
+    env.start_action_dispatch(100.0).unwrap();
+    for _ in 0..5 {
+        env.put_action([0.25; DIMENSION]).await.unwrap();
+    }
+    while env.stats().actions_sent < 5 {
+        env.next_obs(GUARD).await.unwrap();
+    }
+    env.put_chunk([0.125; DIMENSION], PutMode::Replace).await.unwrap();
+    assert!(env.get_obs().await.unwrap().seq > obs.seq);
+    env.stop_obs_stream().await.unwrap();
+    env.stop_action_dispatch();
 }
 
 /// The time that tokio shows, paused or not, readable on any thread.
@@ -404,5 +433,6 @@ fn welcome() -> Welcome {
         episode: 0,
         robot,
         attach_token: Default::default(),
+        controller: String::new(),
     }
 }

@@ -129,6 +129,7 @@ fn welcome(said: wire::Welcome) -> Result<Welcome> {
             action_spec: spec(action_spec).map_err(|error| error.within("welcome.action_spec"))?,
         },
         attach_token: said.attach_token,
+        controller: said.controller,
     })
 }
 

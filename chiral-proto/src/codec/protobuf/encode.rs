@@ -108,6 +108,7 @@ fn welcome(said: &Welcome) -> wire::Welcome {
         action_spec: Some(action_spec(&said.robot.action_spec)),
         attach_token: said.attach_token.clone(),
         episode: said.episode,
+        controller: said.controller.clone(),
     }
 }
 

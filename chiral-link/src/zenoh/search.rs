@@ -1,0 +1,118 @@
+//! Robots found without an address: by multicast, and then a short look at each network that answers.
+
+use std::{collections::HashSet, sync::mpsc as std_mpsc, time::Duration};
+
+use tokio::{
+    sync::mpsc,
+    task::JoinSet,
+    time::{Instant, sleep_until, timeout_at},
+};
+use zenoh::{Wait, config::WhatAmI, scouting::Hello};
+
+use super::{
+    config::{Purpose, configure},
+    network::{Network, NetworkError, NetworkOptions, failed, on_thread},
+};
+
+/// Where a robot of this very host lets others in unless it was told otherwise. One that listens on loopback only is not found by multicast.
+const THIS_HOST: &str = "tcp/127.0.0.1:7447";
+
+/// A robot that was reached, by one locator.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Sighting {
+    /// Its name.
+    pub robot: String,
+    /// Where it was reached.
+    pub locator: String,
+    /// Whether its own server listens there; otherwise somebody who leads to it, such as a router.
+    pub is_own: bool,
+    /// What its server says of it; see [`super::Presence::accept`].
+    pub info: Vec<u8>,
+}
+
+/// A search that is under way. It ends when it is dropped.
+#[derive(Debug)]
+pub struct Search {
+    options: NetworkOptions,
+    until: Instant,
+    answers: mpsc::UnboundedReceiver<Hello>,
+    seen: HashSet<(String, String)>,
+    looks: JoinSet<Vec<Sighting>>,
+    sightings: Vec<Sighting>,
+    /// Its thread ends with it.
+    _end: std_mpsc::Sender<()>,
+}
+
+impl Search {
+    /// Begins to look, for so long: by multicast, at this host, and wherever the configuration file connects to. Of the options only that file counts.
+    ///
+    /// # Errors
+    /// [`NetworkError::Config`], [`NetworkError::Failed`] if multicast cannot be used, [`NetworkError::Thread`].
+    pub async fn begin(options: &NetworkOptions, limit: Duration) -> Result<Search, NetworkError> {
+        let until = Instant::now() + limit;
+        let options = NetworkOptions { config: options.config.clone(), ..NetworkOptions::default() };
+        let scouting = configure(&options, Purpose::Scout)?.config;
+        let (found, answers) = mpsc::unbounded_channel();
+        let (started, starting) = tokio::sync::oneshot::channel();
+        let (end, ended) = std_mpsc::channel();
+        // It begins and ends on a thread of its own, as sessions do.
+        on_thread(move || {
+            let scout = zenoh::scout(WhatAmI::Peer | WhatAmI::Router, scouting);
+            let scout = scout.callback(move |hello| drop(found.send(hello))).wait();
+            let is_started = scout.as_ref().map(drop).map_err(|error| failed(error.to_string().into()));
+            let _ = started.send(is_started);
+            let _: Result<(), _> = ended.recv_timeout(limit);
+            drop(scout);
+        })?;
+        if let Ok(Ok(started)) = timeout_at(until, starting).await {
+            started?;
+        }
+        let (seen, looks, sightings) = (HashSet::new(), JoinSet::new(), Vec::new());
+        let mut search = Search { options, until, answers, seen, looks, sightings, _end: end };
+        search.look(None, THIS_HOST);
+        // A file without locators is as good as none.
+        if let Ok(configured) = configure(&search.options, Purpose::Member) {
+            configured.connect.iter().for_each(|locator| search.look(None, locator));
+        }
+        Ok(search)
+    }
+
+    /// The next robot that was reached; one may come more than once, by several locators. `None` when time is over.
+    pub async fn next(&mut self) -> Option<Sighting> {
+        loop {
+            if let Some(sighting) = self.sightings.pop() {
+                return Some(sighting);
+            }
+            tokio::select! {
+                () = sleep_until(self.until) => return None,
+                Some(hello) = self.answers.recv() => {
+                    let server = hello.zid().to_string();
+                    hello.locators().iter().for_each(|locator| self.look(Some(&server), locator.as_str()));
+                }
+                Some(looked) = self.looks.join_next() => self.sightings = looked.unwrap_or_default(),
+            }
+        }
+    }
+
+    /// Has a look at who is there, once.
+    fn look(&mut self, server: Option<&str>, locator: &str) {
+        if self.seen.insert((server.unwrap_or_default().to_owned(), locator.to_owned())) {
+            self.looks.spawn(look(self.options.clone(), server.map(str::to_owned), locator.to_owned()));
+        }
+    }
+}
+
+/// The robots that are alive there and answer.
+async fn look(options: NetworkOptions, server: Option<String>, locator: String) -> Vec<Sighting> {
+    let Ok(configured) = configure(&options, Purpose::Look(&locator)) else { return Vec::new() };
+    let Ok(network) = Network::enter(configured).await else { return Vec::new() };
+    let mut sightings = Vec::new();
+    for (robot, alive) in network.robots().await.unwrap_or_default() {
+        if let Some(info) = network.info(&robot).await {
+            let is_own = server.as_deref() == alive.split('@').next();
+            sightings.push(Sighting { robot, locator: locator.clone(), is_own, info });
+        }
+    }
+    network.close().await;
+    sightings
+}

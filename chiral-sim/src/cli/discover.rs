@@ -1,0 +1,61 @@
+//! `chiral-sim discover`: which robots there are.
+
+use std::path::PathBuf;
+use std::process::ExitCode;
+use std::time::Duration;
+
+use anyhow::{Context, Result};
+use chiral_client::{DiscoveredRobot, PolicyClient};
+
+/// List the robots of the Zenoh networks around, found without an address.
+///
+/// Exit status: 0 if there is any, 1 if not.
+#[derive(clap::Args)]
+pub(crate) struct Arguments {
+    /// How long to look
+    #[arg(long, default_value_t = 2.0)]
+    seconds: f64,
+    /// A configuration file of Zenoh's: for TLS, users, and further places to look at
+    #[arg(long, value_name = "FILE")]
+    zenoh_config: Option<PathBuf>,
+}
+
+const NONE: &str = "\
+no robot was found. One is only if it
+  - is on a Zenoh network: chiral-sim serve --zenoh tcp/0.0.0.0:7447, without --no-discovery; over WebSocket alone it is not
+  - lets others in at more than loopback, or is on this host at tcp/127.0.0.1:7447
+  - is in this network segment, or a router of its network is: multicast (224.0.0.224:7446, UDP) does not pass routers of IP, nor many WLANs and containers
+  - can be reached: no firewall before UDP port 7446 and the robot's TCP port, and its certificates, users and access control let us in";
+
+pub(crate) fn run(arguments: &Arguments) -> Result<ExitCode> {
+    super::log("warn");
+    let duration = Duration::try_from_secs_f64(arguments.seconds).context("--seconds")?;
+    let builder = PolicyClient::builder(PolicyClient::DEFAULT_URI);
+    let builder = if let Some(file) = &arguments.zenoh_config { builder.zenoh_config(file) } else { builder };
+    let robots = builder.discover_blocking(duration)?;
+    if robots.is_empty() {
+        eprintln!("{NONE}");
+        return Ok(ExitCode::FAILURE);
+    }
+    let rows = robots.iter().map(row);
+    let head = ["robot", "cameras", "held by", "addresses"].map(str::to_owned);
+    print!("{}", table(&std::iter::once(head).chain(rows).collect::<Vec<_>>()));
+    Ok(ExitCode::SUCCESS)
+}
+
+fn row(robot: &DiscoveredRobot) -> [String; 4] {
+    let cameras = robot.cameras.iter().map(|camera| {
+        let [height, width, _] = camera.image_shape;
+        format!("{} {width}x{height}{}", camera.name, if camera.has_depth { " + depth" } else { "" })
+    });
+    let cameras = cameras.collect::<Vec<_>>().join(", ");
+    [robot.name.clone(), cameras, robot.controller.clone().unwrap_or_else(|| "nobody".to_owned()), robot.addresses.join(" ")]
+}
+
+/// Columns as wide as their widest cell.
+fn table(rows: &[[String; 4]]) -> String {
+    let width = |column: usize| rows.iter().map(|row| row[column].chars().count()).max().unwrap_or_default();
+    let widths = [0, 1, 2].map(width);
+    let line = |[a, b, c, d]: &[String; 4]| format!("{a:0$}  {b:1$}  {c:2$}  {d}\n", widths[0], widths[1], widths[2]);
+    rows.iter().map(line).collect()
+}
