@@ -13,7 +13,7 @@ use chiral_client::{ActionChunk, Observation, PolicyClient, ValueMap};
 use chiral_server::{CameraFrame, PolicyServer, ServerHandle};
 use chiral_sim::policy::{EXECUTION_HORIZON, Policy};
 use chiral_sim::robot::{SimConfig, start};
-use company::{GUARD, Process, Told, Watched, free_address};
+use company::{GUARD, Process, Told, Watched, free_address, until_it_listens};
 
 const PAIRS: u8 = 16;
 const EPISODES: u64 = 5;
@@ -85,8 +85,10 @@ fn check_mark(obs: &Observation, pair: u8) {
 
 #[test]
 fn sixteen_robots_and_sixteen_policies_through_one_router_are_never_mixed_up() {
-    let uri = format!("tcp/{}", free_address());
+    let address = free_address();
+    let uri = format!("tcp/{address}");
     let _router = Process::start(&["router", "--listen", &uri]);
+    until_it_listens(&address);
     let robots: Vec<_> = (0..PAIRS).map(|pair| serve(&uri, pair)).collect();
     let driven: Vec<_> = thread::scope(|scope| {
         let policies: Vec<_> = (0..PAIRS)

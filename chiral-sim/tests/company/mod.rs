@@ -4,9 +4,10 @@
 #![allow(clippy::unwrap_used, reason = "helpers of tests, too, fail by panicking")]
 
 use std::{
-    net::TcpListener,
+    net::{TcpListener, TcpStream},
     process::{Child, Command, ExitStatus, Stdio},
     sync::{Arc, Mutex, MutexGuard},
+    thread,
     time::{Duration, Instant},
 };
 
@@ -68,6 +69,15 @@ impl Drop for Process {
 /// An address on loopback that was free a moment ago.
 pub fn free_address() -> String {
     TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().to_string()
+}
+
+/// Waits until somebody accepts connections there.
+pub fn until_it_listens(address: &str) {
+    let began = Instant::now();
+    while TcpStream::connect(address).is_err() {
+        assert!(began.elapsed() < GUARD, "nobody listens on {address}");
+        thread::sleep(Duration::from_millis(2));
+    }
 }
 
 /// Waits for what must come, and never for longer than a test may hang.
