@@ -14,8 +14,13 @@ use chiral_sim::robot::{SimConfig, start};
 use company::{GUARD, Process, Told, Watched, free_address, until};
 use rustix::process::Signal;
 
-/// After so long without a word the other side is lost: Zenoh's lease, and told to WebSocket, which waits longer by itself.
+/// After so long without a word the other side is lost: Zenoh's lease, and what sessions over WebSocket are told here.
 const SILENCE: Duration = Duration::from_secs(2);
+
+/// What sessions at this address are told: over Zenoh nothing, which has to notice by itself.
+fn silence_limit(uri: &str) -> Duration {
+    if uri.starts_with("ws:") { SILENCE } else { GUARD }
+}
 
 /// What becomes of the process on the other side.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -62,7 +67,7 @@ async fn check_server_of_each_transport(fate: Fate) {
 async fn check_server(fate: Fate, listen: [&str; 2], uri: &str) {
     let arguments = [&["serve"], &listen[..], &["--width", "64", "--height", "48", "--quiet"]].concat();
     let mut server = Process::start(&arguments);
-    let builder = || PolicyClient::builder(uri).quiet().deadline(GUARD).silence_limit(SILENCE);
+    let builder = || PolicyClient::builder(uri).quiet().deadline(GUARD).silence_limit(silence_limit(uri));
     let env = builder().connect().await.unwrap();
     let (obs, _) = env.reset().await.unwrap();
     env.start_obs_stream(100.0).await.unwrap();
@@ -119,7 +124,8 @@ async fn check_client_of_each_transport(fate: Fate) {
 async fn check_client(fate: Fate, listen: impl FnOnce(PolicyServerBuilder) -> PolicyServerBuilder, uri: &str) {
     let (robot, sensors) = start(SimConfig { width: 64, height: 48, ..SimConfig::default() }).unwrap();
     let told = Arc::<Mutex<Told>>::default();
-    let builder = PolicyServer::builder(Watched { robot, told: Arc::clone(&told) }, sensors).silence_limit(SILENCE);
+    let builder = PolicyServer::builder(Watched { robot, told: Arc::clone(&told) }, sensors);
+    let builder = builder.silence_limit(silence_limit(uri));
     let server = listen(builder).build().unwrap();
     let handle = server.handle();
     tokio::spawn(server.serve());
