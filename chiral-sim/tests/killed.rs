@@ -1,62 +1,74 @@
-//! What happens when the process on the other side is killed, with real processes and real sockets.
+//! What happens when the process on the other side is killed, or stops without a word, with real processes and real sockets.
 #![allow(clippy::unwrap_used, reason = "helpers of tests, too, fail by panicking")]
 
+mod company;
+
 use std::{
-    net::TcpListener,
-    process::{Child, Command, Stdio},
     sync::{Arc, Mutex},
     time::{Duration, Instant},
 };
 
-use chiral_client::{ActionChunk, ActionSpec, Error, PolicyClient, ValueMap, action::Action};
-use chiral_server::{ActionContext, PolicyServer, PolicyServerBuilder, Robot, RobotError, StepOutcome};
-use chiral_sim::robot::{SimConfig, SimRobot, start};
+use chiral_client::{Error, PolicyClient};
+use chiral_server::{PolicyServer, PolicyServerBuilder};
+use chiral_sim::robot::{SimConfig, start};
+use company::{GUARD, Process, Told, Watched, free_address, until};
+use rustix::process::Signal;
 
-/// For what must come.
-const GUARD: Duration = Duration::from_secs(20);
-/// Within this either side knows that the other was killed.
-const NOTICED: Duration = Duration::from_secs(2);
+/// After so long without a word the other side is lost: Zenoh's lease, and what sessions over WebSocket are told here.
+const SILENCE: Duration = Duration::from_secs(2);
 
-/// A process of this test's own, gone at its end.
-struct Process(Child);
-
-impl Process {
-    fn start(arguments: &[&str]) -> Process {
-        let program = env!("CARGO_BIN_EXE_chiral-sim");
-        let child = Command::new(program).args(arguments).stdout(Stdio::null()).stderr(Stdio::null()).spawn().unwrap();
-        Process(child)
-    }
-
-    fn kill(&mut self) {
-        self.0.kill().unwrap();
-        self.0.wait().unwrap();
-    }
+/// What sessions at this address are told: over Zenoh nothing, which has to notice by itself.
+fn silence_limit(uri: &str) -> Duration {
+    if uri.starts_with("ws:") { SILENCE } else { GUARD }
 }
 
-impl Drop for Process {
-    fn drop(&mut self) {
-        let _ = self.0.kill();
-        let _ = self.0.wait();
+/// What becomes of the process on the other side.
+#[derive(Clone, Copy, Debug, PartialEq)]
+enum Fate {
+    Killed,
+    /// By SIGSTOP: its connections stay, and nothing comes any more.
+    Stopped,
+}
+
+impl Fate {
+    fn befall(self, process: &mut Process) {
+        match self {
+            Fate::Killed => process.kill(),
+            Fate::Stopped => process.signal(Signal::STOP),
+        }
+    }
+
+    /// Within this it is noticed.
+    fn noticed(self) -> Duration {
+        match self {
+            Fate::Killed => Duration::from_secs(2),
+            Fate::Stopped => SILENCE + Duration::from_millis(1_500),
+        }
     }
 }
 
 #[tokio::test]
 async fn the_server_is_killed_the_next_call_fails_and_nothing_hangs() {
+    check_server_of_each_transport(Fate::Killed).await;
+}
+
+#[tokio::test]
+async fn the_server_is_stopped_the_next_call_fails_and_nothing_hangs() {
+    check_server_of_each_transport(Fate::Stopped).await;
+}
+
+async fn check_server_of_each_transport(fate: Fate) {
     let address = free_address();
-    check_server_killed(["--bind", &address], &format!("ws://{address}")).await;
+    check_server(fate, ["--bind", &address], &format!("ws://{address}")).await;
     let locator = format!("tcp/{}", free_address());
-    check_server_killed(["--zenoh", &locator], &locator).await;
+    check_server(fate, ["--zenoh", &locator], &locator).await;
 }
 
-/// An address on loopback that was free a moment ago.
-fn free_address() -> String {
-    TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().to_string()
-}
-
-async fn check_server_killed(listen: [&str; 2], uri: &str) {
+async fn check_server(fate: Fate, listen: [&str; 2], uri: &str) {
     let arguments = [&["serve"], &listen[..], &["--width", "64", "--height", "48", "--quiet"]].concat();
     let mut server = Process::start(&arguments);
-    let env = PolicyClient::builder(uri).quiet().deadline(GUARD).connect().await.unwrap();
+    let builder = || PolicyClient::builder(uri).quiet().deadline(GUARD).silence_limit(silence_limit(uri));
+    let env = builder().connect().await.unwrap();
     let (obs, _) = env.reset().await.unwrap();
     env.start_obs_stream(100.0).await.unwrap();
     env.start_action_dispatch(100.0).unwrap();
@@ -65,11 +77,11 @@ async fn check_server_killed(listen: [&str; 2], uri: &str) {
     let home = obs.proprio("joint_pos").unwrap().values().into_owned();
     let acting = tokio::spawn(async move { while acting.put_action(&home).await.is_ok() {} });
 
-    server.kill();
-    let killed = Instant::now();
+    fate.befall(&mut server);
+    let began = Instant::now();
     let ended = async {
         acting.await.unwrap();
-        assert!(killed.elapsed() < NOTICED, "{uri}: noticed after {:?}", killed.elapsed());
+        assert!(began.elapsed() < fate.noticed(), "{uri}, {fate:?}: noticed after {:?}", began.elapsed());
         assert!(matches!(env.reset().await, Err(Error::Disconnected { .. })));
         assert!(matches!(env.latest_obs(), Err(Error::Disconnected { .. })));
         assert!(matches!(env.next_obs(GUARD).await, Err(Error::Disconnected { .. })));
@@ -77,83 +89,63 @@ async fn check_server_killed(listen: [&str; 2], uri: &str) {
         env.close().await.unwrap();
     };
     tokio::time::timeout(GUARD, ended).await.expect("nothing hangs");
-    // Another one takes its place at once.
-    let _server = Process::start(&arguments);
-    let env = PolicyClient::builder(uri).quiet().deadline(GUARD).connect().await.unwrap();
-    assert_eq!(env.reset().await.unwrap().0.episode, 1);
-}
-
-/// The simulated robot, its end of control noted.
-struct Watched {
-    robot: SimRobot,
-    ends: Arc<Mutex<Vec<&'static str>>>,
-}
-
-impl Robot for Watched {
-    fn action_spec(&self) -> ActionSpec {
-        self.robot.action_spec()
-    }
-
-    fn reset(&mut self, seed: Option<u64>, options: &ValueMap) -> Result<ValueMap, RobotError> {
-        self.robot.reset(seed, options)
-    }
-
-    fn apply_action(&mut self, action: &Action, context: &ActionContext) -> Result<(), RobotError> {
-        self.robot.apply_action(action, context)
-    }
-
-    fn step(&mut self, chunk: &ActionChunk, context: &ActionContext) -> Result<StepOutcome, RobotError> {
-        self.robot.step(chunk, context)
-    }
-
-    fn is_lock_step(&self) -> bool {
-        self.robot.is_lock_step()
-    }
-
-    fn hold(&mut self) {
-        self.robot.hold();
-        self.ends.lock().unwrap().push("hold");
-    }
-
-    fn on_disconnect(&mut self) {
-        self.ends.lock().unwrap().push("on_disconnect");
-    }
+    // Another one takes its place at once; or the same, once it goes on.
+    let _server = match fate {
+        Fate::Killed => Process::start(&arguments),
+        Fate::Stopped => {
+            tokio::time::sleep(Duration::from_secs(4).saturating_sub(began.elapsed())).await;
+            server.signal(Signal::CONT);
+            server
+        }
+    };
+    let env = builder().connect().await.unwrap();
+    let episode = if fate == Fate::Killed { 1 } else { 2 };
+    assert_eq!(env.reset().await.unwrap().0.episode, episode);
 }
 
 #[tokio::test]
 async fn the_client_is_killed_the_robot_holds_and_the_next_client_drives() {
-    let address = free_address();
-    let bind: std::net::SocketAddr = address.parse().unwrap();
-    check_client_killed(|builder| builder.bind(bind), &format!("ws://{address}")).await;
-    let locator = format!("tcp/{}", free_address());
-    check_client_killed(|builder| builder.listen_zenoh(&locator), &locator).await;
+    check_client_of_each_transport(Fate::Killed).await;
 }
 
-async fn check_client_killed(listen: impl FnOnce(PolicyServerBuilder) -> PolicyServerBuilder, uri: &str) {
+#[tokio::test]
+async fn the_client_is_stopped_the_robot_holds_and_the_next_client_drives() {
+    check_client_of_each_transport(Fate::Stopped).await;
+}
+
+async fn check_client_of_each_transport(fate: Fate) {
+    let address = free_address();
+    let bind: std::net::SocketAddr = address.parse().unwrap();
+    check_client(fate, |builder| builder.bind(bind), &format!("ws://{address}")).await;
+    let locator = format!("tcp/{}", free_address());
+    check_client(fate, |builder| builder.listen_zenoh(&locator), &locator).await;
+}
+
+async fn check_client(fate: Fate, listen: impl FnOnce(PolicyServerBuilder) -> PolicyServerBuilder, uri: &str) {
     let (robot, sensors) = start(SimConfig { width: 64, height: 48, ..SimConfig::default() }).unwrap();
-    let ends = Arc::default();
-    let server = listen(PolicyServer::builder(Watched { robot, ends: Arc::clone(&ends) }, sensors)).build().unwrap();
+    let told = Arc::<Mutex<Told>>::default();
+    let builder = PolicyServer::builder(Watched { robot, told: Arc::clone(&told) }, sensors);
+    let builder = builder.silence_limit(silence_limit(uri));
+    let server = listen(builder).build().unwrap();
     let handle = server.handle();
     tokio::spawn(server.serve());
+    let has_held = || told.lock().unwrap().ends == ["hold", "on_disconnect"];
 
     let mut policy = Process::start(&["policy", uri, "--episodes", "1000", "--quiet"]);
     until("the policy drives", || handle.stats().rows_applied > 5).await;
-    policy.kill();
-    let killed = Instant::now();
-    until("the robot holds", || *ends.lock().unwrap() == ["hold", "on_disconnect"]).await;
-    assert!(killed.elapsed() < NOTICED, "{uri}: noticed after {:?}", killed.elapsed());
+    fate.befall(&mut policy);
+    let began = Instant::now();
+    until("the robot holds", has_held).await;
+    assert!(began.elapsed() < fate.noticed(), "{uri}, {fate:?}: noticed after {:?}", began.elapsed());
 
     let env = PolicyClient::builder(uri).quiet().deadline(GUARD).connect().await.unwrap();
     let (obs, _) = env.reset().await.unwrap();
     let home = obs.proprio("joint_pos").unwrap().values().into_owned();
-    assert!(env.step(&home).await.unwrap().obs.seq > obs.seq);
-    assert_eq!(*ends.lock().unwrap(), ["hold", "on_disconnect"], "once, and no more");
-}
-
-async fn until(what: &str, mut holds: impl FnMut() -> bool) {
-    let began = Instant::now();
-    while !holds() {
-        assert!(began.elapsed() < GUARD, "{what}");
-        tokio::time::sleep(Duration::from_millis(2)).await;
+    if fate == Fate::Stopped {
+        // It goes on, too late: it is told, and moves nothing.
+        policy.signal(Signal::CONT);
+        assert!(!policy.ended().await.success());
     }
+    assert!(env.step(&home).await.unwrap().obs.seq > obs.seq);
+    assert!(has_held(), "once, and no more");
 }

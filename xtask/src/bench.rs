@@ -10,7 +10,7 @@ mod targets;
 
 use std::fs;
 use std::path::{Path, PathBuf};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
 
@@ -30,6 +30,9 @@ pub(crate) struct Arguments {
     /// Fewer rounds: a few minutes.
     #[arg(long)]
     quick: bool,
+    /// Only stream 17.2 MB at 30 Hz over Zenoh, by the network and by shared memory, for so long each (300 s): whether memory grows.
+    #[arg(long, value_name = "SECONDS", num_args = 0..=1, default_missing_value = "300", conflicts_with_all = ["quick", "plot"])]
+    soak: Option<u64>,
     /// Also measure get_obs by the observation's size, 1 kB to 64 MB, and draw it (SVG).
     #[arg(long, value_name = "PATH")]
     plot: Option<PathBuf>,
@@ -61,13 +64,17 @@ pub(crate) fn run(arguments: &Arguments) -> Result<()> {
 
     let (began, before) = (Instant::now(), Machine::look()?);
     let rounds = if arguments.quick { 7 } else { 15 };
-    let figures = measure(&mut peers, rounds)?;
+    let figures = match arguments.soak {
+        Some(seconds) => soak(&mut peers, Duration::from_secs(seconds))?,
+        None => measure(&mut peers, rounds)?,
+    };
     let curve = arguments.plot.as_ref().map(|_| sweep(&mut peers)).transpose()?;
     let rows = figures.rows();
 
     println!("\n{}", report::tables(&rows));
     println!("{}", before.since_then(&Machine::look()?));
-    println!("{rounds} rounds, {:.0} s", began.elapsed().as_secs_f64());
+    let extent = arguments.soak.map_or_else(|| format!("{rounds} rounds"), |seconds| format!("{seconds} s each"));
+    println!("{extent}, {:.0} s", began.elapsed().as_secs_f64());
     if let (Some(path), Some(curve)) = (&arguments.plot, curve) {
         write(path, &plot::svg(&curve))?;
     }
@@ -90,6 +97,16 @@ fn measure(peers: &mut Peers, rounds: usize) -> Result<Figures> {
     }
     drop(server);
     figures.add(Cores::Two, peers.micro(rounds)?);
+    Ok(figures)
+}
+
+/// A server of its own for each path, since peaks are of a whole process.
+fn soak(peers: &mut Peers, length: Duration) -> Result<Figures> {
+    let mut figures = Figures::default();
+    for path in ["zenoh_tcp", "zenoh_shm"] {
+        let mut server = peers.serve("L")?;
+        figures.add(Cores::Two, peers.soak(&mut server, path, length)?);
+    }
     Ok(figures)
 }
 

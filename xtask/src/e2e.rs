@@ -18,7 +18,7 @@ use report::{Asked, Report};
 
 /// Run robot and policy as separate processes, in every combination, and tabulate how they did.
 ///
-/// In half of the rows the policy is started first and waits for its robot. A failed episode fails the run and shows both logs, which are
+/// In half of the rows the policy is started first and waits for its robot. A failed episode fails the run and shows all logs, which are
 /// kept under target/e2e.
 #[derive(clap::Args)]
 pub(crate) struct Arguments {
@@ -37,6 +37,12 @@ pub(crate) struct Arguments {
 struct Link {
     transport: &'static str,
     codec: &'static str,
+    /// What the policy calls it, which does not see all of the way.
+    reported: &'static str,
+    /// Whether a router of Zenoh's listens at the address, and the robot joins it there.
+    is_routed: bool,
+    /// What the robot's log must say.
+    logged: Option<&'static str>,
     /// What `chiral-sim serve` is told.
     serve: fn(SocketAddr) -> Vec<String>,
     /// What the client is told.
@@ -54,13 +60,37 @@ const LINKS: &[Link] = &[
     Link {
         transport: "websocket",
         codec: "protobuf",
+        reported: "websocket",
+        is_routed: false,
+        logged: None,
         serve: |address| vec!["--bind".to_owned(), address.to_string()],
         uri: |address| format!("ws://{address}"),
     },
     Link {
         transport: "zenoh-tcp",
         codec: "protobuf",
+        reported: "zenoh-tcp",
+        is_routed: false,
+        logged: None,
+        serve: |address| vec!["--zenoh".to_owned(), format!("tcp/{address}"), "--no-shared-memory".to_owned()],
+        uri: |address| format!("tcp/{address}"),
+    },
+    Link {
+        transport: "zenoh-shm",
+        codec: "protobuf",
+        reported: "zenoh-tcp",
+        is_routed: false,
+        logged: Some("travel by shared memory"),
         serve: |address| vec!["--zenoh".to_owned(), format!("tcp/{address}")],
+        uri: |address| format!("tcp/{address}"),
+    },
+    Link {
+        transport: "zenoh-router",
+        codec: "protobuf",
+        reported: "zenoh-tcp",
+        is_routed: true,
+        logged: None,
+        serve: |address| vec!["--zenoh-join".to_owned(), format!("tcp/{address}")],
         uri: |address| format!("tcp/{address}"),
     },
 ];
@@ -121,7 +151,14 @@ fn play_all(profile: Profile, episodes: u32) -> Result<Outcome> {
     for link in LINKS {
         for mode in MODES {
             for client in CLIENTS {
-                let asked = Asked { client: client.name, mode, transport: link.transport, codec: link.codec, episodes };
+                let asked = Asked {
+                    client: client.name,
+                    mode,
+                    transport: link.transport,
+                    reported: link.reported,
+                    codec: link.codec,
+                    episodes,
+                };
                 // Every other row, and the other ones in the next mode, so that each client is first somewhere.
                 let client_first = (rows.len() + rows.len() / CLIENTS.len()) % 2 == 1;
                 let row = play_row(&programs, &logs, link, client, asked, client_first)?;
@@ -155,18 +192,21 @@ fn play_row(programs: &Path, logs: &Path, link: &Link, client: &Client, asked: A
         .args(["--mode", asked.mode, "--client", asked.client])
         .args(["--episodes", &asked.episodes.to_string()])
         .args(["--seed", &SEED.to_string(), "--json", "--quiet"]);
+    let logs = logs.join(asked.name());
     let pair = Pair {
+        router: link.is_routed.then(|| router(programs, address)),
         robot: robot(programs, (link.serve)(address)),
         client: policy,
         address,
         client_first,
-        logs: logs.join(asked.name()),
+        logs: logs.clone(),
         limit: Duration::from_secs(30) + 10 * Duration::from_secs(asked.episodes.into()),
     };
     let (result, answer) = pair.play();
     let report = Report::read(&answer);
     // A policy that fails tells most itself; its report, if there is one, goes into the table all the same.
     let result = result.and_then(|()| report.as_ref().map_err(|error| anyhow!("{error:#}"))?.check(&asked));
+    let result = result.and_then(|()| link.logged.map_or(Ok(()), |words| pair::check_robots_log(&logs, words)));
     Ok(Played { asked, client_first, report: report.ok(), result })
 }
 
@@ -176,6 +216,7 @@ fn play_guide(programs: &Path, logs: &Path, name: &str) -> Result<Duration> {
     client.arg(format!("ws://{address}"));
     let start = Instant::now();
     let pair = Pair {
+        router: None,
         robot: robot(programs, vec!["--bind".to_owned(), address.to_string()]),
         client,
         address,
@@ -189,7 +230,14 @@ fn play_guide(programs: &Path, logs: &Path, name: &str) -> Result<Duration> {
 
 fn robot(programs: &Path, link: Vec<String>) -> Command {
     let mut command = Command::new(programs.join("chiral-sim"));
-    command.arg("serve").args(link).args(["--width", "160", "--height", "120", "--quiet"]);
+    // Which way observations take is told at this level.
+    command.arg("serve").args(link).args(["--width", "160", "--height", "120"]).env("RUST_LOG", "info,zenoh=error");
+    command
+}
+
+fn router(programs: &Path, address: SocketAddr) -> Command {
+    let mut command = Command::new(programs.join("chiral-sim"));
+    command.args(["router", "--listen", &format!("tcp/{address}")]);
     command
 }
 

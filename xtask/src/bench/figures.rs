@@ -56,7 +56,7 @@ impl Figures {
         self.all.extend(measured.into_iter().map(|measured| (cores, measured)));
     }
 
-    /// Baselines first stand by themselves, then what was measured of Chiral beside each of its baselines.
+    /// Baselines stand by themselves, what was measured of Chiral beside each of its baselines. A row of another path than WebSocket says which.
     pub(super) fn rows(&self) -> Vec<Row> {
         let mut rows = Vec::new();
         for (cores, measured) in &self.all {
@@ -65,6 +65,7 @@ impl Figures {
             let naive = self.find(*cores, measured, &measured.workload, &["naive"]);
             let asked = self.find(*cores, measured, &measured.workload, &["asked"]);
             let idle = self.find(*cores, measured, "idle", &["chiral"]).filter(|_| measured.workload != "idle");
+            let query = self.find(*cores, measured, &measured.workload, &["zenoh_query"]);
             let row = |name: &str, against: Option<(&'static str, Spread)>| Row {
                 row: name.to_owned(),
                 workload: measured.workload.clone(),
@@ -81,18 +82,22 @@ impl Figures {
             if measured.path == "asked" {
                 continue;
             }
-            if measured.path != "chiral" {
-                rows.push(row(&format!("{}.{}", measured.row, measured.path), raw));
-                continue;
-            }
-            let asked = asked.map(|spread| ("asked", spread));
-            let bases = [raw, naive.map(|spread| ("naive", spread)), asked, idle.map(|spread| ("idle", spread))];
+            let of_path = format!("{}.{}", measured.row, measured.path);
+            let (name, bases) = match &*measured.path {
+                "chiral" => {
+                    let [naive, asked, idle] = [("naive", naive), ("asked", asked), ("idle", idle)]
+                        .map(|(name, spread)| spread.map(|spread| (name, spread)));
+                    (&measured.row, vec![raw, naive, asked, idle])
+                }
+                "zenoh_tcp" | "zenoh_shm" => (&of_path, vec![raw, query.map(|spread| ("zenoh_query", spread))]),
+                _ => (&of_path, vec![raw]),
+            };
             let before = rows.len();
             // Against nothing there is no ratio.
             let bases = bases.into_iter().flatten().filter(|(_, base)| base.p50 > 0.0);
-            rows.extend(bases.map(|base| row(&measured.row, Some(base))));
+            rows.extend(bases.map(|base| row(name, Some(base))));
             if rows.len() == before {
-                rows.push(row(&measured.row, None));
+                rows.push(row(name, None));
             }
         }
         rows
@@ -145,6 +150,22 @@ mod tests {
         let rows = figures.rows();
         let ours: Vec<_> = rows.iter().filter(|row| row.row == "get_obs").map(|row| (row.against, row.ratio)).collect();
         assert_eq!(ours, [(Some("raw_tcp"), Some(1.5)), (Some("naive"), Some(0.75))]);
+    }
+
+    #[test]
+    fn zenoh_stands_against_raw_tcp_and_against_a_bare_query() {
+        let mut figures = Figures::default();
+        let paths = [("raw_tokio", 2.0), ("zenoh_query", 4.0), ("zenoh_tcp", 5.0)];
+        figures.add(Cores::Two, paths.iter().map(|(path, ms)| measured("S", path, &[*ms])).collect());
+        let rows = figures.rows();
+        let told: Vec<_> = rows.iter().map(|row| (&*row.row, row.against, row.ratio)).collect();
+        let expected = [
+            ("get_obs.raw_tokio", Some("raw_tcp"), Some(1.0)),
+            ("get_obs.zenoh_query", Some("raw_tcp"), Some(2.0)),
+            ("get_obs.zenoh_tcp", Some("raw_tcp"), Some(2.5)),
+            ("get_obs.zenoh_tcp", Some("zenoh_query"), Some(1.25)),
+        ];
+        assert_eq!(told, expected);
     }
 
     #[test]

@@ -75,22 +75,30 @@ impl Peers {
         let cpu = if cores == Cores::One { "0" } else { "1" };
         let mut command = Command::new(&self.program);
         command.args(["--cpu", cpu, "measure", what, &server.control, "--rounds", &rounds.to_string()]);
-        self.run(&mut command, &format!("{what} of {} on {} core(s)", server.workload, cores.count()))
+        self.run(&mut command, &format!("{what} of {} on {} core(s)", server.workload, cores.count()), LIMIT)
             .with_context(|| server.running.tail())
+    }
+
+    /// Has a client stream over this path for so long.
+    pub(super) fn soak(&mut self, server: &mut Server, path: &str, length: Duration) -> Result<Vec<Measured>> {
+        let mut command = Command::new(&self.program);
+        command.args(["--cpu", "1", "soak", &server.control, "--over", path, "--seconds", &length.as_secs().to_string()]);
+        let title = format!("{} s of {} over {path}", length.as_secs(), server.workload);
+        self.run(&mut command, &title, LIMIT + length).with_context(|| server.running.tail())
     }
 
     /// What needs no server.
     pub(super) fn micro(&mut self, rounds: usize) -> Result<Vec<Measured>> {
         let mut command = Command::new(&self.program);
         command.args(["--cpu", "1", "micro", "--rounds", &rounds.to_string()]);
-        self.run(&mut command, "memcpy, snapshot, encode, decode")
+        self.run(&mut command, "memcpy, snapshot, encode, decode", LIMIT)
     }
 
-    fn run(&mut self, command: &mut Command, title: &str) -> Result<Vec<Measured>> {
+    fn run(&mut self, command: &mut Command, title: &str, limit: Duration) -> Result<Vec<Measured>> {
         let began = Instant::now();
         let answer = self.logs.join("client.json");
         let mut running = Running::start("client", command, &self.logs.join("client.log"), Some(&answer))?;
-        let status = running.wait_until(began + LIMIT).with_context(|| running.tail())?;
+        let status = running.wait_until(began + limit).with_context(|| running.tail())?;
         if !status.success() {
             bail!("measuring {title}: {status}\n{}", running.tail());
         }

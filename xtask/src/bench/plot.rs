@@ -15,17 +15,24 @@ const MS: [f64; 2] = [-2.0, 2.0];
 /// What is drawn.
 #[derive(Default)]
 pub(super) struct Curve {
-    lines: [Vec<(f64, f64)>; 3],
+    lines: [Vec<(f64, f64)>; LINES.len()],
 }
 
-const LINES: [(&str, &str); 3] = [("Chiral", "#0b6e4f"), ("axum to tungstenite", "#c8553d"), ("raw TCP", "#3a3a3a")];
+const LINES: [(&str, &str); 5] = [
+    ("Chiral", "#0b6e4f"),
+    ("Chiral over Zenoh, TCP", "#1f5fbf"),
+    ("Chiral over Zenoh, shared memory", "#8c4fbf"),
+    ("axum to tungstenite", "#c8553d"),
+    ("raw TCP", "#3a3a3a"),
+];
 
 impl Curve {
     /// The round trips at one size.
     pub(super) fn add(&mut self, bytes: f64, rows: &[Row]) {
         let of = |name: &str| rows.iter().filter(|row| row.row == name && row.metric == "p50_ms").map(|row| row.value).next();
         let raw = ["get_obs.raw_blocking", "get_obs.raw_tokio"].into_iter().filter_map(of).reduce(f64::min);
-        for (line, value) in self.lines.iter_mut().zip([of("get_obs"), of("get_obs.naive"), raw]) {
+        let ours = ["get_obs", "get_obs.zenoh_tcp", "get_obs.zenoh_shm"];
+        for (line, value) in self.lines.iter_mut().zip(ours.map(of).into_iter().chain([of("get_obs.naive"), raw])) {
             line.extend(value.map(|ms| (bytes, ms)));
         }
     }

@@ -44,6 +44,12 @@ const TARGETS: &[Target] = &[
     ratio("get_obs", "M", "p50_ms", "raw_tcp", 1, AtMost(1.6)),
     ratio("get_obs", "S", "p50_ms", "raw_tcp", 1, AtMost(2.5)),
     ratio("cpu_server", "L", "ms_per_obs", "raw_tcp", 2, AtMost(1.2)),
+    // To aim at: 1.5 and 0.05.
+    ratio("get_obs.zenoh_tcp", "L", "p50_ms", "raw_tcp", 2, AtMost(2.2)),
+    ratio("get_obs.zenoh_shm", "L", "p50_ms", "raw_tcp", 2, AtMost(0.10)),
+    // 56 bytes, so that nothing is shared.
+    ratio("get_obs.zenoh_tcp", "S", "p50_ms", "zenoh_query", 2, AtMost(1.25)),
+    ratio("cpu_server.zenoh_shm", "L", "ms_per_obs", "raw_tcp", 2, AtMost(0.25)),
     // 30 Hz wherever raw TCP has them; its clock and ours differ by a rounding.
     ratio("stream_30hz", "L", "achieved_hz", "raw_tcp", 2, AtLeast(0.999)),
     ratio("action", "L", "p90_us", "idle", 2, AtMost(1.5)),
@@ -55,6 +61,10 @@ const TARGETS: &[Target] = &[
     value("page_faults", "L", "client_per_obs", Under(50.0)),
     // Three observations and 32 MB.
     value("rss", "L", "client_added_mb", AtMost(83.6)),
+    value("soak.zenoh_tcp", "L", "client_peak_growth", Under(1.05)),
+    value("soak.zenoh_tcp", "L", "server_peak_growth", Under(1.05)),
+    value("soak.zenoh_shm", "L", "client_peak_growth", Under(1.05)),
+    value("soak.zenoh_shm", "L", "server_peak_growth", Under(1.05)),
 ];
 
 impl Bound {

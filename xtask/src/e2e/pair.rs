@@ -2,7 +2,7 @@
 
 use std::fs;
 use std::net::SocketAddr;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::{Duration, Instant};
 
@@ -13,14 +13,28 @@ use crate::child::Running;
 /// How long a client that is started first is left alone, to see that it waits.
 const ALONE: Duration = Duration::from_millis(500);
 
+const ROBOTS_LOG: &str = "robot.log";
+
+/// Whether the robot whose log is in this directory said so.
+pub(super) fn check_robots_log(logs: &Path, words: &str) -> Result<()> {
+    let path = logs.join(ROBOTS_LOG);
+    let log = fs::read_to_string(&path).with_context(|| format!("reading {}", path.display()))?;
+    if !log.contains(words) {
+        bail!("expected {words:?} in the robot's log, found:\n{log}");
+    }
+    Ok(())
+}
+
 /// What is started, and how.
 pub(super) struct Pair {
+    /// Between the two, if there is one; it is there before them.
+    pub(super) router: Option<Command>,
     pub(super) robot: Command,
     pub(super) client: Command,
-    /// Where the robot will listen.
+    /// Where the robot will listen, or the router does.
     pub(super) address: SocketAddr,
     pub(super) client_first: bool,
-    /// The directory that both write their logs to.
+    /// The directory that all write their logs to.
     pub(super) logs: PathBuf,
     /// For all of it.
     pub(super) limit: Duration,
@@ -29,6 +43,7 @@ pub(super) struct Pair {
 /// The processes that run, for their logs where something goes wrong.
 #[derive(Default)]
 struct Processes {
+    router: Option<Running>,
     robot: Option<Running>,
     client: Option<Running>,
 }
@@ -38,11 +53,11 @@ impl Pair {
     ///
     /// # Errors
     ///
-    /// Whatever went wrong, with the ends of both logs; what the client had printed until then comes with it in any case.
+    /// Whatever went wrong, with the ends of all logs; what the client had printed until then comes with it in any case.
     pub(super) fn play(mut self) -> (Result<()>, String) {
         let mut processes = Processes::default();
         let played = self.play_with(&mut processes).map_err(|error| {
-            let logs = [&processes.robot, &processes.client].into_iter().flatten();
+            let logs = [&processes.router, &processes.robot, &processes.client].into_iter().flatten();
             let tails: String = logs.map(Running::tail).collect();
             anyhow!("{error:#}\n{tails}")
         });
@@ -53,11 +68,15 @@ impl Pair {
 
     fn play_with(&mut self, processes: &mut Processes) -> Result<()> {
         let deadline = Instant::now() + self.limit;
-        let Processes { robot, client } = processes;
+        let Processes { router, robot, client } = processes;
         fs::create_dir_all(&self.logs).with_context(|| format!("creating {}", self.logs.display()))?;
         // The answer of an earlier run must not be taken for one of this.
         fs::write(self.answer(), "").context("emptying the client's answer")?;
 
+        if let Some(command) = &mut self.router {
+            let router = router.insert(Running::start("router", command, &self.logs.join("router.log"), None)?);
+            router.wait_until_it_listens(self.address, deadline)?;
+        }
         let (robot, client) = if self.client_first {
             let client = client.insert(self.start_client()?);
             // Not a wait for something: this is how long its robot is missing.
@@ -78,7 +97,7 @@ impl Pair {
     }
 
     fn start_robot(&mut self) -> Result<Running> {
-        Running::start("robot", &mut self.robot, &self.logs.join("robot.log"), None)
+        Running::start("robot", &mut self.robot, &self.logs.join(ROBOTS_LOG), None)
     }
 
     fn start_client(&mut self) -> Result<Running> {
@@ -108,6 +127,7 @@ mod tests {
     fn check(name: &str, robot: &str, client: &str, answer: &str, complaints: &[&str]) {
         let logs = std::env::temp_dir().join(format!("xtask-pair-{}-{name}", std::process::id()));
         let pair = Pair {
+            router: None,
             robot: shell(robot),
             client: shell(client),
             address: free_address().unwrap(),

@@ -29,6 +29,8 @@ pub(crate) struct Asked {
     pub(crate) client: &'static str,
     pub(crate) mode: &'static str,
     pub(crate) transport: &'static str,
+    /// What the policy calls the transport.
+    pub(crate) reported: &'static str,
     pub(crate) codec: &'static str,
     pub(crate) episodes: u32,
 }
@@ -51,7 +53,7 @@ impl Report {
         let words = [
             ("client", &self.client, asked.client),
             ("mode", &self.mode, asked.mode),
-            ("transport", &self.transport, asked.transport),
+            ("transport", &self.transport, asked.reported),
             ("codec", &self.codec, asked.codec),
         ];
         for (name, found, expected) in words {
@@ -93,7 +95,14 @@ mod tests {
 
     /// Replaces `from` in a good report, which then must be refused with these words in the message, or accepted where there are none.
     fn check(from: &str, to: &str, refusal: &str) {
-        let asked = Asked { client: "async", mode: "stream", transport: "websocket", codec: "protobuf", episodes: 2 };
+        let asked = Asked {
+            client: "async",
+            mode: "stream",
+            transport: "websocket",
+            reported: "websocket",
+            codec: "protobuf",
+            episodes: 2,
+        };
         let result = Report::read(&GOOD.replace(from, to)).and_then(|report| report.check(&asked));
         match result {
             Ok(_) => assert_eq!(refusal, "", "{from} -> {to} was accepted"),

@@ -17,7 +17,7 @@ const ACTIONS: usize = 150;
 const PAUSE: Duration = Duration::from_micros(5_300);
 
 pub(crate) fn run(control: &mut Control, about: &About, sheet: &Sheet, rounds: usize) -> Result<()> {
-    let client = PolicyClient::builder(&about.uri()).quiet().connect_blocking().context("connecting")?;
+    let client = about.drive()?;
     // The observation after a reset is one captured after it.
     control.set_cameras_hz(HZ)?;
     client.reset().context("reset")?;

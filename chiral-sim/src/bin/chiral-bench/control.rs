@@ -17,7 +17,20 @@ use crate::workload::Arrivals;
 pub(crate) struct Host {
     pub(crate) about: Value,
     pub(crate) arrivals: Arrivals,
-    pub(crate) rate_hz: Arc<Mutex<f64>>,
+    pub(crate) cameras: Arc<Mutex<Cameras>>,
+}
+
+/// What the cameras do.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub(crate) struct Cameras {
+    /// They publish at this rate; at 0, not at all.
+    pub(crate) hz: f64,
+    /// Into fresh buffers, as cameras do. What is published otherwise was drawn before, and costs nothing.
+    pub(crate) draw: bool,
+}
+
+impl Cameras {
+    pub(crate) const OFF: Cameras = Cameras { hz: 0.0, draw: false };
 }
 
 /// Answers one client after the other, for ever.
@@ -43,8 +56,10 @@ fn answer(host: &Host, line: &str) -> Result<Value> {
             let Usage { cpu_s, minor_faults, resident_bytes, peak_resident_bytes } = Usage::now()?;
             json!({"cpu_s": cpu_s, "minor_faults": minor_faults, "resident_bytes": resident_bytes, "peak": peak_resident_bytes})
         }
-        ("cameras", hz) => {
-            *host.rate_hz.lock().unwrap_or_else(PoisonError::into_inner) = hz.parse().context("cameras")?;
+        ("cameras", how) => {
+            let (hz, draw) = how.split_once(' ').context("cameras")?;
+            let cameras = Cameras { hz: hz.parse().context("cameras")?, draw: draw.parse().context("cameras")? };
+            *host.cameras.lock().unwrap_or_else(PoisonError::into_inner) = cameras;
             json!({})
         }
         ("count", _) => json!({"count": arrivals().len()}),
@@ -76,6 +91,8 @@ impl Control {
             raw_tokio: address("raw_tokio")?,
             naive: address("naive")?,
             chiral: address("chiral")?,
+            zenoh: address("zenoh")?,
+            zenoh_query: address("zenoh_query")?,
         })
     }
 
@@ -91,9 +108,13 @@ impl Control {
         })
     }
 
-    /// Has the cameras publish at this rate; at 0, not at all.
+    /// Has the cameras publish at this rate what was drawn before; at 0, not at all.
     pub(crate) fn set_cameras_hz(&mut self, hz: f64) -> Result<()> {
-        self.ask(&format!("cameras {hz}")).map(drop)
+        self.set_cameras(Cameras { hz, draw: false })
+    }
+
+    pub(crate) fn set_cameras(&mut self, Cameras { hz, draw }: Cameras) -> Result<()> {
+        self.ask(&format!("cameras {hz} {draw}")).map(drop)
     }
 
     /// When which actions arrived, in the order they did, since this was asked last; waits until there are `count`, or no more come.

@@ -14,7 +14,7 @@ const RATES_HZ: [u32; 4] = [10, 50, 100, 500];
 const SECONDS: u32 = 2;
 
 pub(crate) fn run(control: &mut Control, about: &About, sheet: &Sheet, rounds: usize) -> Result<()> {
-    let client = PolicyClient::builder(&about.uri()).quiet().connect_blocking().context("connecting")?;
+    let client = about.drive()?;
     // The observation after a reset is one captured after it.
     control.set_cameras_hz(STREAM_HZ)?;
     client.reset().context("reset")?;

@@ -3,16 +3,15 @@
 use std::time::Instant;
 
 use anyhow::{Context, Result};
-use chiral_client::blocking::PolicyClient;
 
 use crate::control::Control;
-use crate::server::About;
+use crate::server::{About, Path};
 use crate::sheet::{Sheet, percentile};
 use crate::usage::Usage;
-use crate::{naive, raw};
+use crate::{naive, query, raw};
 
 /// One way to ask, and what a round of it gave, each.
-struct Path {
+struct Way {
     name: &'static str,
     ask: Box<dyn FnMut() -> Result<()>>,
     p50_ms: Vec<f64>,
@@ -20,9 +19,9 @@ struct Path {
     server_cpu_ms: Vec<f64>,
 }
 
-impl Path {
-    fn new(name: &'static str, ask: impl FnMut() -> Result<()> + 'static) -> Path {
-        Path { name, ask: Box::new(ask), p50_ms: Vec::new(), client_cpu_ms: Vec::new(), server_cpu_ms: Vec::new() }
+impl Way {
+    fn new(name: &'static str, ask: impl FnMut() -> Result<()> + 'static) -> Way {
+        Way { name, ask: Box::new(ask), p50_ms: Vec::new(), client_cpu_ms: Vec::new(), server_cpu_ms: Vec::new() }
     }
 
     fn round(&mut self, control: &mut Control, count: usize) -> Result<()> {
@@ -49,29 +48,34 @@ pub(crate) fn run(control: &mut Control, about: &About, sheet: &Sheet, rounds: u
     let mut blocking = raw::Blocking::connect(about.raw_blocking, about.bytes)?;
     let mut tokio = raw::Tokio::connect(about.raw_tokio, about.bytes)?;
     let mut naive = naive::Client::connect(about.naive, about.bytes)?;
-    let chiral = PolicyClient::builder(&about.uri()).quiet().connect_blocking().context("connecting")?;
-    let ours = chiral.clone();
-    let mut paths = [
-        Path::new("raw_blocking", move || blocking.ask()),
-        Path::new("raw_tokio", move || tokio.ask()),
-        Path::new("naive", move || naive.ask()),
-        Path::new("chiral", move || ours.get_obs().map(drop).context("get_obs")),
+    let mut query = query::Client::connect(about.zenoh_query, about.bytes)?;
+    let mut ways = vec![
+        Way::new("raw_blocking", move || blocking.ask()),
+        Way::new("raw_tokio", move || tokio.ask()),
+        Way::new("naive", move || naive.ask()),
+        Way::new("zenoh_query", move || query.ask()),
     ];
+    let mut clients = Vec::new();
+    for path in Path::ALL {
+        let client = about.watch(path)?;
+        clients.push(client.clone());
+        ways.push(Way::new(path.name(), move || client.get_obs().map(drop).context("get_obs")));
+    }
     // TCP's windows and everyone's buffers have grown by then.
-    for path in &mut paths {
+    for way in &mut ways {
         for _ in 0..count.max(20) {
-            (path.ask)()?;
+            (way.ask)()?;
         }
     }
     for _ in 0..rounds {
-        for path in &mut paths {
-            path.round(control, count)?;
+        for way in &mut ways {
+            way.round(control, count)?;
         }
     }
-    for path in &paths {
-        sheet.put("get_obs", path.name, "p50_ms", &path.p50_ms);
-        sheet.put("cpu_client", path.name, "ms_per_obs", &path.client_cpu_ms);
-        sheet.put("cpu_server", path.name, "ms_per_obs", &path.server_cpu_ms);
+    for way in &ways {
+        sheet.put("get_obs", way.name, "p50_ms", &way.p50_ms);
+        sheet.put("cpu_client", way.name, "ms_per_obs", &way.client_cpu_ms);
+        sheet.put("cpu_server", way.name, "ms_per_obs", &way.server_cpu_ms);
     }
-    chiral.close().context("closing")
+    clients.iter().try_for_each(|client| client.close()).context("closing")
 }

@@ -1,10 +1,9 @@
 //! What a policy that holds one observation costs in memory: page faults in steady state, and resident bytes above those before it connected.
 
 use anyhow::{Context, Result};
-use chiral_client::blocking::PolicyClient;
 
 use crate::control::Control;
-use crate::server::About;
+use crate::server::{About, Path};
 use crate::sheet::Sheet;
 use crate::usage::Usage;
 
@@ -13,7 +12,7 @@ const OBSERVATIONS: usize = 300;
 
 pub(crate) fn run(control: &mut Control, about: &About, sheet: &Sheet, rounds: usize) -> Result<()> {
     let before = Usage::now()?;
-    let client = PolicyClient::builder(&about.uri()).quiet().connect_blocking().context("connecting")?;
+    let client = about.watch(Path::WebSocket)?;
     let mut held = client.get_obs().context("get_obs")?;
     for _ in 1..WARM_UP {
         held = client.get_obs().context("get_obs")?;

@@ -8,15 +8,18 @@ mod get_obs;
 mod held;
 mod micro;
 mod naive;
+mod query;
 mod raw;
 mod server;
 mod sheet;
+mod soak;
 mod stream;
 mod usage;
 mod workload;
 
 use std::net::SocketAddr;
 use std::process::ExitCode;
+use std::time::Duration;
 
 use anyhow::{Context, Result};
 use clap::{Parser, Subcommand};
@@ -46,6 +49,14 @@ enum Command {
         /// How often everything is measured
         #[arg(long, default_value_t = 5)]
         rounds: usize,
+    },
+    /// Stream for long, and see whether memory grows
+    Soak {
+        control: SocketAddr,
+        #[arg(long)]
+        over: server::Path,
+        #[arg(long)]
+        seconds: u64,
     },
     /// Measure what needs no server
     Micro {
@@ -85,6 +96,12 @@ fn run(Arguments { cpu, command }: Arguments) -> Result<()> {
     match command {
         Command::Serve { workload } => server::run(workload),
         Command::Micro { rounds } => micro::run(rounds),
+        Command::Soak { control, over, seconds } => {
+            let mut control = control::Control::connect(control)?;
+            let about = control.about()?;
+            let sheet = Sheet::new(about.workload.clone());
+            soak::run(&mut control, &about, &sheet, over, Duration::from_secs(seconds))
+        }
         Command::Measure { what, control, rounds } => {
             let mut control = control::Control::connect(control)?;
             let about = control.about()?;

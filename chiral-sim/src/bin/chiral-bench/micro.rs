@@ -15,7 +15,8 @@ const REPEATS: usize = 200;
 pub(crate) fn run(rounds: usize) -> Result<()> {
     for workload in [Workload::L, Workload::M, Workload::S] {
         let sheet = Sheet::new(workload.to_string());
-        let prepared = Prepared::new(workload)?;
+        let mut prepared = Prepared::new(workload)?;
+        prepared.prepare()?;
         let obs = prepared.sensors.snapshot().context("everything has published")?;
         let message = Message::Notice(Notice::Observation(Arc::new(obs)));
         let frame = Codec::Protobuf.encode(&message)?;

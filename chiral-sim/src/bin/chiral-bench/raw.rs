@@ -12,7 +12,7 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::runtime::{Builder, Runtime};
 
 /// What a request takes.
-const REQUEST: [u8; 56] = [7; 56];
+pub(crate) const REQUEST: [u8; 56] = [7; 56];
 
 /// A listener whose connections inherit a congestion control that suits loopback, where it can be had.
 pub(crate) fn listen() -> Result<TcpListener> {

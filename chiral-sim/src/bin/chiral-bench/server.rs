@@ -7,23 +7,30 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
 use bytes::Bytes;
+use chiral_client::PolicyClient;
+use chiral_client::blocking;
 use chiral_server::PolicyServer;
 use serde_json::json;
 
-use crate::control::{self, Host};
+use crate::control::{self, Cameras, Host};
 use crate::workload::{Arrivals, Noting, Prepared, Workload};
-use crate::{naive, raw};
+use crate::{naive, query, raw};
 
 /// No part of a bench takes so long; a server that was forgotten ends by itself.
 const LIFETIME: Duration = Duration::from_secs(900);
 
 /// Serves until it is killed. Prints where the control connection is.
 pub(crate) fn run(workload: Workload) -> Result<()> {
-    let prepared = Prepared::new(workload)?;
+    let mut prepared = Prepared::new(workload)?;
+    let arrivals = Arrivals::default();
+    let (zenoh, zenoh_query) = (query::free_address()?, query::free_address()?);
+    let server = PolicyServer::builder(Noting(Arc::clone(&arrivals)), prepared.sensors.clone()).name("bench");
+    let server = server.listen_zenoh(format!("tcp/{zenoh}")).build()?;
+    // Now that there is shared memory for the pictures to lie in.
+    prepared.prepare()?;
     let bytes = prepared.observed_bytes()?;
     let reply = Bytes::from(vec![1; bytes]);
-    let arrivals = Arrivals::default();
-    let server = PolicyServer::builder(Noting(Arc::clone(&arrivals)), prepared.sensors.clone()).name("bench").build()?;
+    let _answering = query::serve(zenoh_query, &reply)?;
 
     let (blocking, tokio, axum) = (raw::listen()?, raw::listen()?, raw::listen()?);
     // Chiral's is as every user's: what suits loopback, it must find out by itself.
@@ -31,7 +38,7 @@ pub(crate) fn run(workload: Workload) -> Result<()> {
     let address = |listener: &TcpListener| listener.local_addr().map(|address| address.to_string());
     let about = json!({
         "workload": workload.to_string(), "bytes": bytes, "raw_blocking": address(&blocking)?, "raw_tokio": address(&tokio)?,
-        "naive": address(&axum)?, "chiral": address(&chiral)?,
+        "naive": address(&axum)?, "chiral": address(&chiral)?, "zenoh": zenoh, "zenoh_query": zenoh_query,
     });
 
     let reply_by = |serve: fn(TcpListener, &Bytes) -> Result<()>, listener| {
@@ -43,14 +50,14 @@ pub(crate) fn run(workload: Workload) -> Result<()> {
     reply_by(naive::serve, axum);
     thread::spawn(move || serve_chiral(server, chiral));
 
-    let rate_hz = Arc::new(Mutex::new(0.0));
-    let publisher = Arc::clone(&rate_hz);
+    let cameras = Arc::new(Mutex::new(Cameras::OFF));
+    let publisher = Arc::clone(&cameras);
     thread::spawn(move || publish(prepared, &publisher));
     thread::spawn(|| {
         thread::sleep(LIFETIME);
         std::process::exit(1);
     });
-    let host = Host { about, arrivals, rate_hz };
+    let host = Host { about, arrivals, cameras };
     let listener = raw::listen()?;
     println!("{}", json!({"control": address(&listener)?}));
     control::serve(&listener, &host)
@@ -61,16 +68,20 @@ fn serve_chiral(server: PolicyServer, listener: TcpListener) -> Result<()> {
     runtime.block_on(async { Ok(server.serve_on(raw::from_std(listener)?).await?) })
 }
 
-/// Publishes at the rate that the client sets, on absolute deadlines; nothing at 0.
-fn publish(mut prepared: Prepared, rate_hz: &Mutex<f64>) -> Result<()> {
+/// Publishes as the client says, on absolute deadlines.
+fn publish(mut prepared: Prepared, cameras: &Mutex<Cameras>) -> Result<()> {
     const IDLE: Duration = Duration::from_millis(20);
     let mut due = Instant::now();
     loop {
-        let hz = *rate_hz.lock().unwrap_or_else(PoisonError::into_inner);
+        let Cameras { hz, draw } = *cameras.lock().unwrap_or_else(PoisonError::into_inner);
         due = if hz > 0.0 { due.max(Instant::now()) } else { Instant::now() + IDLE };
         thread::sleep(due.saturating_duration_since(Instant::now()));
         if hz > 0.0 {
-            prepared.publish()?;
+            if draw {
+                prepared.draw()?;
+            } else {
+                prepared.publish()?;
+            }
             due += Duration::from_secs_f64(1.0 / hz);
             thread::sleep(due.saturating_duration_since(Instant::now()));
         }
@@ -86,10 +97,52 @@ pub(crate) struct About {
     pub(crate) raw_tokio: SocketAddr,
     pub(crate) naive: SocketAddr,
     pub(crate) chiral: SocketAddr,
+    pub(crate) zenoh: SocketAddr,
+    pub(crate) zenoh_query: SocketAddr,
+}
+
+/// By what Chiral's client reaches Chiral's server.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
+pub(crate) enum Path {
+    #[value(name = "chiral")]
+    WebSocket,
+    #[value(name = "zenoh_tcp")]
+    ZenohTcp,
+    #[value(name = "zenoh_shm")]
+    ZenohSharedMemory,
+}
+
+impl Path {
+    pub(crate) const ALL: [Path; 3] = [Path::WebSocket, Path::ZenohTcp, Path::ZenohSharedMemory];
+
+    /// As figures are told under.
+    pub(crate) fn name(self) -> &'static str {
+        match self {
+            Path::WebSocket => "chiral",
+            Path::ZenohTcp => "zenoh_tcp",
+            Path::ZenohSharedMemory => "zenoh_shm",
+        }
+    }
 }
 
 impl About {
-    pub(crate) fn uri(&self) -> String {
-        format!("ws://{}", self.chiral)
+    /// The one client that drives.
+    pub(crate) fn drive(&self) -> Result<blocking::PolicyClient> {
+        self.connect(Path::WebSocket, true)
+    }
+
+    /// A client that looks on.
+    pub(crate) fn watch(&self, path: Path) -> Result<blocking::PolicyClient> {
+        self.connect(path, false)
+    }
+
+    fn connect(&self, path: Path, drives: bool) -> Result<blocking::PolicyClient> {
+        let uri = match path {
+            Path::WebSocket => format!("ws://{}", self.chiral),
+            Path::ZenohTcp | Path::ZenohSharedMemory => format!("tcp/{}", self.zenoh),
+        };
+        let builder = PolicyClient::builder(&uri).quiet().shared_memory(path == Path::ZenohSharedMemory);
+        let builder = if drives { builder } else { builder.observer() };
+        builder.connect_blocking().with_context(|| format!("connecting to {uri}"))
     }
 }

@@ -8,7 +8,7 @@ use chiral_client::blocking::PolicyClient;
 
 use crate::control::Control;
 use crate::raw;
-use crate::server::About;
+use crate::server::{About, Path};
 use crate::sheet::{Sheet, percentile};
 
 const HZ: f64 = 30.0;
@@ -17,7 +17,7 @@ const LIMIT: Duration = Duration::from_secs(5);
 
 pub(crate) fn run(control: &mut Control, about: &About, sheet: &Sheet, rounds: usize) -> Result<()> {
     let mut tcp = raw::Blocking::connect(about.raw_blocking, about.bytes)?;
-    let client = PolicyClient::builder(&about.uri()).quiet().connect_blocking().context("connecting")?;
+    let client = about.watch(Path::WebSocket)?;
     control.set_cameras_hz(HZ)?;
     let (mut raw_hz, mut hz, mut p50_ms, mut p99_ms) = (Vec::new(), Vec::new(), Vec::new(), Vec::new());
     for _ in 0..rounds {

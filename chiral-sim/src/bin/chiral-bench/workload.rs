@@ -4,7 +4,6 @@ use std::str::FromStr;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use anyhow::{Context, Result};
-use bytes::Bytes;
 use chiral_proto::action::Action;
 use chiral_proto::{ActionSpec, CameraSpec, ProprioSpec, ValueMap};
 use chiral_server::{ActionContext, CameraFrame, CameraSensor, Robot, RobotError, Sensors, monotonic};
@@ -67,32 +66,41 @@ impl Workload {
 /// Sensors that publish what was prepared.
 pub(crate) struct Prepared {
     pub(crate) sensors: Sensors,
-    cameras: Vec<(CameraSensor, [CameraFrame; 2])>,
+    cameras: Vec<(CameraSensor, [CameraFrame; LEVELS.len()])>,
     turn: usize,
 }
 
+/// What a picture is full of, in turn.
+const LEVELS: [u8; 2] = [63, 64];
+
 impl Prepared {
-    /// Everything has published once.
+    /// Nothing is drawn yet.
     pub(crate) fn new(workload: Workload) -> Result<Prepared> {
         let sensors = Sensors::new(workload.cameras(), workload.proprios())?;
-        let mut cameras = Vec::new();
-        for spec in workload.cameras() {
-            let len = spec.image_shape.iter().product::<usize>();
-            let pixels = |level: u8| Bytes::from(vec![level; len]);
-            let depth = |level: u8| spec.has_depth.then(|| Bytes::from(vec![level; len / 3 * 4]));
-            let frame = |level| CameraFrame { image: pixels(level), depth: depth(level), ..CameraFrame::default() };
-            cameras.push((sensors.camera(&spec.name)?, [frame(63), frame(64)]));
+        let cameras = sensors.camera_specs().map(|spec| Ok((sensors.camera(&spec.name)?, Default::default())));
+        let cameras = cameras.collect::<Result<_>>()?;
+        Ok(Prepared { sensors, cameras, turn: 0 })
+    }
+
+    /// Draws all pictures, into the sensors' buffers; everything has published then.
+    pub(crate) fn prepare(&mut self) -> Result<()> {
+        LEVELS.iter().try_for_each(|_| self.draw())
+    }
+
+    /// Draws the next picture of every camera anew, and publishes it.
+    pub(crate) fn draw(&mut self) -> Result<()> {
+        let next = (self.turn + 1) % LEVELS.len();
+        for (camera, frames) in &mut self.cameras {
+            frames[next] = drawn(camera, LEVELS[next]);
         }
-        let mut prepared = Prepared { sensors, cameras, turn: 0 };
-        prepared.publish()?;
-        Ok(prepared)
+        self.publish()
     }
 
     /// The next picture of every camera, captured now. Nothing is copied.
     pub(crate) fn publish(&mut self) -> Result<()> {
         self.turn += 1;
         for (camera, frames) in &self.cameras {
-            camera.publish(frames[self.turn % 2].clone())?;
+            camera.publish(frames[self.turn % LEVELS.len()].clone())?;
         }
         let proprios: Vec<_> = self.sensors.proprio_specs().map(|spec| spec.name.clone()).collect();
         proprios.iter().try_for_each(|name| self.sensors.update_proprio(name, &[0.5; 7]))?;
@@ -105,6 +113,17 @@ impl Prepared {
         let cameras = obs.cameras.iter().flat_map(|camera| std::iter::once(&camera.image).chain(&camera.depth));
         Ok(cameras.chain(obs.proprios.iter().map(|proprio| &proprio.data)).map(|tensor| tensor.data().len()).sum())
     }
+}
+
+fn drawn(camera: &CameraSensor, level: u8) -> CameraFrame {
+    let mut image = camera.buffer();
+    image.fill(level);
+    let depth = camera.spec().has_depth.then(|| {
+        let mut depth = camera.depth_buffer();
+        depth.fill(level);
+        depth.freeze()
+    });
+    CameraFrame { image: image.freeze(), depth, ..CameraFrame::default() }
 }
 
 /// When which action arrived: its first value, and nanoseconds of CLOCK_MONOTONIC.

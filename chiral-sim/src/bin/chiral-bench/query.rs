@@ -1,0 +1,70 @@
+//! Zenoh's own baseline: a query of 56 bytes, and a reply of the observation's size from where it was asked. As urgent as Chiral's observations are.
+
+use std::net::{Ipv4Addr, SocketAddr, TcpListener};
+
+use anyhow::{Context, Result, anyhow, ensure};
+use bytes::Bytes;
+use zenoh::bytes::ZBytes;
+use zenoh::qos::{CongestionControl, Priority};
+use zenoh::{Config, Session, Wait};
+
+use crate::raw::REQUEST;
+
+const KEY: &str = "chiral-bench/query";
+
+/// An address on loopback that was free a moment ago: Zenoh does not tell which port it was given.
+pub(crate) fn free_address() -> Result<SocketAddr> {
+    TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).and_then(|listener| listener.local_addr()).context("reserving a port")
+}
+
+/// Answers at this address as long as what is returned is there.
+pub(crate) fn serve(address: SocketAddr, reply: &Bytes) -> Result<Session> {
+    let session = open("peer", "listen/endpoints", address)?;
+    let reply = ZBytes::from(reply.clone());
+    let answer = move |query: zenoh::query::Query| {
+        // Of the query's priority. Who asked and left needs no answer.
+        let _ = query.reply(KEY, reply.clone()).express(true).wait();
+    };
+    session.declare_queryable(KEY).callback(answer).background().wait().map_err(failed)?;
+    Ok(session)
+}
+
+/// Who asks.
+pub(crate) struct Client {
+    session: Session,
+    reply_len: usize,
+}
+
+impl Client {
+    pub(crate) fn connect(address: SocketAddr, reply_len: usize) -> Result<Client> {
+        Ok(Client { session: open("client", "connect/endpoints", address)?, reply_len })
+    }
+
+    pub(crate) fn ask(&mut self) -> Result<()> {
+        let query = self.session.get(KEY).payload(&REQUEST[..]).congestion_control(CongestionControl::Block);
+        let replies = query.priority(Priority::Data).express(true).wait().map_err(failed)?;
+        let reply = replies.recv().map_err(|_| anyhow!("no reply to a query"))?;
+        let found = reply.result().map_err(|error| anyhow!("{error:?}"))?.payload().len();
+        ensure!(found == self.reply_len, "expected a reply of {} bytes, found {found}", self.reply_len);
+        Ok(())
+    }
+}
+
+/// Defaults otherwise; but nobody is looked for, and no memory shared.
+fn open(mode: &str, end: &str, address: SocketAddr) -> Result<Session> {
+    let mut config = Config::default();
+    let settings = [
+        ("mode", format!("{mode:?}")),
+        (end, format!("[\"tcp/{address}\"]")),
+        ("scouting/multicast/enabled", "false".to_owned()),
+        ("transport/shared_memory/enabled", "false".to_owned()),
+    ];
+    for (key, value) in settings {
+        config.insert_json5(key, &value).map_err(failed)?;
+    }
+    zenoh::open(config).wait().map_err(failed)
+}
+
+fn failed(error: zenoh::Error) -> anyhow::Error {
+    anyhow!("zenoh: {error}")
+}
