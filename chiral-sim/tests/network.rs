@@ -317,32 +317,39 @@ fn a_second_robot_of_a_name_is_told_who_has_it() {
     let first = [&["serve", "--zenoh", &locator], &small[..]].concat();
     let _first = Process::start(&scratch.0, &first, "serving robot \"arm\" on Zenoh");
     let (output, said) = run(&scratch.0, &[&["serve", "--zenoh-join", &locator], &small[..]].concat());
-    let host = keys::robot_of_host(&chiral_link_host());
+    let host = keys::robot_of_host(fs::read_to_string("/proc/sys/kernel/hostname").unwrap().trim());
     assert!(!output.status.success() && said.contains("a robot named \"arm\" is alive on this network (server "), "{said}");
     assert!(said.contains(&format!("@{host})")), "{said}");
 }
 
-/// As `PolicyServerBuilder` has it by default.
-fn chiral_link_host() -> String {
-    fs::read_to_string("/proc/sys/kernel/hostname").unwrap().trim().to_owned()
+#[tokio::test]
+async fn a_robot_is_called_as_its_host_unless_it_has_a_name() {
+    let locator = format!("tcp/{}", free_address());
+    let stand = Stand::with(Arc::default(), 8, 8, |builder| builder.listen_zenoh(&locator));
+    tokio::spawn(stand.server.clone().serve());
+    let host = fs::read_to_string("/proc/sys/kernel/hostname").unwrap();
+    let env = builder(&locator).connect().await.unwrap();
+    assert_eq!(env.robot().name, keys::robot_of_host(host.trim()));
 }
 
-/// Runs one of the tests below in a network that has nobody else in it: a host with one interface, and multicast.
+/// A host with one interface, which is up before anybody looks: a process of Zenoh's looks at interfaces once.
+const NETWORK: &str = "\
+ip link set lo up && ip link add v0 type veth peer name v1 && ip address add 10.77.0.1/24 dev v0 && ip link set v1 up && ip link set v0 up &&
+for attempt in $(seq 100); do ip link show v0 | grep -q 'state UP' && break; sleep 0.05; done";
+
+/// Runs one of the tests below in a network that has nobody else in it.
 fn in_own_network(test: &str) {
-    let network = "ip link add v0 type veth peer name v1 && ip address add 10.77.0.1/24 dev v0 && ip link set lo up && ip link set v0 up && ip link set v1 up";
     let unshare = |script: &str| {
         let mut command = Command::new("unshare");
         command.args(["--map-root-user", "--net", "sh", "-c", script]);
         command
     };
-    if !unshare(network).output().is_ok_and(|output| output.status.success()) {
+    if !unshare(NETWORK).output().is_ok_and(|output| output.status.success()) {
         println!("skipped: no network of its own can be made here");
         return;
     }
-    let status = unshare(&format!("{network} && exec \"$0\" --ignored --exact {test} --nocapture"))
-        .arg(env::current_exe().unwrap())
-        .status();
-    assert!(status.unwrap().success());
+    let script = format!("{NETWORK}; exec \"$0\" --ignored --exact {test} --nocapture");
+    assert!(unshare(&script).arg(env::current_exe().unwrap()).status().unwrap().success());
 }
 
 #[test]
