@@ -8,7 +8,7 @@ use std::{
     io::{BufRead, BufReader},
     path::{Path, PathBuf},
     process::{Child, Command, Output, Stdio},
-    sync::Arc,
+    sync::{Arc, Mutex, mpsc},
     thread,
     time::{Duration, Instant},
 };
@@ -66,25 +66,31 @@ fn chiral_sim(directory: &Path, arguments: &[&str]) -> Command {
     command
 }
 
-/// A process that runs beside the test, and is killed at its end.
-struct Process(Child);
+/// A process that runs beside the test, and is killed at its end. If the test fails, its log is shown.
+struct Process {
+    child: Child,
+    log: Arc<Mutex<String>>,
+}
 
 impl Process {
     /// Returns when it has said `ready` on stderr.
     fn start(directory: &Path, arguments: &[&str], ready: &str) -> Process {
         let mut child = chiral_sim(directory, arguments).stdout(Stdio::null()).spawn().unwrap();
-        let mut lines = BufReader::new(child.stderr.take().unwrap()).lines();
-        let mut said = String::new();
-        loop {
-            let Some(line) = lines.next() else { panic!("it ended without saying {ready:?}: {said}") };
-            let line = line.unwrap();
-            if line.contains(ready) {
-                break;
+        let log = Arc::new(Mutex::new(format!("---- {arguments:?}\n")));
+        let lines = BufReader::new(child.stderr.take().unwrap()).lines();
+        let (ready, is_ready) = (ready.to_owned(), mpsc::channel());
+        let (told, said) = (is_ready.0, Arc::clone(&log));
+        thread::spawn(move || {
+            for line in lines.map_while(Result::ok) {
+                said.lock().unwrap().push_str(&format!("{line}\n"));
+                if line.contains(&ready) {
+                    let _ = told.send(());
+                }
             }
-            said.push_str(&line);
-        }
-        thread::spawn(move || lines.for_each(drop));
-        Process(child)
+        });
+        let process = Process { child, log };
+        is_ready.1.recv_timeout(GUARD).expect("it gets ready");
+        process
     }
 
     fn router(directory: &Path, config: &str, locators: &[&str]) -> Process {
@@ -97,8 +103,11 @@ impl Process {
 
 impl Drop for Process {
     fn drop(&mut self) {
-        let _ = self.0.kill();
-        let _ = self.0.wait();
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+        if thread::panicking() {
+            println!("{}", self.log.lock().unwrap());
+        }
     }
 }
 

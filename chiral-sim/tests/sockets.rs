@@ -77,7 +77,7 @@ async fn a_deadline_ends_the_wait_and_says_what_was_the_matter() {
 
 #[tokio::test]
 async fn what_is_no_chiral_server_is_said_at_once() {
-    for uri in ["localhost:8765", "http://localhost", "tls/localhost:7447", "ws://", ""] {
+    for uri in ["localhost:8765", "http://localhost", "udp/localhost:7447", "ws://", ""] {
         check_fails_at_once(uri, |error| matches!(error, Error::Address { .. })).await;
     }
     let (listener, address) = listener().await;
