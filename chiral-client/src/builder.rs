@@ -54,7 +54,10 @@ pub struct PolicyClientBuilder {
 
 /// By what a server is reached, beside its address.
 #[derive(Clone, Debug, Default)]
-#[cfg_attr(not(feature = "websocket"), allow(dead_code, reason = "certificates are of WebSocket, the rest of Zenoh"))]
+#[cfg_attr(
+    not(all(feature = "websocket", feature = "zenoh")),
+    allow(dead_code, reason = "certificates are of WebSocket, the rest of Zenoh")
+)]
 pub(crate) struct Means {
     /// Trusted for `wss://`, in place of the system's.
     pub(crate) root_certificates: Option<Vec<u8>>,

@@ -249,7 +249,8 @@ mod tests {
             scouting: { multicast: { enabled: true } },
             transport: { link: { tx: { lease: 5000, queue: { congestion_control: { block: { wait_before_close: -1 } } } } } },
         }"#;
-        let config = Some(file("says.json5", text));
+        let path = file("says.json5", text);
+        let config = Some(path.clone());
         let client = NetworkOptions { config: config.clone(), ..options(&[], &["tcp/mine:1"]) };
         let configured = configure(&client, Purpose::Member).unwrap();
         assert_eq!(configured.connect, ["tcp/router:7447", "tcp/a:1", "tcp/b:1", "tcp/mine:1"]);
@@ -267,7 +268,7 @@ mod tests {
         let configured = configure(&client, Purpose::Look("tcp/only:1")).unwrap();
         assert_eq!(configured.connect, ["tcp/only:1"]);
         assert_eq!(json(&configured, MULTICAST), "false");
-        fs::remove_file(config.unwrap()).unwrap();
+        fs::remove_file(path).unwrap();
     }
 
     #[test]
