@@ -244,6 +244,7 @@ impl PolicyServerBuilder {
     ///
     /// # Errors
     /// [`Error::Declaration`] if the robot's action spec cannot be, or its name on a Zenoh network; [`Error::Start`] if there can be no thread.
+    #[cfg_attr(not(feature = "zenoh"), expect(unused_mut, reason = "only shared memory is decided here"))]
     pub fn build(mut self) -> Result<PolicyServer, Error> {
         #[cfg(feature = "zenoh")]
         if self.options.is_on_zenoh() {
