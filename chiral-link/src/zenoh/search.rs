@@ -14,7 +14,7 @@ use super::{
     network::{Network, NetworkError, NetworkOptions, failed, on_thread},
 };
 
-/// Where a robot of this very host lets others in unless it was told otherwise. One that listens on loopback only is not found by multicast.
+/// Where a robot of this very host lets others in unless it was told otherwise; found even where there is no multicast.
 const THIS_HOST: &str = "tcp/127.0.0.1:7447";
 
 /// A robot that was reached, by one locator.

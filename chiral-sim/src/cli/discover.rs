@@ -23,7 +23,7 @@ pub(crate) struct Arguments {
 const NONE: &str = "\
 no robot was found. One is only if it
   - is on a Zenoh network: chiral-sim serve --zenoh tcp/0.0.0.0:7447, without --no-discovery; over WebSocket alone it is not
-  - lets others in at more than loopback, or is on this host at tcp/127.0.0.1:7447
+  - lets others in at more than loopback, or is on this host
   - is in this network segment, or a router of its network is: multicast (224.0.0.224:7446, UDP) does not pass routers of IP, nor many WLANs and containers
   - can be reached: no firewall before UDP port 7446 and the robot's TCP port, and its certificates, users and access control let us in";
 
