@@ -8,10 +8,12 @@ use chiral_proto::{
 
 use super::word::Word;
 
-/// The most that one put carries, in bytes. Larger messages would hold up a router's other traffic, and are no faster.
-pub(super) const CHUNK: usize = 256 * 1024;
-/// So much, by [`cost`], may have been put without the other side having taken it: eight chunks, or some hundred small frames.
-pub(super) const WINDOW: u64 = 8 * cost(CHUNK);
+/// The most that one put carries, in bytes: four of Zenoh's batches of 64 KiB, with room for what it writes before each. Larger messages would hold up a
+/// router's other traffic, and are no faster.
+pub(super) const CHUNK: usize = 4 * 65_000;
+/// So much, by [`cost`], may have been put without the other side having taken it: four chunks, which Zenoh's queue has just room for, or some hundred small
+/// frames. More would have the sending thread woken for each batch.
+pub(super) const WINDOW: u64 = 4 * cost(CHUNK);
 /// The other side is told after so much; a quarter of the window, so that it never stands still.
 const TELL_AFTER: u64 = WINDOW / 4;
 /// Frames up to this size are not worth the pool's memory.
