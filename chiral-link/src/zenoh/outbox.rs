@@ -290,7 +290,8 @@ mod tests {
             while let Some(put) = outbox.next(CHUNK) {
                 let len = put.payload.iter().map(Bytes::len).sum();
                 assert!(len <= CHUNK);
-                arrived.extend(incoming.take(put.word, len, put.payload.iter().map(|part| &part[..])).unwrap());
+                let taken = incoming.take(put.word, len, put.payload.iter().map(|part| &part[..])).unwrap();
+                arrived.extend(taken.inspect(|_| incoming.received(false)));
                 if let Some(taken) = incoming.tell() {
                     outbox.taken(taken);
                 }
@@ -367,7 +368,8 @@ mod tests {
             while let Some(put) = outbox.next(CHUNK) {
                 let len = put.payload.iter().map(Bytes::len).sum();
                 if let Word::Frame { .. } | Word::Chunk { .. } = put.word {
-                    arrived.extend(incoming.take(put.word, len, put.payload.iter().map(|part| &part[..])).unwrap());
+                    let taken = incoming.take(put.word, len, put.payload.iter().map(|part| &part[..])).unwrap();
+                    arrived.extend(taken.inspect(|_| incoming.received(false)));
                 }
             }
             outbox.taken(outbox.put);
