@@ -1,13 +1,13 @@
 //! What must hold of observations in memory that two processes share: nobody copies them, nobody tears them, and no peer's end costs memory for ever.
 #![allow(clippy::unwrap_used, reason = "helpers of tests, too, fail by panicking")]
 
+mod company;
 mod stand;
 
 use std::{
     env, fs,
     io::{BufRead, BufReader},
-    net::TcpListener,
-    process::{Child, ChildStdout, Command, Stdio},
+    process::{ChildStdout, Command, Stdio},
     sync::{
         Arc,
         atomic::{AtomicBool, Ordering},
@@ -19,11 +19,11 @@ use std::{
 use chiral_client::{Observation, PolicyClient, PolicyClientBuilder};
 use chiral_proto::CameraSpec;
 use chiral_server::{CameraFrame, PolicyServer, Sensors, ServerHandle};
+use company::{GUARD, Process, free_address, until};
 use nalgebra::Matrix3;
+use rustix::process::Signal;
 use stand::{Event, Script, ScriptedRobot};
 
-/// For what must come.
-const GUARD: Duration = Duration::from_secs(20);
 const HEIGHT: usize = 240;
 const WIDTH: usize = 320;
 /// Pixels and depth of two cameras, eight times, are a region; with what Zenoh needs besides.
@@ -41,9 +41,7 @@ struct Painter {
 
 impl Painter {
     fn start() -> Painter {
-        let reserved = TcpListener::bind("127.0.0.1:0").unwrap();
-        let uri = format!("tcp/{}", reserved.local_addr().unwrap());
-        drop(reserved);
+        let uri = format!("tcp/{}", free_address());
         let sensors = Sensors::new(["left", "right"].map(|name| CameraSpec::rgbd(name, HEIGHT, WIDTH)), []).unwrap();
         let (script, is_over) = (Arc::<Script>::default(), Arc::<AtomicBool>::default());
         let builder = PolicyServer::builder(ScriptedRobot(Arc::clone(&script)), sensors.clone());
@@ -121,14 +119,6 @@ fn is_shared(obs: &Observation) -> bool {
     tensors.into_iter().all(|tensor| lies(tensor.data().as_ptr().addr()))
 }
 
-async fn until(what: &str, holds: impl Fn() -> bool) {
-    let began = Instant::now();
-    while !holds() {
-        assert!(began.elapsed() < GUARD, "{what}");
-        tokio::time::sleep(Duration::from_millis(5)).await;
-    }
-}
-
 /// The next observation that has come by reference.
 async fn next_shared(env: &PolicyClient) -> Arc<Observation> {
     let began = Instant::now();
@@ -203,7 +193,7 @@ async fn where_the_room_ends_the_network_takes_over_and_gives_back() {
 
 /// A client that looks at every observation and says what it finds, in a process of its own.
 struct Reader {
-    process: Child,
+    process: Process,
     lines: std::io::Lines<BufReader<ChildStdout>>,
 }
 
@@ -214,8 +204,8 @@ impl Reader {
     fn start(uri: &str) -> Reader {
         let mut command = Command::new(env::current_exe().unwrap());
         command.args(["--exact", "a_readers_process", "--ignored", "--nocapture"]).env(READS, uri);
-        let mut process = command.stdout(Stdio::piped()).spawn().unwrap();
-        let lines = BufReader::new(process.stdout.take().unwrap()).lines();
+        let mut process = Process::spawn(command.stdout(Stdio::piped()));
+        let lines = BufReader::new(process.0.stdout.take().unwrap()).lines();
         Reader { process, lines }
     }
 
@@ -231,16 +221,8 @@ impl Reader {
         assert_eq!(found.as_deref(), Some(word));
     }
 
-    fn signal(&self, signal: &str) {
-        let pid = self.process.id().to_string();
-        assert!(Command::new("sh").args(["-c", &format!("kill -{signal} {pid}")]).status().unwrap().success());
-    }
-}
-
-impl Drop for Reader {
-    fn drop(&mut self) {
-        let _ = self.process.kill();
-        let _ = self.process.wait();
+    fn signal(&self, signal: Signal) {
+        self.process.signal(signal);
     }
 }
 
@@ -298,14 +280,14 @@ async fn a_reader_stopped_for_5_s_reads_whole_observations_or_an_error() {
     let painter = Painter::start();
     let mut reader = Reader::start(&painter.uri);
     reader.until("shared");
-    reader.signal("STOP");
+    reader.signal(Signal::STOP);
     let stopped = Instant::now();
     until("the robot's side notices", || painter.script.events().contains(&Event::Disconnected)).await;
     // Other readers use what the server shares meanwhile.
     let mut other = Reader::start(&painter.uri);
     other.until("shared");
     tokio::time::sleep(Duration::from_secs(5).saturating_sub(stopped.elapsed())).await;
-    reader.signal("CONT");
+    reader.signal(Signal::CONT);
     let mut words: Vec<String> = std::iter::from_fn(|| reader.next()).collect();
     assert!(!words.iter().any(|word| word.starts_with("torn")), "{words:?}");
     assert!(words.pop().is_some_and(|last| last.starts_with("ended")), "the session was lost meanwhile");
@@ -318,9 +300,9 @@ async fn a_reader_stopped_for_a_second_goes_on() {
     let mut reader = Reader::start(&painter.uri);
     reader.until("shared");
     let before = painter.handle.stats().shared_memory;
-    reader.signal("STOP");
+    reader.signal(Signal::STOP);
     tokio::time::sleep(Duration::from_millis(1200)).await;
-    reader.signal("CONT");
+    reader.signal(Signal::CONT);
     // What did not arrive in time comes by the network, and then shared memory is asked for anew.
     until("references again", || painter.handle.stats().shared_memory.by_reference > before.by_reference + 50).await;
     reader.until("shared");
