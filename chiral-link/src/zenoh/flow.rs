@@ -11,13 +11,10 @@ use super::word::Word;
 /// The most that one put carries, in bytes: four of Zenoh's batches of 64 KiB, with room for what it writes before each. Larger messages would hold up a
 /// router's other traffic, and are no faster.
 pub(super) const CHUNK: usize = 4 * 65_000;
-/// So much, by [`cost`], may have been put without the other side having taken it: four chunks, or some hundred small frames. Zenoh's queue has room for as
-/// much; with more, it would wake the sending thread for each batch, which costs more than the batch.
-pub(super) const WINDOW: u64 = 4 * cost(CHUNK);
+/// So much, by [`cost`], may have been put without the other side having taken it: eight chunks, or some hundred small frames.
+pub(super) const WINDOW: u64 = 8 * cost(CHUNK);
 /// The other side is told after so much: half of the window, since each time costs both sides several changes of thread.
 const TELL_AFTER: u64 = WINDOW / 2;
-/// While so many frames wait for their receiver, nothing more counts as taken.
-const MAX_WAITING: usize = 2;
 /// Frames up to this size are not worth the pool's memory.
 const SMALL: usize = 4 * 1024;
 
@@ -34,12 +31,7 @@ pub(super) struct Incoming {
     /// Frames that have arrived.
     arrived: u64,
     partial: Option<Partial>,
-    /// Frames that are complete, and not received yet.
-    waiting: usize,
-    /// One of them came by reference.
-    is_referred_to: bool,
-    /// What came by the network, how much of it was taken, and how much of that the other side knows.
-    came: u64,
+    /// What was taken, and how much of it the other side knows.
     taken: u64,
     told: u64,
 }
@@ -53,7 +45,7 @@ struct Partial {
 
 impl Incoming {
     pub(super) fn new(max_frame: usize, pool: Pool) -> Incoming {
-        Incoming { max_frame, pool, arrived: 0, partial: None, waiting: 0, is_referred_to: false, came: 0, taken: 0, told: 0 }
+        Incoming { max_frame, pool, arrived: 0, partial: None, taken: 0, told: 0 }
     }
 
     /// Takes a frame or chunk, whose payload of `len` bytes comes in slices; returns the frame that it completes.
@@ -63,22 +55,7 @@ impl Incoming {
         len: usize,
         slices: impl Iterator<Item = &'a [u8]>,
     ) -> Result<Option<Frame>, TransportError> {
-        self.came += cost(len);
-        if self.came - self.taken > WINDOW {
-            return Err(violation("no more than the window allows", format!("{} bytes", self.came - self.taken)));
-        }
-        let taken = self.assemble(word, len, slices)?;
-        self.waiting += usize::from(taken.is_some());
-        self.count();
-        Ok(taken)
-    }
-
-    fn assemble<'a>(
-        &mut self,
-        word: Word,
-        len: usize,
-        slices: impl Iterator<Item = &'a [u8]>,
-    ) -> Result<Option<Frame>, TransportError> {
+        self.taken += cost(len);
         let (number, offset, total) = match word {
             Word::Frame { number } => (number, 0, len as u64),
             Word::Chunk { number, offset, total } => (number, offset, total),
@@ -123,26 +100,8 @@ impl Incoming {
         if self.partial.is_some() {
             return Err(violation("the rest of a frame", "another one"));
         }
-        if self.is_referred_to {
-            return Err(violation("one reference at a time", "another one"));
-        }
         self.arrived += 1;
-        self.waiting += 1;
-        self.is_referred_to = true;
         Ok(Some(frame))
-    }
-
-    /// A frame was received, that came by reference or by the network.
-    pub(super) fn received(&mut self, is_reference: bool) {
-        self.waiting -= 1;
-        self.is_referred_to &= !is_reference;
-        self.count();
-    }
-
-    fn count(&mut self) {
-        if self.waiting < MAX_WAITING {
-            self.taken = self.came;
-        }
     }
 
     /// Whether this is the next frame, and not one that has arrived.
@@ -242,8 +201,6 @@ mod tests {
         let segments = |len| vec![Bytes::from_static(b"head"), Bytes::from(vec![0; len])];
         assert_eq!(incoming.take_reference(1, segments(50)).unwrap().map(|frame| frame.len()), Some(54));
         assert_eq!(incoming.take_reference(1, segments(50)).unwrap(), None, "it has arrived already");
-        assert!(incoming.take_reference(2, segments(50)).unwrap_err().to_string().contains("one reference at a time"));
-        incoming.received(true);
         assert!(incoming.take_reference(3, segments(50)).unwrap_err().to_string().contains("without a gap"));
         assert!(incoming.take_reference(2, segments(97)).unwrap_err().to_string().contains("within the limit"));
         let chunk = Word::Chunk { number: 2, offset: 0, total: 100 };
@@ -257,23 +214,9 @@ mod tests {
         let (mut told, mut put) = (0, 0);
         for number in 1..10_000 {
             incoming.take(Word::Frame { number }, 1, [&[1_u8][..]].into_iter()).unwrap();
-            incoming.received(false);
             put += cost(1);
             told = incoming.tell().unwrap_or(told);
             assert!(put - told + cost(CHUNK) <= WINDOW);
         }
-    }
-
-    #[test]
-    fn what_nobody_receives_is_not_taken_and_more_than_the_window_is_refused() {
-        let mut incoming = Incoming::new(1 << 20, Pool::new(0));
-        let mut put = 0;
-        let refused = (1..).find_map(|number| {
-            put += cost(1);
-            incoming.take(Word::Frame { number }, 1, [&[1_u8][..]].into_iter()).err()
-        });
-        assert!(refused.unwrap().to_string().contains("window"));
-        assert!((WINDOW..=WINDOW + 3 * cost(1)).contains(&put), "{put} of {WINDOW}");
-        assert_eq!(incoming.tell(), None);
     }
 }

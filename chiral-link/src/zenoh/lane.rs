@@ -4,7 +4,7 @@ use std::{
     fmt,
     sync::{
         Arc, Condvar, Mutex as StdMutex, MutexGuard, PoisonError,
-        atomic::{AtomicBool, Ordering},
+        atomic::{AtomicBool, AtomicU64, Ordering},
     },
     thread,
     time::{Duration, Instant},
@@ -29,7 +29,7 @@ use zenoh::{
 };
 
 use super::{
-    flow::{Incoming, violation},
+    flow::{Incoming, WINDOW, cost, violation},
     network::{Network, NetworkError, cause, failed},
     outbox::{Outbox, Path, Put},
     shared::{SharedMemory, is_seen, segments},
@@ -93,7 +93,7 @@ pub struct ZenohOptions {
 
 /// Frames on two keys of a Zenoh network, one for each direction.
 pub struct ZenohTransport {
-    inbox: Mutex<mpsc::UnboundedReceiver<Event>>,
+    inbox: Mutex<Inbox>,
     /// Held by who sends.
     turn: Mutex<()>,
     shared: Arc<Shared>,
@@ -106,10 +106,14 @@ pub struct ZenohTransport {
     _network: Network,
 }
 
-/// What came: frames, of which the window bounds how many, and one end.
+struct Inbox {
+    events: mpsc::UnboundedReceiver<Event>,
+    incoming: Incoming,
+}
+
+/// What came. As much waits as the window allows, and one end.
 enum Event {
-    /// With its number, if it came by reference.
-    Frame(Frame, Option<u64>),
+    Put { word: Word, payload: ZBytes },
     Closed,
     Broken(TransportError),
 }
@@ -122,7 +126,8 @@ struct Shared {
     work: StdMutex<Work>,
     changed: Condvar,
     progress: watch::Sender<Progress>,
-    incoming: StdMutex<Incoming>,
+    /// What came and was not taken yet, as `cost` counts.
+    queued: AtomicU64,
     /// The last event was told.
     is_over: AtomicBool,
 }
@@ -175,7 +180,7 @@ impl ZenohTransport {
             work: StdMutex::default(),
             changed: Condvar::new(),
             progress: watch::Sender::new(Progress::default()),
-            incoming: StdMutex::new(Incoming::new(options.max_frame, options.pool)),
+            queued: AtomicU64::new(0),
             is_over: AtomicBool::new(false),
         });
         let key = keys::frames(robot, connection, end.other());
@@ -192,7 +197,7 @@ impl ZenohTransport {
         let name = format!("chiral-{}", kind.word());
         thread::Builder::new().name(name).spawn(move || putting.put_all()).map_err(NetworkError::Thread)?;
         Ok(ZenohTransport {
-            inbox: Mutex::new(events),
+            inbox: Mutex::new(Inbox { events, incoming: Incoming::new(options.max_frame, options.pool) }),
             turn: Mutex::default(),
             shared,
             codec: options.codec,
@@ -241,25 +246,30 @@ impl Transport for ZenohTransport {
     }
 
     async fn recv(&self) -> Result<Option<Frame>, TransportError> {
-        let event = self.inbox.lock().await.recv().await;
-        let (frame, reference) = match event {
-            Some(Event::Frame(frame, reference)) => (frame, reference),
-            Some(Event::Closed) => return Ok(None),
-            Some(Event::Broken(error)) => return Err(error),
-            None => return Err(TransportError::lost("the Zenoh session is closed")),
-        };
-        let taken = {
-            let mut incoming = self.shared.incoming();
-            incoming.received(reference.is_some());
-            incoming.tell()
-        };
-        {
-            let outbox = &mut self.shared.lock().outbox;
-            reference.into_iter().for_each(|number| outbox.tell_mapped(number));
-            taken.into_iter().for_each(|taken| outbox.tell(taken));
+        let mut inbox = self.inbox.lock().await;
+        loop {
+            let (word, payload) = match inbox.events.recv().await {
+                Some(Event::Put { word, payload }) => (word, payload),
+                Some(Event::Closed) => return Ok(None),
+                Some(Event::Broken(error)) => return Err(error),
+                None => return Err(TransportError::lost("the Zenoh session is closed")),
+            };
+            self.shared.queued.fetch_sub(load(word, &payload), Ordering::Relaxed);
+            let frame = if let Word::Reference { number } = word {
+                let frame = inbox.incoming.take_reference(number, segments(&payload))?;
+                self.shared.lock().outbox.tell_mapped(number);
+                frame
+            } else {
+                inbox.incoming.take(word, payload.len(), payload.slices())?
+            };
+            if let Some(taken) = inbox.incoming.tell() {
+                self.shared.lock().outbox.tell(taken);
+            }
+            self.shared.flush();
+            if frame.is_some() {
+                return Ok(frame);
+            }
         }
-        self.shared.flush();
-        Ok(Some(frame))
     }
 
     async fn close(&self) {
@@ -313,10 +323,6 @@ impl Shared {
 
     fn lock(&self) -> MutexGuard<'_, Work> {
         self.work.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    fn incoming(&self) -> MutexGuard<'_, Incoming> {
-        self.incoming.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     async fn until(&self, holds: impl Fn(&Progress) -> bool) {
@@ -455,6 +461,11 @@ impl Shared {
     }
 }
 
+/// What a put that waits counts, as [`cost`] does: a reference weighs nothing.
+fn load(word: Word, payload: &ZBytes) -> u64 {
+    if matches!(word, Word::Reference { .. }) { cost(0) } else { cost(payload.len()) }
+}
+
 /// What Zenoh's own threads call; it never waits.
 struct Ear {
     /// What is heard on any other key was put on several at once, and is nothing of ours.
@@ -491,32 +502,13 @@ impl Ear {
         }
     }
 
-    /// Part of a frame is put in its place at once: that wakes nobody, and the bytes have just been read.
     fn put(&self, word: Word, payload: &ZBytes) {
-        let (taken, told) = {
-            let mut incoming = self.shared.incoming();
-            let taken = match word {
-                Word::Reference { number } => {
-                    incoming.take_reference(number, segments(payload)).map(|frame| (frame, Some(number)))
-                }
-                word => incoming.take(word, payload.len(), payload.slices()).map(|frame| (frame, None)),
-            };
-            (taken, incoming.tell())
-        };
-        match taken {
-            Ok((Some(frame), reference)) => self.tell(Event::Frame(frame, reference)),
-            // It has come by the network meanwhile, and needs no answer.
-            Ok((None, _)) => {}
-            Err(error) => self.tell(Event::Broken(error)),
-        }
-        let Some(told) = told else { return };
-        match self.end {
-            // To wake a thread for it would hold up the other side. A client sends nothing large, so there is room for it in Zenoh's queue.
-            End::Client => {
-                self.shared.lock().outbox.tell(told);
-                self.shared.flush();
-            }
-            End::Server => self.shared.work(|work| work.outbox.tell(told)),
+        let load = load(word, payload);
+        let queued = self.shared.queued.fetch_add(load, Ordering::Relaxed).saturating_add(load);
+        if queued <= WINDOW {
+            self.tell(Event::Put { word, payload: payload.clone() });
+        } else {
+            self.tell(Event::Broken(violation("no more than the window allows", format!("{queued} bytes"))));
         }
     }
 
@@ -536,7 +528,7 @@ impl Ear {
     /// Nothing follows an end, so that no flood of them fills the memory.
     fn tell(&self, event: Event) {
         let is_over = match event {
-            Event::Frame(..) => self.shared.is_over.load(Ordering::Acquire),
+            Event::Put { .. } => self.shared.is_over.load(Ordering::Acquire),
             Event::Closed | Event::Broken(_) => self.shared.is_over.swap(true, Ordering::AcqRel),
         };
         if !is_over {
