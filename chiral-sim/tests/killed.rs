@@ -59,13 +59,13 @@ async fn the_server_is_stopped_the_next_call_fails_and_nothing_hangs() {
 
 async fn check_server_of_each_transport(fate: Fate) {
     let address = free_address();
-    check_server(fate, ["--bind", &address], &format!("ws://{address}")).await;
+    check_server(fate, &["--bind", &address], &format!("ws://{address}")).await;
     let locator = format!("tcp/{}", free_address());
-    check_server(fate, ["--zenoh", &locator], &locator).await;
+    check_server(fate, &["--zenoh", &locator, "--no-discovery"], &locator).await;
 }
 
-async fn check_server(fate: Fate, listen: [&str; 2], uri: &str) {
-    let arguments = [&["serve"], &listen[..], &["--width", "64", "--height", "48", "--quiet"]].concat();
+async fn check_server(fate: Fate, listen: &[&str], uri: &str) {
+    let arguments = [&["serve"], listen, &["--width", "64", "--height", "48", "--quiet"]].concat();
     let mut server = Process::start(&arguments);
     let builder = || PolicyClient::builder(uri).quiet().deadline(GUARD).silence_limit(silence_limit(uri));
     let env = builder().connect().await.unwrap();
@@ -118,7 +118,7 @@ async fn check_client_of_each_transport(fate: Fate) {
     let bind: std::net::SocketAddr = address.parse().unwrap();
     check_client(fate, |builder| builder.bind(bind), &format!("ws://{address}")).await;
     let locator = format!("tcp/{}", free_address());
-    check_client(fate, |builder| builder.listen_zenoh(&locator), &locator).await;
+    check_client(fate, |builder| builder.listen_zenoh(&locator).discovery(false), &locator).await;
 }
 
 async fn check_client(fate: Fate, listen: impl FnOnce(PolicyServerBuilder) -> PolicyServerBuilder, uri: &str) {

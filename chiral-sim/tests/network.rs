@@ -264,7 +264,8 @@ fn mutual_tls_lets_those_in_who_have_a_certificate() {
     let config = example("tls.json5");
     let config = config.to_str().unwrap();
     let _router = Process::router(&router, "router-tls.json5", &[&listen_tls, &listen_quic]);
-    let serve = ["serve", "--zenoh-config", config, "--zenoh", &listen_own, "--zenoh-join", &tls, "--name", "arm"];
+    let serve =
+        ["serve", "--zenoh-config", config, "--zenoh", &listen_own, "--zenoh-join", &tls, "--name", "arm", "--no-discovery"];
     let _arm =
         Process::start(&arm, &[&serve[..], &["--width", "160", "--height", "120"]].concat(), "serving robot \"arm\" on Zenoh");
 
@@ -292,7 +293,7 @@ fn mutual_tls_lets_those_in_who_have_a_certificate() {
 async fn a_unix_socket_is_an_address() {
     let scratch = Scratch::new("unix");
     let locator = format!("unixsock-stream/{}", scratch.0.join("robot.sock").display());
-    let (_arm, _serving) = serve("arm", |builder| builder.listen_zenoh(&locator));
+    let (_arm, _serving) = serve("arm", |builder| builder.listen_zenoh(&locator).discovery(false));
     check_drives(builder(&locator), "arm").await;
 }
 
@@ -323,7 +324,7 @@ fn a_second_robot_of_a_name_is_told_who_has_it() {
     let scratch = Scratch::new("names");
     let locator = format!("tcp/{}", free_address());
     let small = ["--name", "arm", "--width", "8", "--height", "8"];
-    let first = [&["serve", "--zenoh", &locator], &small[..]].concat();
+    let first = [&["serve", "--zenoh", &locator, "--no-discovery"], &small[..]].concat();
     let _first = Process::start(&scratch.0, &first, "serving robot \"arm\" on Zenoh");
     let (output, said) = run(&scratch.0, &[&["serve", "--zenoh-join", &locator], &small[..]].concat());
     let host = keys::robot_of_host(fs::read_to_string("/proc/sys/kernel/hostname").unwrap().trim());

@@ -45,7 +45,7 @@ impl Painter {
         let sensors = Sensors::new(["left", "right"].map(|name| CameraSpec::rgbd(name, HEIGHT, WIDTH)), []).unwrap();
         let (script, is_over) = (Arc::<Script>::default(), Arc::<AtomicBool>::default());
         let builder = PolicyServer::builder(ScriptedRobot(Arc::clone(&script)), sensors.clone());
-        let server = builder.name("painter").listen_zenoh(&uri).build().unwrap();
+        let server = builder.name("painter").listen_zenoh(&uri).discovery(false).build().unwrap();
         let handle = server.handle();
         tokio::spawn(server.serve());
         let over = Arc::clone(&is_over);

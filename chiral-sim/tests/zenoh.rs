@@ -32,7 +32,7 @@ fn serve(name: &str, listen: Option<&str>, join: Option<&str>) -> (Stand, Servin
 fn serve_pixels(name: &str, listen: Option<&str>, join: Option<&str>, height: usize, width: usize) -> (Stand, Serving) {
     let stand = Stand::with(Arc::default(), height, width, |builder| {
         let builder = builder.name(name);
-        let builder = if let Some(locator) = listen { builder.listen_zenoh(locator) } else { builder };
+        let builder = if let Some(locator) = listen { builder.listen_zenoh(locator).discovery(false) } else { builder };
         if let Some(locator) = join { builder.join_zenoh(locator) } else { builder }
     });
     let serving = tokio::spawn(stand.server.clone().serve());
@@ -112,7 +112,7 @@ async fn the_blocking_client_is_the_same() {
 #[tokio::test]
 async fn websocket_and_zenoh_serve_the_same_robot() {
     let uri = free();
-    let stand = Stand::with(Arc::default(), 8, 8, |builder| builder.name("arm").listen_zenoh(&uri));
+    let stand = Stand::with(Arc::default(), 8, 8, |builder| builder.name("arm").listen_zenoh(&uri).discovery(false));
     let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
     let websocket = format!("ws://{}", listener.local_addr().unwrap());
     let serving = tokio::spawn(stand.server.clone().serve_on(listener));

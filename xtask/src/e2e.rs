@@ -72,7 +72,9 @@ const LINKS: &[Link] = &[
         reported: "zenoh-tcp",
         is_routed: false,
         logged: None,
-        serve: |address| vec!["--zenoh".to_owned(), format!("tcp/{address}"), "--no-shared-memory".to_owned()],
+        serve: |address| {
+            vec!["--zenoh".to_owned(), format!("tcp/{address}"), "--no-discovery".to_owned(), "--no-shared-memory".to_owned()]
+        },
         uri: |address| format!("tcp/{address}"),
     },
     Link {
@@ -81,7 +83,7 @@ const LINKS: &[Link] = &[
         reported: "zenoh-tcp",
         is_routed: false,
         logged: Some("travel by shared memory"),
-        serve: |address| vec!["--zenoh".to_owned(), format!("tcp/{address}")],
+        serve: |address| vec!["--zenoh".to_owned(), format!("tcp/{address}"), "--no-discovery".to_owned()],
         uri: |address| format!("tcp/{address}"),
     },
     Link {

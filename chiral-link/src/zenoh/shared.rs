@@ -100,12 +100,6 @@ impl SharedMemory {
         Ok(SharedMemory { inner: Arc::new(inner) })
     }
 
-    /// Bytes of a region.
-    #[expect(clippy::len_without_is_empty, reason = "it never is")]
-    pub fn len(&self) -> usize {
-        self.inner.len
-    }
-
     /// For a pool to lend, as long as this is there.
     pub fn memory(&self) -> Arc<dyn Memory> {
         Arc::clone(&self.inner) as Arc<dyn Memory>

@@ -25,7 +25,7 @@ pub(crate) fn run(workload: Workload) -> Result<()> {
     let arrivals = Arrivals::default();
     let (zenoh, zenoh_query) = (query::free_address()?, query::free_address()?);
     let server = PolicyServer::builder(Noting(Arc::clone(&arrivals)), prepared.sensors.clone()).name("bench");
-    let server = server.listen_zenoh(format!("tcp/{zenoh}")).build()?;
+    let server = server.listen_zenoh(format!("tcp/{zenoh}")).discovery(false).build()?;
     // Now that there is shared memory for the pictures to lie in.
     prepared.prepare()?;
     let bytes = prepared.observed_bytes()?;
