@@ -258,14 +258,14 @@ fn mutual_tls_lets_those_in_who_have_a_certificate() {
     theirs.give(&mallory, "alice", "me", &ours);
 
     let [tls, quic, own] = [(); 3].map(|()| free_address());
-    let [listen_tls, listen_quic, listen_own] = [format!("tls/{tls}"), format!("quic/{quic}"), format!("tls/{own}")];
+    let [listen_tls, listen_quic, listen_own] = [format!("tls/{tls}"), format!("quic/{quic}"), format!("quic/{own}")];
     // The name in the certificates.
     let [tls, quic, own] = [&listen_tls, &listen_quic, &listen_own].map(|listen| listen.replace("127.0.0.1", "localhost"));
     let config = example("tls.json5");
     let config = config.to_str().unwrap();
     let _router = Process::router(&router, "router-tls.json5", &[&listen_tls, &listen_quic]);
     let serve =
-        ["serve", "--zenoh-config", config, "--zenoh", &listen_own, "--zenoh-join", &tls, "--name", "arm", "--no-discovery"];
+        ["serve", "--zenoh-config", config, "--zenoh", &listen_own, "--zenoh-join", &quic, "--name", "arm", "--no-discovery"];
     let _arm =
         Process::start(&arm, &[&serve[..], &["--width", "160", "--height", "120"]].concat(), "serving robot \"arm\" on Zenoh");
 
@@ -274,18 +274,22 @@ fn mutual_tls_lets_those_in_who_have_a_certificate() {
         run(directory, &[&arguments[..], config].concat())
     };
     let with_certificate = ["--zenoh-config", config];
-    for uri in [&tls, &quic, &own] {
+    for uri in [&quic, &own] {
         let (output, said) = policy(&alice, uri, &with_certificate, "20");
-        assert!(output.status.success(), "{uri}: {said}");
+        assert!(output.status.success() && !said.contains("WARN"), "{uri}: {said}");
     }
+    // Zenoh's tls/ breaks off once in a few dozen sessions, which is why it is warned of.
+    let tries: Vec<_> = (0..3).map(|_| policy(&alice, &tls, &with_certificate, "20")).collect();
+    assert!(tries.iter().any(|(output, _)| output.status.success()), "{tries:?}");
+    assert!(tries.iter().all(|(_, said)| said.contains("not sound")), "{tries:?}");
     for (directory, config) in [(&mallory, &with_certificate[..]), (&alice, &[])] {
-        for uri in [&tls, &own] {
-            let (output, said) = policy(directory, uri, config, "5");
-            assert!(!output.status.success() && said.contains("not let into the Zenoh network at"), "{uri}: {said}");
-        }
+        let (output, said) = policy(directory, &tls, config, "5");
+        assert!(!output.status.success() && said.contains("not let into the Zenoh network at"), "{said}");
         // QUIC does not tell a refusal from nobody's being there.
-        let (output, said) = policy(directory, &quic, config, "3");
-        assert!(!output.status.success() && said.contains("no server at quic/localhost"), "{said}");
+        for uri in [&quic, &own] {
+            let (output, said) = policy(directory, uri, config, "3");
+            assert!(!output.status.success() && said.contains("no server at quic/localhost"), "{said}");
+        }
     }
 }
 

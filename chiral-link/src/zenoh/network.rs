@@ -6,7 +6,7 @@ use std::{
     mem::ManuallyDrop,
     net::{TcpStream, ToSocketAddrs},
     path::PathBuf,
-    sync::Arc,
+    sync::{Arc, Once},
     thread,
     time::{Duration, Instant},
 };
@@ -28,6 +28,11 @@ const CLOSE_LIMIT: Duration = Duration::from_secs(1);
 pub(super) const LOOK_LIMIT: Duration = Duration::from_secs(1);
 /// For a glance at whether anybody listens.
 const GLANCE_LIMIT: Duration = Duration::from_millis(500);
+
+/// One thread writes and another reads the one TLS state of such a connection, without a lock: <https://github.com/eclipse-zenoh/zenoh/issues/2557>.
+const UNSOUND: &str = "tls/";
+/// It was said, since attempts to connect are many.
+static WARNED: Once = Once::new();
 
 /// How a network is joined: by Zenoh locators such as `tcp/0.0.0.0:7447`.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -166,7 +171,16 @@ impl Network {
             tracing::info!("no shared memory, so observations travel by the network: {error}");
             options.shared_memory = false;
         }
-        Network::enter(configure(&options, Purpose::Member)?).await
+        let configured = configure(&options, Purpose::Member)?;
+        if [&configured.listen, &configured.connect].into_iter().flatten().any(|locator| locator.starts_with(UNSOUND)) {
+            WARNED.call_once(|| {
+                tracing::warn!(
+                    "Zenoh's connections by {UNSOUND} are not sound: they break off, and may damage memory, under traffic both ways \
+                     (eclipse-zenoh/zenoh#2557); quic/ takes the same certificates"
+                );
+            });
+        }
+        Network::enter(configured).await
     }
 
     pub(super) async fn enter(Configured { config, listen, connect }: Configured) -> Result<Network, NetworkError> {
