@@ -65,7 +65,10 @@ impl Figures {
             let naive = self.find(*cores, measured, &measured.workload, &["naive"]);
             let asked = self.find(*cores, measured, &measured.workload, &["asked"]);
             let idle = self.find(*cores, measured, "idle", &["chiral"]).filter(|_| measured.workload != "idle");
-            let query = self.find(*cores, measured, &measured.workload, &["zenoh_query"]);
+            let [query, put] = ["zenoh_query", "zenoh_put"].map(|name| {
+                let found = self.find(*cores, measured, &measured.workload, &[name]);
+                found.map(|spread| (name, spread))
+            });
             let row = |name: &str, against: Option<(&'static str, Spread)>| Row {
                 row: name.to_owned(),
                 workload: measured.workload.clone(),
@@ -89,7 +92,8 @@ impl Figures {
                         .map(|(name, spread)| spread.map(|spread| (name, spread)));
                     (&measured.row, vec![raw, naive, asked, idle])
                 }
-                "zenoh_tcp" | "zenoh_shm" => (&of_path, vec![raw, query.map(|spread| ("zenoh_query", spread))]),
+                "zenoh_tcp" => (&of_path, vec![raw, query, put]),
+                "zenoh_shm" => (&of_path, vec![raw, query]),
                 _ => (&of_path, vec![raw]),
             };
             let before = rows.len();
@@ -153,17 +157,19 @@ mod tests {
     }
 
     #[test]
-    fn zenoh_stands_against_raw_tcp_and_against_a_bare_query() {
+    fn zenoh_stands_against_raw_tcp_and_against_bare_zenoh() {
         let mut figures = Figures::default();
-        let paths = [("raw_tokio", 2.0), ("zenoh_query", 4.0), ("zenoh_tcp", 5.0)];
+        let paths = [("raw_tokio", 2.0), ("zenoh_query", 4.0), ("zenoh_put", 2.5), ("zenoh_tcp", 5.0)];
         figures.add(Cores::Two, paths.iter().map(|(path, ms)| measured("S", path, &[*ms])).collect());
         let rows = figures.rows();
         let told: Vec<_> = rows.iter().map(|row| (&*row.row, row.against, row.ratio)).collect();
         let expected = [
             ("get_obs.raw_tokio", Some("raw_tcp"), Some(1.0)),
             ("get_obs.zenoh_query", Some("raw_tcp"), Some(2.0)),
+            ("get_obs.zenoh_put", Some("raw_tcp"), Some(1.25)),
             ("get_obs.zenoh_tcp", Some("raw_tcp"), Some(2.5)),
             ("get_obs.zenoh_tcp", Some("zenoh_query"), Some(1.25)),
+            ("get_obs.zenoh_tcp", Some("zenoh_put"), Some(2.0)),
         ];
         assert_eq!(told, expected);
     }

@@ -25,7 +25,7 @@ pub(crate) struct Host {
 pub(crate) struct Cameras {
     /// They publish at this rate; at 0, not at all.
     pub(crate) hz: f64,
-    /// Into fresh buffers, as cameras do. What is published otherwise was drawn before, and costs nothing.
+    /// Those of the robot on Zenoh, into fresh buffers, as cameras do. The other robot's publish what was drawn before, which costs nothing.
     pub(crate) draw: bool,
 }
 
@@ -93,6 +93,7 @@ impl Control {
             chiral: address("chiral")?,
             zenoh: address("zenoh")?,
             zenoh_query: address("zenoh_query")?,
+            zenoh_put: address("zenoh_put")?,
         })
     }
 

@@ -8,7 +8,7 @@ use crate::control::Control;
 use crate::server::{About, Path};
 use crate::sheet::{Sheet, percentile};
 use crate::usage::Usage;
-use crate::{naive, query, raw};
+use crate::{naive, put, query, raw};
 
 /// One way to ask, and what a round of it gave, each.
 struct Way {
@@ -49,11 +49,13 @@ pub(crate) fn run(control: &mut Control, about: &About, sheet: &Sheet, rounds: u
     let mut tokio = raw::Tokio::connect(about.raw_tokio, about.bytes)?;
     let mut naive = naive::Client::connect(about.naive, about.bytes)?;
     let mut query = query::Client::connect(about.zenoh_query, about.bytes)?;
+    let mut put = put::Client::connect(about.zenoh_put, about.bytes)?;
     let mut ways = vec![
         Way::new("raw_blocking", move || blocking.ask()),
         Way::new("raw_tokio", move || tokio.ask()),
         Way::new("naive", move || naive.ask()),
         Way::new("zenoh_query", move || query.ask()),
+        Way::new("zenoh_put", move || put.ask()),
     ];
     let mut clients = Vec::new();
     for path in Path::ALL {

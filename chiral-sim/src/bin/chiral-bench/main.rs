@@ -8,6 +8,7 @@ mod get_obs;
 mod held;
 mod micro;
 mod naive;
+mod put;
 mod query;
 mod raw;
 mod server;

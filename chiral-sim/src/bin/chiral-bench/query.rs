@@ -50,14 +50,15 @@ impl Client {
     }
 }
 
-/// Defaults otherwise; but nobody is looked for, and no memory shared.
-fn open(mode: &str, end: &str, address: SocketAddr) -> Result<Session> {
+/// Nobody is looked for, no memory is shared, and the queue is as long as Chiral's; defaults otherwise.
+pub(crate) fn open(mode: &str, end: &str, address: SocketAddr) -> Result<Session> {
     let mut config = Config::default();
     let settings = [
         ("mode", format!("{mode:?}")),
         (end, format!("[\"tcp/{address}\"]")),
         ("scouting/multicast/enabled", "false".to_owned()),
         ("transport/shared_memory/enabled", "false".to_owned()),
+        ("transport/link/tx/queue/size/data", "16".to_owned()),
     ];
     for (key, value) in settings {
         config.insert_json5(key, &value).map_err(failed)?;
@@ -65,6 +66,6 @@ fn open(mode: &str, end: &str, address: SocketAddr) -> Result<Session> {
     zenoh::open(config).wait().map_err(failed)
 }
 
-fn failed(error: zenoh::Error) -> anyhow::Error {
+pub(crate) fn failed(error: zenoh::Error) -> anyhow::Error {
     anyhow!("zenoh: {error}")
 }

@@ -14,23 +14,26 @@ use serde_json::json;
 
 use crate::control::{self, Cameras, Host};
 use crate::workload::{Arrivals, Noting, Prepared, Workload};
-use crate::{naive, query, raw};
+use crate::{naive, put, query, raw};
 
 /// No part of a bench takes so long; a server that was forgotten ends by itself.
 const LIFETIME: Duration = Duration::from_secs(900);
 
 /// Serves until it is killed. Prints where the control connection is.
 pub(crate) fn run(workload: Workload) -> Result<()> {
-    let mut prepared = Prepared::new(workload)?;
+    // Two robots, since the pictures of one that is on Zenoh lie in shared memory, whose pages are small.
+    let (mut heap, mut shared) = (Prepared::new(workload)?, Prepared::new(workload)?);
     let arrivals = Arrivals::default();
-    let (zenoh, zenoh_query) = (query::free_address()?, query::free_address()?);
-    let server = PolicyServer::builder(Noting(Arc::clone(&arrivals)), prepared.sensors.clone()).name("bench");
-    let server = server.listen_zenoh(format!("tcp/{zenoh}")).discovery(false).build()?;
+    let [zenoh, zenoh_query, zenoh_put] = [query::free_address()?, query::free_address()?, query::free_address()?];
+    let server = PolicyServer::builder(Noting(Arc::clone(&arrivals)), heap.sensors.clone()).name("bench").build()?;
+    let on_zenoh = PolicyServer::builder(Noting(Arc::default()), shared.sensors.clone()).name("bench");
+    let on_zenoh = on_zenoh.listen_zenoh(format!("tcp/{zenoh}")).discovery(false).build()?;
     // Now that there is shared memory for the pictures to lie in.
-    prepared.prepare()?;
-    let bytes = prepared.observed_bytes()?;
+    heap.prepare()?;
+    shared.prepare()?;
+    let bytes = heap.observed_bytes()?;
     let reply = Bytes::from(vec![1; bytes]);
-    let _answering = query::serve(zenoh_query, &reply)?;
+    let _answering = (query::serve(zenoh_query, &reply)?, put::serve(zenoh_put, &reply)?);
 
     let (blocking, tokio, axum) = (raw::listen()?, raw::listen()?, raw::listen()?);
     // Chiral's is as every user's: what suits loopback, it must find out by itself.
@@ -39,6 +42,7 @@ pub(crate) fn run(workload: Workload) -> Result<()> {
     let about = json!({
         "workload": workload.to_string(), "bytes": bytes, "raw_blocking": address(&blocking)?, "raw_tokio": address(&tokio)?,
         "naive": address(&axum)?, "chiral": address(&chiral)?, "zenoh": zenoh, "zenoh_query": zenoh_query,
+        "zenoh_put": zenoh_put,
     });
 
     let reply_by = |serve: fn(TcpListener, &Bytes) -> Result<()>, listener| {
@@ -48,11 +52,12 @@ pub(crate) fn run(workload: Workload) -> Result<()> {
     reply_by(raw::serve_blocking, blocking);
     reply_by(raw::serve_tokio, tokio);
     reply_by(naive::serve, axum);
-    thread::spawn(move || serve_chiral(server, chiral));
+    thread::spawn(move || runtime()?.block_on(async { Ok::<_, anyhow::Error>(server.serve_on(raw::from_std(chiral)?).await?) }));
+    thread::spawn(move || runtime()?.block_on(async { Ok::<_, anyhow::Error>(on_zenoh.serve_zenoh().await?) }));
 
     let cameras = Arc::new(Mutex::new(Cameras::OFF));
     let publisher = Arc::clone(&cameras);
-    thread::spawn(move || publish(prepared, &publisher));
+    thread::spawn(move || publish(heap, shared, &publisher));
     thread::spawn(|| {
         thread::sleep(LIFETIME);
         std::process::exit(1);
@@ -63,13 +68,12 @@ pub(crate) fn run(workload: Workload) -> Result<()> {
     control::serve(&listener, &host)
 }
 
-fn serve_chiral(server: PolicyServer, listener: TcpListener) -> Result<()> {
-    let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build().context("starting a runtime")?;
-    runtime.block_on(async { Ok(server.serve_on(raw::from_std(listener)?).await?) })
+fn runtime() -> Result<tokio::runtime::Runtime> {
+    tokio::runtime::Builder::new_multi_thread().enable_all().build().context("starting a runtime")
 }
 
 /// Publishes as the client says, on absolute deadlines.
-fn publish(mut prepared: Prepared, cameras: &Mutex<Cameras>) -> Result<()> {
+fn publish(mut heap: Prepared, mut shared: Prepared, cameras: &Mutex<Cameras>) -> Result<()> {
     const IDLE: Duration = Duration::from_millis(20);
     let mut due = Instant::now();
     loop {
@@ -78,9 +82,9 @@ fn publish(mut prepared: Prepared, cameras: &Mutex<Cameras>) -> Result<()> {
         thread::sleep(due.saturating_duration_since(Instant::now()));
         if hz > 0.0 {
             if draw {
-                prepared.draw()?;
+                shared.draw()?;
             } else {
-                prepared.publish()?;
+                heap.publish()?;
             }
             due += Duration::from_secs_f64(1.0 / hz);
             thread::sleep(due.saturating_duration_since(Instant::now()));
@@ -99,6 +103,7 @@ pub(crate) struct About {
     pub(crate) chiral: SocketAddr,
     pub(crate) zenoh: SocketAddr,
     pub(crate) zenoh_query: SocketAddr,
+    pub(crate) zenoh_put: SocketAddr,
 }
 
 /// By what Chiral's client reaches Chiral's server.
