@@ -2,6 +2,7 @@
 //! `chiral-proto/tests/seeds.rs` share this file.
 
 use bytes::Bytes;
+use chiral_proto::codec::msgpack::{self, Said};
 use chiral_proto::error::Unsayable;
 use chiral_proto::{Codec, DType, DecodeError, Frame, Message, Notice, Observation, Reply, Tensor};
 
@@ -41,6 +42,24 @@ pub(crate) fn segments(data: &[u8]) {
     match (whole, pieces) {
         (Ok(whole), Ok(pieces)) => assert_same(&whole, &pieces),
         (whole, pieces) => assert_eq!(whole.err(), pieces.err()),
+    }
+}
+
+/// Takes the bytes for a frame of the msgpack wire. What it says is written in bytes that are read and written again as they are: only the first reading
+/// may round a camera's time.
+pub(crate) fn msgpack(data: &[u8]) {
+    let Ok(said) = msgpack::decode(Frame::from(Bytes::copy_from_slice(data))) else { return };
+    look_at_tensors(&said.message);
+    if said.message == (Message::Unknown { id: 0 }) {
+        return;
+    }
+    let write =
+        |said: &Said| msgpack::encode(&said.message, &said.capture_times).expect("what was decoded is encoded").into_bytes();
+    let ours = write(&said);
+    let again = msgpack::decode(Frame::from(ours.clone())).expect("what was encoded is decoded");
+    assert_eq!(write(&again), ours);
+    if let Message::Notice(_) | Message::Request { .. } = said.message {
+        assert_eq!(format!("{again:?}"), format!("{said:?}"));
     }
 }
 

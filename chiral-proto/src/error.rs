@@ -118,6 +118,12 @@ pub enum Unsayable {
     /// A message of unknown kind can be received but not sent.
     #[error("a message of unknown kind cannot be sent")]
     Unknown,
+    /// This codec has no words for such a message.
+    #[error("expected a message that the msgpack wire has words for, found {what}")]
+    NoWords {
+        /// What it has none for.
+        what: &'static str,
+    },
     /// Free-form values are nested too deep.
     #[error("expected values nested at most {limit} deep, found deeper ones in {field}")]
     TooDeep {

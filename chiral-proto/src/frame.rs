@@ -120,6 +120,11 @@ pub(crate) struct Payload {
 }
 
 impl Payload {
+    /// Bytes in all.
+    pub(crate) fn len(&self) -> usize {
+        self.len
+    }
+
     /// The part at `offset`: a slice of what arrived, copied only if it lies across two segments. Parts are taken in order, so that no peer has the same
     /// bytes copied more than once.
     pub(crate) fn take(&self, offset: usize, len: usize) -> Result<Bytes, DecodeError> {

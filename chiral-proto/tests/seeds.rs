@@ -40,3 +40,8 @@ fn header() {
 fn segments() {
     check("segments", targets::segments);
 }
+
+#[test]
+fn msgpack() {
+    check("msgpack", targets::msgpack);
+}

@@ -1,5 +1,6 @@
 //! Messages to frames and back. Each codec's own words stay in its own file.
 
+pub mod msgpack;
 mod protobuf;
 #[allow(missing_docs, unreachable_pub, clippy::all, clippy::pedantic, reason = "generated")]
 #[rustfmt::skip]
@@ -9,6 +10,7 @@ use crate::{
     error::{DecodeError, Unsayable},
     frame::Frame,
     message::Message,
+    value::ValueMap,
 };
 
 /// How messages are put into frames; agreed once for a connection.
@@ -17,6 +19,8 @@ use crate::{
 pub enum Codec {
     /// The protocol of `proto/chiral/v1/chiral.proto`.
     Protobuf,
+    /// The wire of peers that were there before us: [`msgpack`] says what it can carry.
+    Msgpack,
 }
 
 impl Codec {
@@ -27,6 +31,7 @@ impl Codec {
     pub fn encode(self, message: &Message) -> Result<Frame, Unsayable> {
         match self {
             Codec::Protobuf => protobuf::encode(message),
+            Codec::Msgpack => msgpack::encode(message, &ValueMap::new()),
         }
     }
 
@@ -37,6 +42,7 @@ impl Codec {
     pub fn decode(self, frame: Frame) -> Result<Message, DecodeError> {
         match self {
             Codec::Protobuf => protobuf::decode(frame),
+            Codec::Msgpack => msgpack::decode(frame).map(|said| said.message),
         }
     }
 }

@@ -1,0 +1,270 @@
+//! The wire's maps to our types. Everything that a peer can get wrong is found here, once; tensors are slices of what arrived.
+
+use std::sync::Arc;
+
+use nalgebra::{Matrix3, Matrix4};
+
+use super::{
+    ALIGNMENT, ID,
+    read::{self, describe},
+    seconds::timestamp,
+};
+use crate::{
+    action::ActionChunk,
+    clock::Timestamp,
+    error::DecodeError,
+    frame::{self, Frame, Payload},
+    message::{ActionMessage, Message, Notice, Reply, Request, StepResult},
+    observation::{Camera, Observation, Proprio},
+    tensor::{DType, Tensor, byte_len},
+    value::{Value, ValueMap},
+};
+
+type Result<T, E = DecodeError> = std::result::Result<T, E>;
+
+/// What a frame says.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Said {
+    /// As far as our own words go.
+    pub message: Message,
+    /// When each camera's frame was captured, by the camera's name, as the peer put it: of the observation in the message, or of the one that its
+    /// actions came from. A time that an observation leaves out is 0.0.
+    pub capture_times: ValueMap,
+}
+
+/// The message in `frame`, whose tensors share the frame's memory.
+///
+/// # Errors
+/// [`DecodeError`], which names the field, what was expected and what was found.
+pub fn decode(frame: Frame) -> Result<Said> {
+    let (header, payload) = frame::open(frame, ALIGNMENT)?;
+    let mut fields = Fields(read::header(header)?);
+    let kind = fields.text("type")?;
+    let id = if kind == "apply_action" { 0 } else { ID };
+    message(&kind, &mut fields, &payload).map_err(|error| DecodeError { id, ..error.within(&kind) })
+}
+
+fn message(kind: &str, fields: &mut Fields, payload: &Payload) -> Result<Said> {
+    let mut capture_times = ValueMap::new();
+    let request = |request| Message::Request { id: ID, request };
+    let reply = |reply| Message::Reply { id: ID, reply };
+    let message = match kind {
+        "metadata" => request(Request::GetMetadata),
+        "reset" => request(Request::Reset { seed: None, options: ValueMap::new() }),
+        "obs_request" => request(Request::GetObs),
+        "action" => {
+            capture_times = fields.times("obs_timestamps")?;
+            request(Request::Step { session: 0, episode: 0, actions: chunk(fields, payload)? })
+        }
+        "apply_action" => {
+            capture_times = fields.times("obs_timestamps")?;
+            let actions = chunk(fields, payload)?;
+            Message::Notice(Notice::Action(ActionMessage { session: 0, episode: 0, seq: 0, actions, observation_seq: 0 }))
+        }
+        "metadata_response" => reply(Reply::Metadata(fields.get("data", "a map", as_map)?)),
+        "reset_response" => {
+            let obs = observation(fields, payload, &mut capture_times)?;
+            reply(Reply::Reset { obs, info: fields.map("info")? })
+        }
+        "obs_response" => reply(Reply::Observation(observation(fields, payload, &mut capture_times)?)),
+        "step_response" => reply(Reply::Step(StepResult {
+            obs: observation(fields, payload, &mut capture_times)?,
+            reward: fields.number("reward")?,
+            terminated: fields.get("terminated", "a boolean", |said| said.as_bool().ok_or(said))?,
+            truncated: fields.get("truncated", "a boolean", |said| said.as_bool().ok_or(said))?,
+            info: fields.map("info")?,
+        })),
+        _ => Message::Unknown { id: 0 },
+    };
+    Ok(Said { message, capture_times })
+}
+
+fn observation(fields: &mut Fields, payload: &Payload, times: &mut ValueMap) -> Result<Arc<Observation>> {
+    Ok(Arc::new(Observation {
+        timestamp: fields.number("timestamp")?,
+        extra: fields.map("extra")?,
+        // In this order, which is the payload's.
+        cameras: each("cameras", fields.list("cameras")?, |fields| camera(fields, payload, times))?,
+        proprios: match fields.has("proprios") {
+            true => each("proprios", fields.list("proprios")?, |fields| proprio(fields, payload))?,
+            false => Vec::new(),
+        },
+        ..Observation::default()
+    }))
+}
+
+fn camera(fields: &mut Fields, payload: &Payload, times: &mut ValueMap) -> Result<Arc<Camera>> {
+    let name = fields.text("name")?;
+    let time = match fields.take("timestamp") {
+        Value::Null => Value::Float(0.0),
+        said => said,
+    };
+    let captured_at =
+        timestamp(&time).ok_or_else(|| DecodeError::new("timestamp", "a number of seconds or nanoseconds", describe(&time)))?;
+    let image = array(fields, "image_", payload)?;
+    let [height, width, _] = exactly("image_shape", image.shape())?;
+    let depth = match ["depth_shape", "depth_dtype", "depth_offset", "depth_size"].into_iter().any(|field| fields.has(field)) {
+        true => Some(array(fields, "depth_", payload)?),
+        false => None,
+    };
+    if let Some(depth) = &depth {
+        if depth.dtype() != DType::F32 {
+            return Err(DecodeError::new("depth_dtype", DType::F32, depth.dtype()));
+        }
+        if depth.shape() != [height, width] {
+            return Err(DecodeError::new(
+                "depth_shape",
+                format_args!("[{height}, {width}]"),
+                format_args!("{:?}", depth.shape()),
+            ));
+        }
+    }
+    let camera = Camera {
+        name: name.as_str().into(),
+        seq: 0,
+        captured_at,
+        image,
+        depth,
+        intrinsics: Matrix3::from_row_slice(&fields.numbers::<9>("intrinsics")?),
+        extrinsics: Matrix4::from_row_slice(&fields.numbers::<16>("extrinsics")?),
+    };
+    times.insert(name, time);
+    Ok(Arc::new(camera))
+}
+
+fn proprio(fields: &mut Fields, payload: &Payload) -> Result<Arc<Proprio>> {
+    let name = fields.text("name")?.into();
+    floats(fields)?;
+    let (offset, size) = (fields.size("offset")?, fields.size("size")?);
+    if !size.is_multiple_of(DType::F32.size()) {
+        return Err(DecodeError::new("size", "whole float32 values", size));
+    }
+    let data = Tensor::new(DType::F32, [size / DType::F32.size()], payload.take(offset, size)?);
+    Ok(Arc::new(Proprio { name, captured_at: Timestamp(0), data: data.expect("the shape was made from the size") }))
+}
+
+/// The array of a camera whose fields begin with `prefix`.
+fn array(fields: &mut Fields, prefix: &str, payload: &Payload) -> Result<Tensor> {
+    let field = |name: &str| format!("{prefix}{name}");
+    let dtype = dtype(fields, &field("dtype"))?;
+    let (shape, len) = shape(fields, &field("shape"), dtype)?;
+    let (offset, size) = (fields.size(&field("offset"))?, fields.size(&field("size"))?);
+    if size != len {
+        return Err(DecodeError::new(field("size"), format_args!("{len} bytes for {dtype} of shape {shape:?}"), size));
+    }
+    let data = payload.take(offset, len).map_err(|error| DecodeError { field: field(&error.field), ..error })?;
+    Ok(Tensor::new(dtype, shape, data).expect("the length was checked against the shape"))
+}
+
+/// The rows that the whole payload is.
+fn chunk(fields: &mut Fields, payload: &Payload) -> Result<ActionChunk> {
+    floats(fields)?;
+    let (shape, len) = shape(fields, "shape", DType::F32)?;
+    let dimension = match shape[..] {
+        [dimension] | [_, dimension] => dimension,
+        _ => return Err(DecodeError::new("shape", "[D] or [N, D]", format_args!("{shape:?}"))),
+    };
+    if payload.len() != len {
+        let expected = format_args!("{len} bytes for {} of shape {shape:?}", DType::F32).to_string();
+        return Err(DecodeError::new("payload", expected, payload.len()));
+    }
+    let rows = Tensor::new(DType::F32, shape, payload.take(0, len)?).expect("the length was checked against the shape");
+    let values = rows.values().expect("made as float32").into_owned();
+    ActionChunk::new(dimension, values).map_err(|error| DecodeError::new("shape", "whole rows", error))
+}
+
+/// A shape, and the bytes that an array of it takes.
+fn shape(fields: &mut Fields, field: &str, dtype: DType) -> Result<(Vec<usize>, usize)> {
+    let axis = |said: &Value| said.as_i64().and_then(|axis| usize::try_from(axis).ok());
+    let shape: Vec<usize> = fields
+        .get(field, "a list of sizes", |said| said.as_list().and_then(|axes| axes.iter().map(axis).collect()).ok_or(said))?;
+    let len = byte_len(dtype, &shape)
+        .ok_or_else(|| DecodeError::new(field, "an array that memory can hold", format_args!("{shape:?}")))?;
+    Ok((shape, len))
+}
+
+fn dtype(fields: &mut Fields, field: &str) -> Result<DType> {
+    let known = |said: &Value| DType::ALL.into_iter().find(|dtype| said.as_str() == Some(dtype.numpy_name()));
+    fields.get(field, "the name of an element type", |said| known(&said).ok_or(said))
+}
+
+/// What has no other element type on this wire.
+fn floats(fields: &mut Fields) -> Result<()> {
+    match dtype(fields, "dtype")? {
+        DType::F32 => Ok(()),
+        other => Err(DecodeError::new("dtype", DType::F32, other)),
+    }
+}
+
+/// Converts each map of a list; an error says which.
+fn each<T>(field: &str, items: Vec<Value>, mut convert: impl FnMut(&mut Fields) -> Result<T>) -> Result<Vec<T>> {
+    let convert = |(i, item)| {
+        let within = |error: DecodeError| error.within(format_args!("{field}[{i}]"));
+        let map = as_map(item).map_err(|item| DecodeError::new(format!("{field}[{i}]"), "a map", describe(&item)))?;
+        convert(&mut Fields(map)).map_err(within)
+    };
+    items.into_iter().enumerate().map(convert).collect()
+}
+
+fn exactly<T: Copy, const N: usize>(field: &str, items: &[T]) -> Result<[T; N]> {
+    <[T; N]>::try_from(items).map_err(|_| DecodeError::new(field, format_args!("{N} values"), items.len()))
+}
+
+fn as_map(said: Value) -> Result<ValueMap, Value> {
+    if let Value::Map(map) = said { Ok(map) } else { Err(said) }
+}
+
+/// The fields of a map that have not been read yet, in whatever order they came.
+struct Fields(ValueMap);
+
+impl Fields {
+    fn has(&self, field: &str) -> bool {
+        self.0.get(field).is_some_and(|value| *value != Value::Null)
+    }
+
+    fn take(&mut self, field: &str) -> Value {
+        self.0.remove(field).unwrap_or_default()
+    }
+
+    /// What `convert` makes of a field's value; it gives back what is not `expected`.
+    fn get<T>(&mut self, field: &str, expected: &str, convert: impl FnOnce(Value) -> Result<T, Value>) -> Result<T> {
+        convert(self.take(field)).map_err(|found| DecodeError::new(field, expected, describe(&found)))
+    }
+
+    fn text(&mut self, field: &str) -> Result<String> {
+        self.get(field, "text", |said| if let Value::Str(text) = said { Ok(text) } else { Err(said) })
+    }
+
+    fn number(&mut self, field: &str) -> Result<f64> {
+        self.get(field, "a number", |said| said.as_f64().ok_or(said))
+    }
+
+    fn numbers<const N: usize>(&mut self, field: &str) -> Result<[f64; N]> {
+        let numbers = |said: &Value| said.as_list().and_then(|items| items.iter().map(Value::as_f64).collect());
+        let items: Vec<f64> = self.get(field, "a list of numbers", |said| numbers(&said).ok_or(said))?;
+        exactly(field, &items)
+    }
+
+    fn size(&mut self, field: &str) -> Result<usize> {
+        let size = |said: &Value| said.as_i64().and_then(|size| usize::try_from(size).ok());
+        self.get(field, "a number of bytes", |said| size(&said).ok_or(said))
+    }
+
+    fn list(&mut self, field: &str) -> Result<Vec<Value>> {
+        self.get(field, "a list", |said| if let Value::List(items) = said { Ok(items) } else { Err(said) })
+    }
+
+    /// A map, or none, which is an empty one.
+    fn map(&mut self, field: &str) -> Result<ValueMap> {
+        if self.has(field) { self.get(field, "a map", as_map) } else { Ok(ValueMap::new()) }
+    }
+
+    /// The same of times by camera.
+    fn times(&mut self, field: &str) -> Result<ValueMap> {
+        let times = self.map(field)?;
+        match times.iter().find(|(_, time)| time.as_f64().is_none()) {
+            None => Ok(times),
+            Some((camera, time)) => Err(DecodeError::new(format!("{field}[{camera:?}]"), "a number", describe(time))),
+        }
+    }
+}
