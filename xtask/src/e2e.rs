@@ -26,6 +26,9 @@ pub(crate) struct Arguments {
     /// Episodes a row, with the same seeds in every row.
     #[arg(long, default_value_t = 10, value_name = "N")]
     episodes: u32,
+    /// Only rows whose name contains this, such as msgpack or zenoh-tcp-protobuf-rust-async-step; of the guide, too.
+    #[arg(long, default_value = "", value_name = "WORDS")]
+    only: String,
     /// Write the figures as {"rows": [...]}, also when a row failed.
     #[arg(long, value_name = "PATH")]
     json: Option<PathBuf>,
@@ -170,7 +173,7 @@ pub(crate) fn run(arguments: &Arguments) -> Result<()> {
         true => Profile::Release,
         false => Profile::Dev,
     };
-    let outcome = play_all(profile, arguments.episodes)?;
+    let outcome = play_all(profile, arguments.episodes, &arguments.only)?;
     if let Some(path) = &arguments.json {
         let rows: Vec<_> = outcome.rows.iter().filter_map(Played::figures).collect();
         let text = serde_json::to_string_pretty(&serde_json::json!({ "rows": rows }))?;
@@ -181,7 +184,7 @@ pub(crate) fn run(arguments: &Arguments) -> Result<()> {
 
 /// Plays every row and every program of the guide, and fails, when all are played, if one failed.
 pub(crate) fn check(profile: Profile, episodes: u32) -> Result<()> {
-    play_all(profile, episodes)?.conclude()
+    play_all(profile, episodes, "")?.conclude()
 }
 
 /// All that was played.
@@ -199,7 +202,7 @@ struct Played {
     result: Result<()>,
 }
 
-fn play_all(profile: Profile, episodes: u32) -> Result<Outcome> {
+fn play_all(profile: Profile, episodes: u32, only: &str) -> Result<Outcome> {
     let programs = Programs { built: command::build(profile)?, python: python::interpreter()? };
     let logs = command::target()?.join("e2e");
 
@@ -217,6 +220,9 @@ fn play_all(profile: Profile, episodes: u32) -> Result<Outcome> {
                         codec: these.codec,
                         episodes,
                     };
+                    if !asked.name().contains(only) {
+                        continue;
+                    }
                     // Every other row, and the other ones over the next link and in the next mode, so that each client is first somewhere.
                     let client_first = (i + j + k) % 2 == 1;
                     let row = play_row(&programs, &logs, link, these.robot, client, asked, client_first)?;
@@ -227,10 +233,13 @@ fn play_all(profile: Profile, episodes: u32) -> Result<Outcome> {
         }
     }
     let mut guides = Vec::new();
-    for name in GUIDES {
+    for name in GUIDES.iter().filter(|name| name.contains(only)) {
         let result = play_guide(&programs, &logs, name);
         say(name, &result);
         guides.push((*name, result));
+    }
+    if rows.is_empty() && guides.is_empty() {
+        bail!("no row's name contains {only:?}");
     }
     Ok(Outcome { rows, guides })
 }
