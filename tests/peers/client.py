@@ -15,6 +15,7 @@ import numpy as np
 import wire
 
 BALL_RADIUS = 0.025
+FEWEST_POINTS, FLAT, AGREEMENT = 6, 0.003, 0.025
 OBS_HZ = 30
 CHUNK = 4  # rows of an action, in the gym-like generation
 LEAD = 3  # so many rows ahead of the arm, that it does not brake for each of them
@@ -102,6 +103,11 @@ def red_points(camera):
     return (camera["T"][:3, :3] @ local + camera["T"][:3, 3:]).T
 
 
+def flatness(points):
+    """How far points lie from the plane that fits them best; near to it, they may be of two balls, one on each side."""
+    return np.linalg.svd(points - points.mean(axis=0), compute_uv=False)[-1] / np.sqrt(len(points))
+
+
 def fit_ball(points, eye):
     """The centre of the ball of known radius whose surface the points are, by Gauss and Newton's method."""
     mean = points.mean(axis=0)
@@ -124,9 +130,12 @@ class Policy:
         """CHUNK rows of joint positions on the way to where the ball was seen last."""
         joints = obs["proprios"]["joint_pos"].astype(float)
         views = [(red_points(camera), camera["T"][:3, 3]) for camera in obs["cameras"]]
-        views = [(points, eye) for points, eye in views if len(points) >= 6]
+        views = [(points, eye) for points, eye in views if len(points) >= FEWEST_POINTS and flatness(points) > FLAT]
         if views:
             centers = [fit_ball(points, eye) for points, eye in views]
+            if np.ptp(centers, axis=0).max() > AGREEMENT:
+                # What the cameras say of themselves cannot be true.
+                return np.tile(joints, (CHUNK, 1))
             ball = np.average(centers, axis=0, weights=[len(points) for points, _ in views])
             if self.goal is None or np.linalg.norm(arm.hand_point(self.goal) - ball) > 2e-3:
                 self.goal = arm.inverse_kinematics(ball, joints)
