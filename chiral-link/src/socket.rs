@@ -23,6 +23,8 @@ use crate::{
 
 /// "Normal closure" (RFC 6455, section 7.4.1).
 const NORMAL_CLOSURE: u16 = 1000;
+/// "Going away".
+const GOING_AWAY: u16 = 1001;
 /// The longest reason that a close frame has room for, beside its code (section 5.5).
 const MAX_REASON: usize = 123;
 /// A connection that pings does so after a silence of this, or of a quarter of what it bears.
@@ -144,7 +146,7 @@ impl<S: AsyncRead + AsyncWrite> WebSocketTransport<S> {
                     // Its code is sent back (section 5.5.1).
                     self.owe(|owed| owed.close = Some(payload.slice(..payload.len().min(2))));
                     let _ = self.pay().await;
-                    return Ok(None);
+                    return closed(&payload);
                 }
             }
             self.pay().await?;
@@ -230,11 +232,20 @@ impl<S: AsyncRead + AsyncWrite + Send + 'static> Transport for WebSocketTranspor
     }
 }
 
+/// What a close frame says: an orderly end, or why not.
+fn closed(payload: &Bytes) -> Result<Option<Frame>, TransportError> {
+    let Some((code, reason)) = payload.split_first_chunk() else { return Ok(None) };
+    match u16::from_be_bytes(*code) {
+        NORMAL_CLOSURE => Ok(None),
+        GOING_AWAY if reason.is_empty() => Ok(None),
+        code => Err(TransportError::Closed { code, reason: String::from_utf8_lossy(reason).into_owned() }),
+    }
+}
+
 /// What a close frame says of a refusal (section 7.4.1, and IANA's registry for 1013).
 fn close_code(code: Code) -> u16 {
     match code {
-        // Going away.
-        Code::ShuttingDown => 1001,
+        Code::ShuttingDown => GOING_AWAY,
         // An internal error.
         Code::Unspecified | Code::RobotFailed | Code::OutOfService | Code::SensorTimeout => 1011,
         // Try again later.

@@ -7,7 +7,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
-use chiral_client::{ActionChunk, Error, Observation, PutMode, Value, ValueMap};
+use chiral_client::{ActionChunk, Codec, Error, Observation, PutMode, Value, ValueMap};
 use nalgebra::Point3;
 
 use crate::face::Face;
@@ -15,6 +15,8 @@ use crate::policy::{EXECUTION_HORIZON, Policy};
 
 /// After this long without an observation the stream counts as broken.
 const PATIENCE: Duration = Duration::from_secs(5);
+/// Rows a second for a robot that declares no rate, nor has one in its metadata.
+const USUAL_HZ: f64 = 20.0;
 
 /// How policy and robot are coupled.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -72,6 +74,8 @@ pub struct Snapshot {
 pub struct Runner<'a> {
     client: &'a Face,
     coupling: Coupling,
+    /// Rows that the robot runs a second.
+    control_hz: f64,
     /// An episode that takes longer is given up.
     limit: Duration,
     interrupted: &'a AtomicBool,
@@ -84,11 +88,17 @@ impl<'a> Runner<'a> {
     /// # Errors
     /// The client's.
     pub async fn start(client: &'a Face, coupling: Coupling, hz: f64, interrupted: &'a AtomicBool) -> Result<Runner<'a>, Error> {
+        let mut control_hz = client.robot().action_spec.control_hz;
+        if client.codec() == Codec::Msgpack {
+            // Existing servers declare nothing, and may not observe before their first reset.
+            control_hz = client.get_metadata().await?.get("control_hz").and_then(Value::as_f64).unwrap_or(USUAL_HZ);
+            client.reset_with(None, ValueMap::new()).await?;
+        }
         if coupling == Coupling::Stream {
             client.start_obs_stream(hz).await?;
-            client.start_action_dispatch(client.robot().action_spec.control_hz)?;
+            client.start_action_dispatch(control_hz)?;
         }
-        Ok(Runner { client, coupling, limit: Duration::from_secs(30), interrupted })
+        Ok(Runner { client, coupling, control_hz, limit: Duration::from_secs(30), interrupted })
     }
 
     /// Plays one episode.
@@ -97,7 +107,9 @@ impl<'a> Runner<'a> {
     /// The client's. That the target was not reached is none.
     pub async fn play(&self, seed: u64) -> Result<Episode, Error> {
         let began = Instant::now();
-        let (obs, _info) = self.client.reset_with(Some(seed), ValueMap::new()).await?;
+        // The wire of existing servers has no seeds.
+        let said = (self.client.codec() != Codec::Msgpack).then_some(seed);
+        let (obs, _info) = self.client.reset_with(said, ValueMap::new()).await?;
         let mut episode = Episode {
             seed,
             success: false,
@@ -110,7 +122,7 @@ impl<'a> Runner<'a> {
             first: Snapshot::default(),
             last: Snapshot { obs, target: None },
         };
-        let mut policy = Policy::new(self.client.robot().action_spec.control_hz);
+        let mut policy = Policy::new(self.control_hz);
         let (before, driving) = (self.client.stats(), Instant::now());
         loop {
             let plan = policy.plan(&episode.last.obs);
