@@ -122,7 +122,7 @@ impl<'a> Runner<'a> {
             first: Snapshot::default(),
             last: Snapshot { obs, target: None },
         };
-        let mut policy = Policy::new(self.control_hz);
+        let (mut policy, mut standing) = (Policy::new(self.control_hz), Standing::default());
         let (before, driving) = (self.client.stats(), Instant::now());
         loop {
             let plan = policy.plan(&episode.last.obs);
@@ -130,19 +130,18 @@ impl<'a> Runner<'a> {
             if episode.first.obs.cameras.is_empty() {
                 episode.first = episode.last.clone();
             }
-            if has_ended(&episode.last.obs) || began.elapsed() > self.limit || self.interrupted.load(Ordering::Relaxed) {
+            if standing.has_ended || began.elapsed() > self.limit || self.interrupted.load(Ordering::Relaxed) {
                 break;
             }
             let obs = match self.coupling {
                 Coupling::Stream => self.stream_on(plan.chunk, &mut episode).await?,
-                Coupling::Step => self.step_on(&plan.chunk, &mut episode).await?,
+                Coupling::Step => self.step_on(&plan.chunk, &mut episode, &mut standing).await?,
             };
+            standing.look_at(&obs);
             episode.last.obs = obs;
         }
         let after = self.client.stats();
-        let extra = |name: &str| episode.last.obs.extra.get(name);
-        episode.success = extra("success").and_then(Value::as_bool).unwrap_or(false);
-        episode.reward = extra("reward").and_then(Value::as_f64).unwrap_or(0.0);
+        (episode.success, episode.reward) = (standing.success, standing.reward);
         episode.seconds = began.elapsed().as_secs_f64();
         if self.coupling == Coupling::Stream {
             episode.steps = after.actions_sent - before.actions_sent;
@@ -160,20 +159,43 @@ impl<'a> Runner<'a> {
     }
 
     /// Has the first rows of the plan carried out.
-    async fn step_on(&self, chunk: &ActionChunk, episode: &mut Episode) -> Result<Arc<Observation>, Error> {
+    async fn step_on(
+        &self,
+        chunk: &ActionChunk,
+        episode: &mut Episode,
+        standing: &mut Standing,
+    ) -> Result<Arc<Observation>, Error> {
         let rows = chunk.rows().min(EXECUTION_HORIZON);
         let chunk = ActionChunk::new(chunk.dimension(), chunk.values()[..rows * chunk.dimension()].to_vec())?;
         let asked = Instant::now();
         let result = self.client.step(chunk).await?;
         episode.steps_ms.push(asked.elapsed().as_secs_f64() * 1e3);
         episode.steps += rows as u64;
+        standing.reward += result.reward;
+        standing.has_ended |= result.terminated || result.truncated;
+        standing.success |= says(&result.info, "success");
         Ok(result.obs)
     }
 }
 
-/// Whether the robot says that the episode is over.
-fn has_ended(obs: &Observation) -> bool {
-    ["terminated", "truncated"].iter().any(|name| obs.extra.get(*name).and_then(Value::as_bool) == Some(true))
+/// What the robot says of an episode: in every observation's `extra`, or, as some do, in the results of steps only.
+#[derive(Debug, Default)]
+struct Standing {
+    has_ended: bool,
+    success: bool,
+    reward: f64,
+}
+
+impl Standing {
+    fn look_at(&mut self, obs: &Observation) {
+        self.has_ended |= says(&obs.extra, "terminated") || says(&obs.extra, "truncated");
+        self.success |= says(&obs.extra, "success");
+        self.reward = obs.extra.get("reward").and_then(Value::as_f64).unwrap_or(self.reward);
+    }
+}
+
+fn says(words: &ValueMap, name: &str) -> bool {
+    words.get(name).and_then(Value::as_bool).unwrap_or(false)
 }
 
 /// How old the oldest picture of an observation is now, ms; `None` until the two clocks have been compared.
