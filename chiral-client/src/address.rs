@@ -34,6 +34,9 @@ pub(crate) enum Connection {
     WebSocket(Box<websocket::Connection>),
     #[cfg(feature = "zenoh")]
     Zenoh(Box<chiral_link::zenoh::ZenohTransport>),
+    /// With an existing server, which was asked so often whether it is there.
+    #[cfg(feature = "zenoh")]
+    Existing(Box<chiral_link::zenoh::ExistingTransport>, u64),
 }
 
 impl Server {
@@ -58,7 +61,7 @@ impl Server {
             return Err(refuse("a Zenoh configuration is given for an address that is none of Zenoh's"));
         }
         #[cfg(feature = "websocket")]
-        return websocket::Server::parse(uri, means.root_certificates.as_deref()).map(Server::WebSocket);
+        return websocket::Server::parse(uri, means).map(Server::WebSocket);
         #[cfg(not(feature = "websocket"))]
         Err(refuse("it is none of Zenoh's, and this program was built without WebSocket"))
     }
@@ -84,11 +87,24 @@ impl Server {
         match self {
             #[cfg(feature = "websocket")]
             Server::WebSocket(server) => {
-                let _ = carries;
-                Ok(Connection::WebSocket(Box::new(websocket::connect(server, max_frame, pool, courtesy).await?)))
+                Ok(Connection::WebSocket(Box::new(websocket::connect(server, carries, max_frame, pool, courtesy).await?)))
             }
             #[cfg(feature = "zenoh")]
-            Server::Zenoh(server) => Ok(Connection::Zenoh(Box::new(server.connect(carries, max_frame, pool).await?))),
+            Server::Zenoh(server) => server.connect(carries, max_frame, pool).await,
+        }
+    }
+}
+
+impl Connection {
+    /// How often an existing server was asked before it answered, on a network where questions may be lost; 0 elsewhere.
+    pub(crate) fn probes(&self) -> u64 {
+        match self {
+            #[cfg(feature = "websocket")]
+            Connection::WebSocket(_) => 0,
+            #[cfg(feature = "zenoh")]
+            Connection::Zenoh(_) => 0,
+            #[cfg(feature = "zenoh")]
+            Connection::Existing(_, probes) => *probes,
         }
     }
 }
@@ -101,6 +117,8 @@ macro_rules! either {
             Connection::WebSocket($transport) => $call,
             #[cfg(feature = "zenoh")]
             Connection::Zenoh($transport) => $call,
+            #[cfg(feature = "zenoh")]
+            Connection::Existing($transport, _) => $call,
         }
     };
 }

@@ -3,7 +3,7 @@
 use std::{fmt, future::Future, sync::Arc, time::Duration};
 
 use chiral_link::Host;
-use chiral_proto::{ActionChunk, Observation, StepResult, Timestamp, ValueMap, action::Action, message::RobotInfo};
+use chiral_proto::{ActionChunk, Codec, Observation, StepResult, Timestamp, ValueMap, action::Action, message::RobotInfo};
 use tokio::{runtime::Handle, time::timeout};
 
 use crate::{ClientStats, PolicyClientBuilder, PutMode, StreamOptions, client, error::Error};
@@ -61,6 +61,11 @@ impl PolicyClient {
     #[cfg(any(feature = "websocket", feature = "zenoh"))]
     pub(crate) fn new(client: client::PolicyClient, host: Host) -> PolicyClient {
         PolicyClient { connection: Arc::new(Connection { client, host }) }
+    }
+
+    /// See [`crate::PolicyClient::codec`].
+    pub fn codec(&self) -> Codec {
+        self.connection.client.codec()
     }
 
     /// See [`crate::PolicyClient::robot`].

@@ -5,8 +5,8 @@ use std::{future::Future, path::PathBuf, sync::Arc, time::Duration};
 use bytes::Bytes;
 use chiral_link::{Courtesy, Host, monotonic};
 use chiral_proto::{
-    Clock, Timestamp, Transport,
-    message::{Role, Welcome},
+    ActionMeaning, ActionSpec, Clock, Codec, PROTOCOL_VERSION, Timestamp, Transport,
+    message::{RobotInfo, Role, Welcome},
     pool::Pool,
 };
 use tokio::{
@@ -22,6 +22,7 @@ use crate::{
     client::PolicyClient,
     dispatcher::{self, Dispatcher, Pace},
     error::Error,
+    existing::{Existing, Known},
     lane::{Carries, Lane},
     session::{self, Identity, Shared},
     state::State,
@@ -41,7 +42,7 @@ pub struct PolicyClientBuilder {
     quiet: bool,
     deadline: Option<Duration>,
     request_timeout: Duration,
-    silence_limit: Duration,
+    reply_limit: Duration,
     queue_capacity: usize,
     clock: Option<Clock>,
     dispatch_spin: Duration,
@@ -67,6 +68,10 @@ pub(crate) struct Means {
     pub(crate) zenoh_config: Option<PathBuf>,
     /// Whether memory is shared with a server on this host.
     pub(crate) shared_memory: bool,
+    /// The one wire that will do.
+    pub(crate) codec: Option<Codec>,
+    /// Of a server that is there no more.
+    pub(crate) silence_limit: Duration,
 }
 
 /// What became of one attempt to connect.
@@ -86,13 +91,13 @@ impl PolicyClientBuilder {
             quiet: false,
             deadline: None,
             request_timeout: Duration::from_secs(5),
-            silence_limit: Duration::from_secs(10),
+            reply_limit: Duration::from_secs(60),
             queue_capacity: 256,
             clock: None,
             dispatch_spin: Duration::from_micros(300),
             one_connection: false,
             max_frame: 256 << 20,
-            means: Means { shared_memory: true, ..Means::default() },
+            means: Means { shared_memory: true, silence_limit: Duration::from_secs(10), ..Means::default() },
             pool: Pool::new(IDLE_BUFFERS),
             courtesy: Courtesy::default(),
         }
@@ -158,6 +163,22 @@ impl PolicyClientBuilder {
         self
     }
 
+    /// Speaks by this codec only: [`Codec::Protobuf`] with servers of ours, [`Codec::Msgpack`] as existing clients do, to whatever server takes them. By default
+    /// it is the former, or else, where a WebSocket server chooses no subprotocol, the latter.
+    #[must_use]
+    pub fn codec(mut self, codec: Codec) -> Self {
+        self.means.codec = Some(codec);
+        self
+    }
+
+    /// How long `reset` and `step` may take at an existing server on Zenoh or behind a transport of the caller's, where nothing else would tell that it is gone;
+    /// 60 s by default.
+    #[must_use]
+    pub fn reply_limit(mut self, limit: Duration) -> Self {
+        self.reply_limit = limit;
+        self
+    }
+
     /// How long `get_metadata`, `get_obs` and the stream's start and stop may take; 5 s by default. `reset` and `step` have no limit.
     #[must_use]
     pub fn request_timeout(mut self, timeout: Duration) -> Self {
@@ -166,10 +187,10 @@ impl PolicyClientBuilder {
     }
 
     /// After how long without a word the server counts as lost; 10 s by default. An observation that is still arriving is no word yet: raise this for a
-    /// link on which one takes longer.
+    /// link on which one takes longer, and for an existing server that answers no pings while it resets.
     #[must_use]
     pub fn silence_limit(mut self, limit: Duration) -> Self {
-        self.silence_limit = limit;
+        self.means.silence_limit = limit;
         self
     }
 
@@ -263,9 +284,13 @@ impl PolicyClientBuilder {
     /// # Errors
     /// [`Error::Busy`], [`Error::VersionMismatch`], [`Error::Rejected`], or how the connection broke.
     pub async fn connect_over(self, transport: impl Transport) -> Result<PolicyClient, Error> {
+        if transport.codec() == Codec::Msgpack {
+            let reply_limit = self.reply_limit;
+            return self.begin_existing((transport, Host::current()), 0, Some(reply_limit)).await;
+        }
         let began = self.now();
         let welcome = session::greet(&transport, &self.identity, Bytes::new()).await?;
-        self.begin(began, welcome, (transport, Host::current()), None)
+        self.begin(began, welcome, (transport, Host::current()), None, None)
     }
 
     /// Connects over two, so that observations and actions do not wait for each other.
@@ -279,7 +304,7 @@ impl PolicyClientBuilder {
             return Err(Error::Protocol { expected: "a token for a second connection" });
         }
         session::greet(&observations, &self.identity, welcome.attach_token.clone()).await?;
-        self.begin(began, welcome, (control, Host::current()), Some((observations, Host::current())))
+        self.begin(began, welcome, (control, Host::current()), Some((observations, Host::current())), None)
     }
 
     #[cfg(any(feature = "websocket", feature = "zenoh"))]
@@ -288,6 +313,10 @@ impl PolicyClientBuilder {
         (self.pool, self.courtesy) = (Pool::new(IDLE_BUFFERS), Courtesy::default());
         let server = Server::parse(&self.uri, &self.means)?;
         let control = self.wait_for(server.retry_period(), || self.attempt(&server, Carries::Control, &host)).await?;
+        if control.codec() == Codec::Msgpack {
+            let (probes, reply_limit) = (control.probes(), self.reply_limit);
+            return self.begin_existing((control, host), probes, (probes > 0).then_some(reply_limit)).await;
+        }
         let began = self.now();
         let welcome = session::greet(&control, &self.identity, Bytes::new()).await?;
         let observations = match self.one_connection || welcome.attach_token.is_empty() {
@@ -299,7 +328,7 @@ impl PolicyClientBuilder {
                 Err(_) => self.alone(&format_args!("not within {} s", ATTACH_LIMIT.as_secs())),
             },
         };
-        self.begin(began, welcome, (control, host), observations)
+        self.begin(began, welcome, (control, host), observations, None)
     }
 
     #[cfg(feature = "websocket")]
@@ -328,6 +357,43 @@ impl PolicyClientBuilder {
         connecting.await.unwrap_or_else(|ended| Err(Attempt::Absent(ended.to_string())))
     }
 
+    /// Begins a session with an existing server, where nobody says hello, after so many probes on a network where they may be lost; without any, a first
+    /// question shows that it is one.
+    async fn begin_existing<T: Transport>(
+        self,
+        control: (T, Host),
+        probes: u64,
+        reply_limit: Option<Duration>,
+    ) -> Result<PolicyClient, Error> {
+        let action_spec = ActionSpec {
+            meaning: ActionMeaning::Other("not declared".to_owned()),
+            unit: String::new(),
+            ..ActionSpec::joint_positions(0, 0.0)
+        };
+        let welcome = Welcome {
+            protocol: PROTOCOL_VERSION,
+            software: String::new(),
+            session: 1,
+            episode: 0,
+            robot: RobotInfo { name: self.uri.clone(), cameras: Vec::new(), proprios: Vec::new(), action_spec },
+            attach_token: Bytes::new(),
+            controller: String::new(),
+        };
+        let existing = Existing {
+            request_timeout: self.request_timeout,
+            reply_limit,
+            is_lossy: probes > 0,
+            is_observer: self.identity.role == Role::Observer,
+            ..Existing::default()
+        };
+        let now = self.now();
+        let client = self.begin(now, welcome, control, None, Some((existing, Known::after_probes(probes))))?;
+        if probes == 0 {
+            client.get_metadata().await?;
+        }
+        Ok(client)
+    }
+
     /// The hello was said and answered: has the session run.
     fn begin<T: Transport>(
         self,
@@ -335,6 +401,7 @@ impl PolicyClientBuilder {
         welcome: Welcome,
         (control, host): (T, Host),
         observations: Option<(T, Host)>,
+        existing: Option<(Existing, Known)>,
     ) -> Result<PolicyClient, Error> {
         let first_round_trip = self.now().since(began);
         let pace = if self.clock.is_some() { Pace::Timers } else { Pace::Spin(self.dispatch_spin) };
@@ -345,12 +412,18 @@ impl PolicyClientBuilder {
             let transport = Arc::new(transport);
             (Arc::new(Lane::new(Carries::Observations, &transport, host)), transport)
         });
+        let mut state = State::new(welcome.session, welcome.episode, self.queue_capacity, first_round_trip);
+        let existing = existing.map(|(existing, known)| {
+            state.existing = known;
+            existing
+        });
         let shared = Arc::new(Shared {
-            state: State::new(welcome.session, welcome.episode, self.queue_capacity, first_round_trip).into(),
+            state: state.into(),
+            existing,
             latest: watch::Sender::new(None),
             room: Notify::new(),
             clock: self.clock.unwrap_or_else(monotonic),
-            silence_limit: self.silence_limit,
+            silence_limit: self.means.silence_limit,
             dispatcher: Dispatcher::new(pace),
             observations: Arc::clone(second.as_ref().map_or(&lane, |(lane, _)| lane)),
             control: lane,

@@ -3,7 +3,7 @@
 use std::{fmt, ops::Deref, sync::Arc, time::Duration};
 
 use chiral_proto::{
-    ActionChunk, Message, Observation, Reply, Request, StepResult, Timestamp, ValueMap,
+    ActionChunk, ActionSpec, Codec, Message, Observation, Reply, Request, StepResult, Timestamp, ValueMap,
     action::Action,
     message::{RobotInfo, Subscribe, Welcome},
 };
@@ -126,7 +126,14 @@ impl PolicyClient {
         PolicyClient { shared: Arc::new(Owned(shared)), welcome: Arc::new(welcome), request_timeout }
     }
 
-    /// What the robot is: its name, its cameras and proprioception, its actions.
+    /// What was agreed with the server: [`Codec::Protobuf`] with one of ours, [`Codec::Msgpack`] with one that was there before us, or where the builder's
+    /// `codec` forces it. All calls are the same; the client guide says what the latter cannot do.
+    pub fn codec(&self) -> Codec {
+        self.shared.control.codec
+    }
+
+    /// What the robot is: its name, its cameras and proprioception, its actions. An existing server, of [`Codec::Msgpack`], declares nothing: its name is
+    /// the address, there are no cameras and no proprioception, and `action_spec` has dimension 0, which stands for any, and 0 Hz.
     pub fn robot(&self) -> &RobotInfo {
         &self.welcome.robot
     }
@@ -179,7 +186,7 @@ impl PolicyClient {
     /// [`Error::InvalidAction`] before anything is sent, the session's end, or [`Error::Rejected`].
     pub async fn step(&self, chunk: impl Into<ActionChunk>) -> Result<StepResult> {
         let actions = self.checked(chunk.into())?;
-        let (episode, _) = lock(&self.shared.state).seen;
+        let episode = lock(&self.shared.state).seen.episode;
         let step = Request::Step { session: self.welcome.session, episode, actions };
         match self.ask(step, RequestKind::Other).await? {
             Reply::Step(result) => {
@@ -237,7 +244,7 @@ impl PolicyClient {
         let arrival = async {
             loop {
                 self.check_stream()?;
-                let (_, seen) = lock(&self.shared.state).seen;
+                let seen = lock(&self.shared.state).seen.observation_seq;
                 let newest = latest.borrow_and_update().clone();
                 match newest.filter(|obs| obs.seq > seen) {
                     Some(obs) => return Ok(self.see(obs)),
@@ -325,16 +332,16 @@ impl PolicyClient {
     /// [`Error::InvalidAction`], [`Error::ActionRefused`] for an action sent earlier, or the session's end.
     pub async fn send_action(&self, actions: impl Into<ActionChunk>) -> Result<()> {
         let actions = self.checked(actions.into())?;
-        let message = {
+        let outgoing = {
             let mut state = lock(&self.shared.state);
             state.check_alive()?;
             if let Some(fault) = state.refusal.take() {
                 return Err(Error::ActionRefused(fault));
             }
-            let seen = state.seen;
+            let seen = state.seen.clone();
             state.action(actions, seen)
         };
-        self.shared.act(&message).await
+        self.shared.act(outgoing).await
     }
 
     /// How long ago, by this host's clock, the server's host captured something, such as `obs["wrist_cam"].captured_at`; `None` before the clocks were
@@ -365,6 +372,9 @@ impl PolicyClient {
     // ---- Helpers -----------------------------------------------------------------------------------------------------------------------
 
     async fn ask(&self, request: Request, kind: RequestKind) -> Result<Reply> {
+        if let Some(existing) = &self.shared.existing {
+            return existing.ask(&self.shared, request).await;
+        }
         let lane = self.lane_of(&request);
         let (frame, answered) = {
             let mut state = lock(&self.shared.state);
@@ -414,7 +424,13 @@ impl PolicyClient {
     }
 
     fn checked(&self, chunk: ActionChunk) -> Result<ActionChunk> {
-        self.welcome.robot.action_spec.check(&chunk)?;
+        let declared = &self.welcome.robot.action_spec;
+        if self.shared.existing.is_some() {
+            // Which dimension is right, the server alone knows.
+            ActionSpec { dimension: chunk.dimension(), ..declared.clone() }.check(&chunk)?;
+        } else {
+            declared.check(&chunk)?;
+        }
         Ok(chunk)
     }
 
@@ -426,8 +442,7 @@ impl PolicyClient {
 
     /// Notes what the caller has seen: its next actions come from it.
     fn see(&self, obs: Arc<Observation>) -> Arc<Observation> {
-        let mut state = lock(&self.shared.state);
-        state.seen = state.seen.max((obs.episode, obs.seq));
+        lock(&self.shared.state).see(&obs);
         obs
     }
 }

@@ -1,8 +1,8 @@
 //! The action queue, and which row is due when. Pure: std only, `now` is passed in.
 
-use std::{collections::VecDeque, time::Duration};
+use std::{collections::VecDeque, sync::Arc, time::Duration};
 
-use chiral_proto::Timestamp;
+use chiral_proto::{Timestamp, ValueMap};
 
 /// What `put_chunk` does with the rows that are still queued.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -18,10 +18,17 @@ pub enum PutMode {
 #[derive(Clone, Debug, PartialEq)]
 pub(crate) struct Row {
     pub(crate) values: Vec<f32>,
-    /// The episode it was chosen in.
+    pub(crate) from: Source,
+}
+
+/// What an action was chosen by.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub(crate) struct Source {
     pub(crate) episode: u64,
-    /// The observation it was chosen by.
+    /// The observation's number.
     pub(crate) observation_seq: u64,
+    /// When its cameras' frames were captured, as an existing server put it; nobody else is told.
+    pub(crate) capture_times: Option<Arc<ValueMap>>,
 }
 
 /// The queue and its clockwork: one row a tick, on absolute deadlines.
@@ -40,8 +47,9 @@ pub(crate) struct Dispatch {
     lateness: VecDeque<Duration>,
 }
 
+/// Ticks on absolute deadlines.
 #[derive(Debug)]
-struct Clockwork {
+pub(crate) struct Clockwork {
     started: Timestamp,
     period: Duration,
     /// Number of the tick that is due next.
@@ -49,8 +57,18 @@ struct Clockwork {
 }
 
 impl Clockwork {
-    fn deadline(&self) -> Timestamp {
+    /// So many ticks a second, the first now.
+    pub(crate) fn begin(hz: f64, now: Timestamp) -> Clockwork {
+        Clockwork { started: now, period: Duration::from_secs_f64(1.0 / hz), tick: 0 }
+    }
+
+    pub(crate) fn deadline(&self) -> Timestamp {
         self.started + self.period.mul_f64(self.tick as f64)
+    }
+
+    /// The next tick is one that has not come yet.
+    pub(crate) fn skip_passed(&mut self, now: Timestamp) {
+        self.tick = self.tick.max(self.passed(now) + 1);
     }
 
     /// Number of the last tick at or before `now`.
@@ -96,7 +114,7 @@ impl Dispatch {
 
     pub(crate) fn start(&mut self, hz: f64, now: Timestamp) {
         self.lateness.clear();
-        self.clockwork = Some(Clockwork { started: now, period: Duration::from_secs_f64(1.0 / hz), tick: 0 });
+        self.clockwork = Some(Clockwork::begin(hz, now));
     }
 
     pub(crate) fn stop(&mut self) {
@@ -141,14 +159,14 @@ impl Dispatch {
     pub(crate) fn reset_ended(&mut self, now: Timestamp) {
         self.resets = self.resets.saturating_sub(1);
         if let Some(clockwork) = &mut self.clockwork {
-            clockwork.tick = clockwork.tick.max(clockwork.passed(now) + 1);
+            clockwork.skip_passed(now);
         }
     }
 
     /// Drops the rows that were chosen in an episode before this one.
     pub(crate) fn drop_older_than(&mut self, episode: u64) {
         let before = self.queue.len();
-        self.queue.retain(|row| row.episode >= episode);
+        self.queue.retain(|row| row.from.episode >= episode);
         self.discarded += (before - self.queue.len()) as u64;
     }
 
@@ -183,7 +201,8 @@ mod tests {
     const MS: i64 = 1_000_000;
 
     fn rows(n: usize) -> Vec<Row> {
-        (0..n).map(|i| Row { values: vec![i as f32], episode: 1, observation_seq: 0 }).collect()
+        let from = Source { episode: 1, ..Source::default() };
+        (0..n).map(|i| Row { values: vec![i as f32], from: from.clone() }).collect()
     }
 
     /// Runs dispatch for `seconds`, its thread woken `late` after each deadline; how many rows it sent.

@@ -61,7 +61,7 @@ fn by_thread(shared: &Shared, spin: Duration) {
     let _ = shared.dispatcher.thread.set(thread::current());
     loop {
         match shared.due() {
-            Due::Now(row) => shared.control.host.block_on(shared.dispatch(&row)),
+            Due::Now(row) => shared.control.host.block_on(shared.dispatch(row)),
             Due::In(wait) if wait > spin => thread::park_timeout(wait - spin),
             Due::In(wait) => {
                 let tick = shared.now() + wait;
@@ -78,7 +78,7 @@ fn by_thread(shared: &Shared, spin: Duration) {
 async fn by_timers(shared: Arc<Shared>) {
     loop {
         match shared.due() {
-            Due::Now(row) => shared.dispatch(&row).await,
+            Due::Now(row) => shared.dispatch(row).await,
             Due::In(wait) => tokio::select! {
                 () = shared.dispatcher.changed.notified() => {}
                 () = sleep(wait) => {}

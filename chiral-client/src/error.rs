@@ -39,6 +39,11 @@ pub enum Error {
     /// There is no trust between the two sides, or no TLS on the other.
     #[error("no TLS connection: {0}")]
     Tls(Arc<dyn StdError + Send + Sync>),
+    /// A wire was asked for that the server does not speak.
+    #[error(
+        "expected a server that speaks protobuf, as this client was told to, found one without the subprotocol chiral.v1, as existing msgpack servers are"
+    )]
+    NotProtobuf,
     /// Something listens, but does not speak WebSocket as expected.
     #[error("no WebSocket connection: {0}")]
     Handshake(Arc<dyn StdError + Send + Sync>),
@@ -143,6 +148,20 @@ pub enum Error {
     Protocol {
         /// What was expected.
         expected: &'static str,
+    },
+    /// An existing server said something out of turn.
+    #[error("expected answers to what was asked only, in order, found a {found} from the server")]
+    UnaskedAnswer {
+        /// Its type on the wire.
+        found: &'static str,
+    },
+    /// An existing server cannot do this, or not yet.
+    #[error("the server cannot {what}: {why}")]
+    Unsupported {
+        /// What was asked for.
+        what: &'static str,
+        /// Why not.
+        why: &'static str,
     },
     /// The system gives no thread for a connection or for dispatch.
     #[error("cannot start a thread: {0}")]

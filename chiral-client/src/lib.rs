@@ -31,7 +31,9 @@ mod discover;
 mod dispatch;
 mod dispatcher;
 mod error;
+mod existing;
 mod lane;
+mod owed;
 mod session;
 mod state;
 mod stats;
@@ -43,8 +45,8 @@ mod zenoh;
 /// The types and the protocol that both ends share.
 pub use chiral_proto as proto;
 pub use chiral_proto::{
-    ActionChunk, ActionMeaning, ActionSpec, Camera, CameraSpec, Code, Fault, Observation, Proprio, StepResult, Tensor, Timestamp,
-    Value, ValueMap, action, message::RobotInfo, value,
+    ActionChunk, ActionMeaning, ActionSpec, Camera, CameraSpec, Code, Codec, Fault, Observation, Proprio, StepResult, Tensor,
+    Timestamp, Value, ValueMap, action, message::RobotInfo, value,
 };
 
 pub use builder::PolicyClientBuilder;

@@ -23,15 +23,18 @@ use tokio::{
 use crate::{
     dispatcher::Dispatcher,
     error::Error,
+    existing::{self, Existing},
     lane::{Carries, Lane},
     lock,
-    state::{Due, Latest, Pings, State, Stream},
+    state::{Due, Latest, Outgoing, Pings, State, Stream},
 };
 
 /// Within this the server must answer the hello.
 pub(crate) const HELLO_LIMIT: Duration = Duration::from_secs(5);
 /// For a last word and an orderly close.
 const PARTING_LIMIT: Duration = Duration::from_secs(1);
+/// Why a WebSocket is closed (IANA's registry of close codes).
+const TRY_AGAIN_LATER: u16 = 1013;
 /// Memory that no observation used for so long, or at most twice as long, is given back.
 const TRIM_PERIOD: Duration = Duration::from_secs(4);
 
@@ -47,6 +50,8 @@ pub(crate) struct Shared {
     pub(crate) control: Arc<Lane>,
     /// The second connection, or the first if there is only one.
     pub(crate) observations: Arc<Lane>,
+    /// If the server is none of ours.
+    pub(crate) existing: Option<Existing>,
     /// Where received observations lie.
     pub(crate) pool: Pool,
     /// Asked for by the actions that are sent.
@@ -85,15 +90,28 @@ impl Shared {
     }
 
     /// Sends actions.
-    pub(crate) async fn act(&self, action: &Message) -> Result<(), Error> {
+    pub(crate) async fn act(&self, outgoing: Outgoing) -> Result<(), Error> {
         self.courtesy.ask();
-        self.say(&self.control, action).await
+        match &self.existing {
+            Some(existing) => existing.act(self, outgoing).await,
+            None => self.say(&self.control, &Message::Notice(Notice::Action(outgoing.message))).await,
+        }
     }
 
     /// Sends a row that is due. Who waits for room in the queue is woken only afterwards.
-    pub(crate) async fn dispatch(&self, row: &Message) {
+    pub(crate) async fn dispatch(&self, row: Outgoing) {
+        let action_seq = row.message.seq;
         if let Err(error) = self.act(row).await {
             tracing::debug!("an action was not sent: {error}");
+            let mut state = lock(&self.state);
+            // Of what a server of ours would have refused, the next to act is told.
+            if self.existing.is_some() && state.check_alive().is_ok() {
+                state.refused(match error {
+                    Error::ActionRefused(fault) => fault,
+                    Error::Rejected(fault) => Fault { action_seq, ..fault },
+                    error => Fault { action_seq, ..Fault::new(Code::Unspecified, error.to_string()) },
+                });
+            }
         }
         self.room.notify_waiters();
     }
@@ -176,7 +194,7 @@ pub(crate) fn run<T: Transport>(shared: &Arc<Shared>, lane: &Arc<Lane>, transpor
                 shared.end(end);
                 true
             }
-            end = send(shared, lane) => {
+            end = say(shared, lane) => {
                 shared.end(end);
                 false
             }
@@ -184,7 +202,9 @@ pub(crate) fn run<T: Transport>(shared: &Arc<Shared>, lane: &Arc<Lane>, transpor
         };
         let parting = async {
             part(shared, lane, &*transport).await;
-            if !has_server_left {
+            // Nor does a server that has no word for it.
+            let is_told = shared.existing.as_ref().is_none_or(|existing| !existing.is_lossy);
+            if !has_server_left && is_told {
                 // Until it has parted, too: only then the robot is free for who connects next.
                 receiving.await;
             }
@@ -222,6 +242,10 @@ async fn part<T: Transport>(shared: &Shared, lane: &Lane, transport: &T) {
 
 async fn receive<T: Transport>(shared: &Shared, lane: &Lane, transport: &T) -> Error {
     let silence = Silence::begin();
+    if shared.existing.is_some() {
+        // It may rightly be silent for long. Its connection tells whether it lives, or deadlines do.
+        return hear(shared, lane, transport, &silence).await;
+    }
     tokio::select! {
         biased;
         end = hear(shared, lane, transport, &silence) => end,
@@ -247,6 +271,9 @@ async fn hear<T: Transport>(shared: &Shared, lane: &Lane, transport: &T, silence
 }
 
 fn handle(shared: &Shared, lane: &Lane, frame: Frame) -> Result<(), Error> {
+    if shared.existing.is_some() {
+        return existing::heard(shared, frame);
+    }
     let now = shared.now();
     let message = match lane.codec.decode(frame) {
         Ok(message) => message,
@@ -290,7 +317,7 @@ fn handle(shared: &Shared, lane: &Lane, frame: Frame) -> Result<(), Error> {
     Ok(())
 }
 
-fn settle(shared: &Shared, id: u64, outcome: Result<Reply, Error>, now: Timestamp) {
+pub(crate) fn settle(shared: &Shared, id: u64, outcome: Result<Reply, Error>, now: Timestamp) {
     let mut state = lock(&shared.state);
     let (episode, was_held_up) = (state.episode, state.dispatch.is_held_up());
     let answer = state.settle(id, &outcome, now);
@@ -312,7 +339,24 @@ fn settle(shared: &Shared, id: u64, outcome: Result<Reply, Error>, now: Timestam
 
 // ---- Sending -----------------------------------------------------------------------------------------------------------------------------
 
-/// What is said by itself: credit and pings. Requests and actions are sent by who makes them.
+/// What is said by itself, until the connection fails.
+async fn say(shared: &Shared, lane: &Lane) -> Error {
+    let Some(existing) = &shared.existing else { return send(shared, lane).await };
+    tokio::select! {
+        () = existing.poll(shared) => Error::Closed,
+        () = trim(&shared.pool) => Error::Closed,
+    }
+}
+
+/// Gives memory back, for ever.
+async fn trim(pool: &Pool) {
+    loop {
+        sleep(TRIM_PERIOD).await;
+        pool.trim();
+    }
+}
+
+/// What is said to a server of ours by itself: credit and pings. Requests and actions are sent by who makes them.
 async fn send(shared: &Shared, lane: &Lane) -> Error {
     let mut pings = Pings::new(shared.now());
     let mut trimmed = shared.now();
@@ -341,5 +385,11 @@ async fn send(shared: &Shared, lane: &Lane) -> Error {
 }
 
 fn lost(cause: TransportError) -> Error {
+    // A server of ours has no other words for it on an existing peer's wire.
+    if let TransportError::Closed { code: TRY_AGAIN_LATER, reason } = &cause
+        && reason.starts_with("the robot is controlled by")
+    {
+        return Error::Busy(Fault::new(Code::Busy, reason).retryable());
+    }
     Error::Disconnected { reason: chain(&cause), cause: Some(cause) }
 }

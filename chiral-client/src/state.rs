@@ -3,15 +3,16 @@
 use std::{collections::HashMap, sync::Arc, time::Duration};
 
 use chiral_proto::{
-    ActionChunk, Fault, Message, Notice, Observation, Reply, Timestamp,
+    ActionChunk, Fault, Message, Notice, Observation, Reply, Timestamp, ValueMap,
     clock::{OffsetFilter, PingSample},
     message::ActionMessage,
 };
 use tokio::sync::oneshot;
 
 use crate::{
-    dispatch::{Dispatch, Row},
+    dispatch::{Dispatch, Row, Source},
     error::Error,
+    existing::Known,
     stats::{ClientStats, Recent, percentile},
 };
 
@@ -28,14 +29,16 @@ pub(crate) struct State {
     session: u64,
     /// The newest episode that was heard of; older observations are discarded.
     pub(crate) episode: u64,
-    /// Episode and number of the observation that the caller saw last: what its actions come from.
-    pub(crate) seen: (u64, u64),
+    /// The observation that the caller saw last: what its actions come from.
+    pub(crate) seen: Source,
     pub(crate) stream: Stream,
     pub(crate) dispatch: Dispatch,
     /// The refusal that the next `put_*` returns.
     pub(crate) refusal: Option<Fault>,
     /// Why the session ended.
     pub(crate) ended: Option<Error>,
+    /// Of a server that is none of ours.
+    pub(crate) existing: Known,
     pending: HashMap<u64, Pending>,
     last_request: u64,
     last_action: u64,
@@ -82,11 +85,19 @@ pub(crate) enum RequestKind {
 
 /// When the dispatcher has something to do.
 pub(crate) enum Due {
-    Now(Message),
+    Now(Outgoing),
     In(Duration),
     /// Unless it is woken.
     Never,
     Ended,
+}
+
+/// Actions on their way out.
+#[derive(Debug)]
+pub(crate) struct Outgoing {
+    pub(crate) message: ActionMessage,
+    /// Of the observation that they come from: see [`Source`].
+    pub(crate) capture_times: Option<Arc<ValueMap>>,
 }
 
 /// When one connection is pinged next. Each is, so that a dead one is noticed.
@@ -118,11 +129,12 @@ impl State {
         State {
             session,
             episode,
-            seen: (episode, 0),
+            seen: Source { episode, ..Source::default() },
             stream: Stream::Off,
             dispatch: Dispatch::new(queue_capacity),
             refusal: None,
             ended: None,
+            existing: Known::default(),
             pending: HashMap::new(),
             last_request: 1,
             last_action: 0,
@@ -154,6 +166,11 @@ impl State {
             self.overtaken = self.last_action;
         }
         answered
+    }
+
+    /// Whether the caller of a request still waits for its answer.
+    pub(crate) fn is_waited_for(&self, id: u64) -> bool {
+        self.pending.get(&id).is_some_and(|pending| !pending.answer.is_closed())
     }
 
     /// An answer has come: follows what it changes. Where it is to be sent on to, once the lock is released: whoever waits for it wants the lock at once.
@@ -221,16 +238,24 @@ impl State {
 
     /// The rows of a chunk, as they wait for their ticks.
     pub(crate) fn rows(&self, chunk: &ActionChunk) -> Vec<Row> {
-        let (episode, observation_seq) = self.seen;
-        chunk.iter().map(|row| Row { values: row.to_vec(), episode, observation_seq }).collect()
+        chunk.iter().map(|row| Row { values: row.to_vec(), from: self.seen.clone() }).collect()
+    }
+
+    /// The caller has seen this observation: its next actions come from it, or from a newer one that it saw before.
+    pub(crate) fn see(&mut self, obs: &Arc<Observation>) {
+        if (obs.episode, obs.seq) >= (self.seen.episode, self.seen.observation_seq) {
+            let capture_times = self.existing.capture_times(obs);
+            self.seen = Source { episode: obs.episode, observation_seq: obs.seq, capture_times };
+        }
     }
 
     /// A chunk to be sent now.
-    pub(crate) fn action(&mut self, actions: ActionChunk, (episode, observation_seq): (u64, u64)) -> Message {
+    pub(crate) fn action(&mut self, actions: ActionChunk, from: Source) -> Outgoing {
         self.last_action += 1;
         self.actions_sent += 1;
-        let action = ActionMessage { session: self.session, episode, seq: self.last_action, actions, observation_seq };
-        Message::Notice(Notice::Action(action))
+        let Source { episode, observation_seq, capture_times } = from;
+        let message = ActionMessage { session: self.session, episode, seq: self.last_action, actions, observation_seq };
+        Outgoing { message, capture_times }
     }
 
     pub(crate) fn refused(&mut self, fault: Fault) {
@@ -250,7 +275,7 @@ impl State {
         // Also what was queued while the reset's answer was on its way to the caller.
         self.dispatch.drop_older_than(self.episode);
         if let Some(row) = self.dispatch.take(now) {
-            return Due::Now(self.action(row.values.into(), (row.episode, row.observation_seq)));
+            return Due::Now(self.action(row.values.into(), row.from));
         }
         self.dispatch.due_in(now).map_or(Due::Never, Due::In)
     }
@@ -308,7 +333,7 @@ mod tests {
     fn a_refusal_is_for_the_caller_unless_its_own_reset_overtook_the_action() {
         let mut state = State::new(1, 0, 4, Duration::ZERO);
         let refusal = |action_seq| Fault { action_seq, ..Fault::new(Code::Resetting, "a reset is under way") };
-        let act = |state: &mut State| drop(state.action([0.0].into(), (0, 0)));
+        let act = |state: &mut State| drop(state.action([0.0].into(), Source::default()));
         act(&mut state);
         state.refused(refusal(1));
         assert_eq!(state.refusal.take().map(|fault| fault.action_seq), Some(1), "no reset was asked for");

@@ -30,11 +30,16 @@ use tokio_tungstenite::{
     tungstenite::{
         self,
         client::IntoClientRequest,
-        http::{HeaderValue, Uri, header::SEC_WEBSOCKET_PROTOCOL},
+        error::{ProtocolError::SecWebSocketSubProtocolError, SubProtocolError},
+        http::{HeaderValue, StatusCode, Uri, header::SEC_WEBSOCKET_PROTOCOL},
     },
 };
 
-use crate::{builder::Attempt, error::Error};
+use crate::{
+    builder::{Attempt, Means},
+    error::Error,
+    lane::Carries,
+};
 
 /// For the name, the connection, TLS and the upgrade together.
 const HANDSHAKE_LIMIT: Duration = Duration::from_secs(5);
@@ -51,10 +56,13 @@ pub(crate) struct Server {
     host: String,
     port: u16,
     tls: Option<TlsConnector>,
+    /// The wire that is asked for; without, ours, or else that of the peers before us.
+    codec: Option<Codec>,
+    silence_limit: Duration,
 }
 
 impl Server {
-    pub(crate) fn parse(address: &str, root_certificates: Option<&[u8]>) -> Result<Server, Error> {
+    pub(crate) fn parse(address: &str, means: &Means) -> Result<Server, Error> {
         let refuse = |reason: String| Error::Address { uri: address.to_owned(), reason };
         let uri: Uri = address.parse().map_err(|error| refuse(format!("{error}")))?;
         let (is_tls, default_port) = match uri.scheme_str() {
@@ -65,8 +73,9 @@ impl Server {
         };
         let host = uri.host().filter(|host| !host.is_empty()).ok_or_else(|| refuse("it names no host".to_owned()))?;
         let host = host.trim_matches(['[', ']']).to_owned();
-        let tls = if is_tls { Some(tls(root_certificates)?) } else { None };
-        Ok(Server { port: uri.port_u16().unwrap_or(default_port), host, tls, uri })
+        let tls = if is_tls { Some(tls(means.root_certificates.as_deref())?) } else { None };
+        let Means { codec, silence_limit, .. } = *means;
+        Ok(Server { port: uri.port_u16().unwrap_or(default_port), host, tls, uri, codec, silence_limit })
     }
 }
 
@@ -128,21 +137,64 @@ impl AsyncWrite for Stream {
 }
 
 /// One attempt to connect.
-pub(crate) async fn connect(server: &Server, max_message: usize, pool: Pool, courtesy: Courtesy) -> Result<Connection, Attempt> {
+pub(crate) async fn connect(
+    server: &Server,
+    carries: Carries,
+    max_message: usize,
+    pool: Pool,
+    courtesy: Courtesy,
+) -> Result<Connection, Attempt> {
     let attempt = async {
-        let mut request = server.uri.clone().into_client_request().map_err(judge)?;
-        request.headers_mut().insert(SEC_WEBSOCKET_PROTOCOL, HeaderValue::from_static(SUBPROTOCOL));
-        let stream = open(server).await?;
-        let (socket, _) = client_async(request, Frugal::new(stream)).await.map_err(judge)?;
-        let Frugal { stream, .. } = socket.into_inner();
+        // A session's second connection is one of ours, or none.
+        let codec = if carries == Carries::Observations { Some(Codec::Protobuf) } else { server.codec };
+        let (stream, codec) = agree(server, codec).await?;
         let peer = server.uri.to_string();
-        let options = WebSocketOptions { role: Role::Client, max_message, pool, courtesy, codec: Codec::Protobuf, peer };
-        Ok(WebSocketTransport::new(stream, &[], options))
+        let options = WebSocketOptions { role: Role::Client, max_message, pool, courtesy, codec, peer };
+        let transport = WebSocketTransport::new(stream, &[], options);
+        Ok(if codec == Codec::Msgpack { transport.pinging(server.silence_limit) } else { transport })
     };
     match timeout(HANDSHAKE_LIMIT, attempt).await {
         Ok(outcome) => outcome,
         Err(_) => Err(Attempt::Absent(format!("no handshake within {} s", HANDSHAKE_LIMIT.as_secs()))),
     }
+}
+
+/// A connection that was upgraded, and what is spoken on it. Existing servers know no subprotocol: they upgrade and choose none, or refuse the upgrade because
+/// of it, as some libraries do with everything that they were not told of. Then they are asked again without.
+async fn agree(server: &Server, codec: Option<Codec>) -> Result<(Stream, Codec), Attempt> {
+    if codec == Some(Codec::Msgpack) {
+        return Ok((upgrade(server, None).await?.map_err(judge)?, Codec::Msgpack));
+    }
+    let error = match upgrade(server, Some(SUBPROTOCOL)).await? {
+        Ok(stream) => return Ok((stream, Codec::Protobuf)),
+        Err(error) => error,
+    };
+    let chose_none = matches!(error, tungstenite::Error::Protocol(SecWebSocketSubProtocolError(SubProtocolError::NoSubProtocol)));
+    let refused = matches!(&error, tungstenite::Error::Http(response) if response.status() == StatusCode::BAD_REQUEST);
+    match codec {
+        None if chose_none || refused => {}
+        Some(Codec::Protobuf) if chose_none => return Err(Attempt::Failed(Error::NotProtobuf)),
+        _ => return Err(judge(error)),
+    }
+    match upgrade(server, None).await? {
+        Ok(stream) => {
+            tracing::info!("the server at {} knows no {SUBPROTOCOL}: taken for an existing one, of msgpack", server.uri);
+            Ok((stream, Codec::Msgpack))
+        }
+        // It did not mind the subprotocol alone.
+        Err(_) if refused => Err(judge(error)),
+        Err(error) => Err(judge(error)),
+    }
+}
+
+/// A connection and its opening handshake, with this subprotocol offered.
+async fn upgrade(server: &Server, subprotocol: Option<&'static str>) -> Result<Result<Stream, tungstenite::Error>, Attempt> {
+    let mut request = server.uri.clone().into_client_request().map_err(judge)?;
+    if let Some(subprotocol) = subprotocol {
+        request.headers_mut().insert(SEC_WEBSOCKET_PROTOCOL, HeaderValue::from_static(subprotocol));
+    }
+    let stream = open(server).await?;
+    Ok(client_async(request, Frugal::new(stream)).await.map(|(socket, _)| socket.into_inner().stream))
 }
 
 async fn open(server: &Server) -> Result<Stream, Attempt> {

@@ -4,15 +4,17 @@ use std::{
     error::Error as StdError,
     sync::{
         Arc, Mutex,
-        atomic::{AtomicBool, Ordering},
+        atomic::{AtomicBool, AtomicU64, Ordering},
     },
-    time::Duration,
+    time::{Duration, Instant},
 };
 
-use chiral_link::zenoh::{LaneKind, Network, NetworkError, NetworkOptions, Search, ZenohOptions, ZenohTransport};
-use chiral_proto::{Codec, error::chain, keys, pool::Pool};
+use chiral_link::zenoh::{ExistingTransport, LaneKind, Network, NetworkError, NetworkOptions, Search, ZenohOptions};
+use chiral_proto::{Codec, Message, Reply, Request, Transport, codec::msgpack, error::chain, keys, pool::Pool};
+use tokio::time::timeout;
 
 use crate::{
+    address::Connection,
     builder::{Attempt, Means},
     error::Error,
     lane::Carries,
@@ -23,6 +25,12 @@ use crate::{
 pub(crate) const RETRY_PERIOD: Duration = Duration::from_millis(500);
 /// For the answers of a network that is searched for a robot.
 const SEARCH_LIMIT: Duration = Duration::from_secs(1);
+/// So long a robot of ours may take to show on a network before existing servers are asked whether they are there.
+const ALIVE_LIMIT: Duration = Duration::from_secs(1);
+/// For an existing server's answer to that, before it is asked again.
+const PROBE_LIMIT: Duration = Duration::from_millis(500);
+/// After so long without anybody the network is joined anew, in case that it is another by now.
+const LOOK_LIMIT: Duration = Duration::from_secs(5);
 /// What the address of a robot without an address begins with.
 const BY_NAME: &str = "zenoh:";
 
@@ -37,6 +45,20 @@ pub(crate) struct Server {
     found: Arc<Mutex<Option<(Network, String)>>>,
     /// Whether the last attempt found somebody who did not let us in.
     was_refused: Arc<AtomicBool>,
+    /// The wire that is asked for; without, ours, or else that of the peers before us.
+    codec: Option<Codec>,
+    /// Where nobody was found yet.
+    looking: Arc<Mutex<Option<Looking>>>,
+    /// How often existing servers were asked, on whatever session: they share their keys.
+    probes: Arc<AtomicU64>,
+}
+
+/// A network without a robot of ours, so far.
+struct Looking {
+    network: Network,
+    since: Instant,
+    /// Where existing servers answer, once they were asked: an answer may come after the attempt that asked.
+    existing: Option<ExistingTransport>,
 }
 
 impl Server {
@@ -74,6 +96,11 @@ impl Server {
         if let Some(robot) = asked {
             keys::check_robot(robot).map_err(|error| refuse(error.to_string()))?;
         }
+        if means.codec == Some(Codec::Msgpack) && (asked.is_some() || (locator.is_none() && means.zenoh_config.is_none())) {
+            return Err(refuse(
+                "existing servers, of msgpack, have no name, only an address such as tcp/localhost:7447".to_owned(),
+            ));
+        }
         let options = NetworkOptions {
             connect: locator.iter().cloned().collect(),
             config: means.zenoh_config.clone(),
@@ -81,37 +108,112 @@ impl Server {
             ..NetworkOptions::default()
         };
         let asked = asked.map(str::to_owned);
-        Ok(Server { uri: uri.to_owned(), asked, options, found: Arc::default(), was_refused: Arc::default() })
+        Ok(Server {
+            uri: uri.to_owned(),
+            asked,
+            options,
+            found: Arc::default(),
+            was_refused: Arc::default(),
+            codec: means.codec,
+            looking: Arc::default(),
+            probes: Arc::default(),
+        })
     }
 
     /// One attempt to connect: on the network that is known already, or on a new session of it.
-    pub(crate) async fn connect(&self, carries: Carries, max_frame: usize, pool: Pool) -> Result<ZenohTransport, Attempt> {
+    pub(crate) async fn connect(&self, carries: Carries, max_frame: usize, pool: Pool) -> Result<Connection, Attempt> {
         let kind = if carries == Carries::Observations { LaneKind::Observations } else { LaneKind::Control };
-        let options = ZenohOptions { max_frame, pool, codec: Codec::Protobuf, shared_memory: None };
         let known = lock(&self.found).clone();
         let (network, robot) = match known {
             Some(known) => known,
-            None => self.find().await?,
+            None => match self.find(max_frame, &pool).await? {
+                (network, Meant::Robot(robot)) => (network, robot),
+                (_, Meant::Existing(existing)) => {
+                    let probes = self.probes.load(Ordering::Relaxed);
+                    return Ok(Connection::Existing(Box::new(existing), probes));
+                }
+            },
         };
+        let options = ZenohOptions { max_frame, pool, codec: Codec::Protobuf, shared_memory: None };
         let connected = network.connect(&robot, kind, options).await.map_err(|error| self.judge(error))?;
         *lock(&self.found) = Some((network, robot));
-        Ok(connected)
+        Ok(Connection::Zenoh(Box::new(connected)))
     }
 
-    async fn find(&self) -> Result<(Network, String), Attempt> {
-        let network = match Network::open(&self.options).await {
-            Err(NetworkError::NoLocator) => {
-                let (locator, robot) = self.search().await?;
-                let options = NetworkOptions { connect: vec![locator], ..self.options.clone() };
-                return Ok((Network::open(&options).await.map_err(|error| self.judge(error))?, robot));
-            }
-            opened => opened.map_err(|error| self.judge(error))?,
+    async fn find(&self, max_frame: usize, pool: &Pool) -> Result<(Network, Meant), Attempt> {
+        let looking = lock(&self.looking).take().filter(|looking| looking.since.elapsed() < LOOK_LIMIT);
+        let mut looking = match looking {
+            Some(looking) => looking,
+            None => match Network::open(&self.options).await {
+                Err(NetworkError::NoLocator) => {
+                    let (locator, robot) = self.search().await?;
+                    let options = NetworkOptions { connect: vec![locator], ..self.options.clone() };
+                    let network = Network::open(&options).await.map_err(|error| self.judge(error))?;
+                    return Ok((network, Meant::Robot(robot)));
+                }
+                opened => {
+                    let network = opened.map_err(|error| self.judge(error))?;
+                    Looking { network, since: Instant::now(), existing: None }
+                }
+            },
         };
         self.was_refused.store(false, Ordering::Relaxed);
-        let robots = network.robots().await.map_err(|error| self.judge(error))?;
-        let mut names: Vec<String> = robots.into_iter().map(|(robot, _)| robot).collect();
-        names.dedup();
-        Ok((network, choose(names, self.asked.as_deref(), &self.uri)?))
+        // Before this look, which may itself have taken so long.
+        let is_patience_over = self.codec == Some(Codec::Msgpack) || looking.since.elapsed() >= ALIVE_LIMIT;
+        let absent = if self.codec == Some(Codec::Msgpack) {
+            "no existing server answers".to_owned()
+        } else {
+            let robots = looking.network.robots().await.map_err(|error| self.judge(error))?;
+            let mut names: Vec<String> = robots.into_iter().map(|(robot, _)| robot).collect();
+            names.dedup();
+            match choose(names, self.asked.as_deref(), &self.uri) {
+                Ok(robot) => return Ok((looking.network, Meant::Robot(robot))),
+                // Existing servers have no name to be asked for.
+                Err(Attempt::Absent(reason)) if self.asked.is_none() && self.codec.is_none() => reason,
+                Err(attempt) => return Err(attempt),
+            }
+        };
+        if is_patience_over {
+            let existing = match looking.existing.take() {
+                Some(existing) => existing,
+                None => {
+                    let declared = looking.network.existing(keys::End::Client, max_frame, pool.clone()).await;
+                    declared.map_err(|error| self.judge(error))?
+                }
+            };
+            if self.probe(&existing).await? {
+                return Ok((looking.network, Meant::Existing(existing)));
+            }
+            looking.existing = Some(existing);
+        }
+        *lock(&self.looking) = Some(looking);
+        Err(Attempt::Absent(absent))
+    }
+
+    /// Asks whether an existing server is there, as existing clients do.
+    async fn probe(&self, existing: &ExistingTransport) -> Result<bool, Attempt> {
+        let question = Message::Request { id: msgpack::ID, request: Request::GetMetadata };
+        let question = Codec::Msgpack.encode(&question).map_err(|error| Attempt::Failed(error.into()))?;
+        self.probes.fetch_add(1, Ordering::Relaxed);
+        let asking = async {
+            existing.send(question).await?;
+            loop {
+                // Anything else is another client's.
+                if let Some(frame) = existing.recv().await?
+                    && let Ok(Message::Reply { reply: Reply::Metadata(_), .. }) = Codec::Msgpack.decode(frame)
+                {
+                    return Ok(());
+                }
+            }
+        };
+        match timeout(PROBE_LIMIT, asking).await {
+            Ok(Ok(())) => Ok(true),
+            Ok(Err(error)) => {
+                let error: chiral_proto::TransportError = error;
+                Err(Attempt::Absent(chain(&error)))
+            }
+            Err(_) => Ok(false),
+        }
     }
 
     /// Where the robot was found without an address, and its name.
@@ -156,6 +258,14 @@ impl Server {
             error => Attempt::Failed(failed(error)),
         }
     }
+}
+
+/// Who is to be connected to.
+enum Meant {
+    /// One of ours, by its name.
+    Robot(String),
+    /// A server that was there before us, which has answered.
+    Existing(ExistingTransport),
 }
 
 /// What waiting does not mend.

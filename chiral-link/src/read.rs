@@ -1,6 +1,6 @@
 //! Reads WebSocket frames (RFC 6455, section 5): a large message straight into pooled, aligned memory, which the message then keeps.
 
-use std::io;
+use std::{io, sync::Arc};
 
 use bytes::Bytes;
 use chiral_proto::{Frame, TransportError, pool::Pool};
@@ -8,6 +8,7 @@ use tokio::io::{AsyncRead, AsyncReadExt};
 
 use crate::{
     courtesy::Courtesy,
+    silence::Silence,
     socket::{Opcode, Role, WebSocketOptions},
     write::apply_mask,
 };
@@ -16,6 +17,8 @@ use crate::{
 const READ_AHEAD: usize = 8 * 1024;
 /// Messages up to this size are not worth the pool's memory.
 const SMALL: usize = 4 * 1024;
+/// A message of at most so many fragments is taken: 64 MB of 4 KiB each.
+const MAX_FRAGMENTS: usize = 16 * 1024;
 /// The longest control frame (section 5.5).
 const MAX_CONTROL: usize = 125;
 
@@ -37,6 +40,7 @@ pub(crate) struct Reader<R> {
     max_message: usize,
     pool: Pool,
     courtesy: Courtesy,
+    silence: Arc<Silence>,
     ahead: Box<[u8]>,
     /// What was read ahead and not yet taken.
     begin: usize,
@@ -55,7 +59,7 @@ struct Header {
 
 impl<R: AsyncRead + Unpin> Reader<R> {
     /// A reader whose first bytes are those that the handshake has read too many.
-    pub(crate) fn new(stream: R, read_already: &[u8], options: &WebSocketOptions) -> Reader<R> {
+    pub(crate) fn new(stream: R, read_already: &[u8], options: &WebSocketOptions, silence: Arc<Silence>) -> Reader<R> {
         let WebSocketOptions { role, max_message, pool, courtesy, .. } = options.clone();
         let mut ahead = vec![0; READ_AHEAD.max(read_already.len())];
         ahead[..read_already.len()].copy_from_slice(read_already);
@@ -65,6 +69,7 @@ impl<R: AsyncRead + Unpin> Reader<R> {
             max_message,
             pool,
             courtesy,
+            silence,
             ahead: ahead.into(),
             begin: 0,
             end: read_already.len(),
@@ -77,19 +82,31 @@ impl<R: AsyncRead + Unpin> Reader<R> {
         loop {
             let header = self.header().await?;
             let payload = self.payload(&header).await.map_err(TransportError::lost)?;
+            self.silence.end();
             match header.opcode {
                 Opcode::Ping => return Ok(Event::Ping(payload)),
                 Opcode::Pong => return Ok(Event::Pong),
                 Opcode::Close => return Ok(Event::Close(payload)),
                 Opcode::Continuation | Opcode::Binary => {
                     let fragments = self.fragments.get_or_insert_default();
-                    fragments.push(payload);
+                    if fragments.len() == MAX_FRAGMENTS {
+                        return Err(violation("a message of at most 16384 fragments", "one of more"));
+                    }
+                    // Without end, empty ones would fill the memory within any limit.
+                    if !payload.is_empty() {
+                        fragments.push(payload);
+                    }
                     if header.is_final {
                         return Ok(Event::Message(self.fragments.take().unwrap_or_default().into()));
                     }
                 }
             }
         }
+    }
+
+    /// Reads to the end of the stream, whatever comes.
+    pub(crate) async fn drain(&mut self) {
+        while self.stream.read(&mut self.ahead).await.is_ok_and(|read| read > 0) {}
     }
 
     async fn header(&mut self) -> Result<Header, TransportError> {

@@ -1,22 +1,34 @@
 //! A WebSocket after its handshake, as a transport: one task reads, one writes, and neither waits for the other.
 
-use std::sync::{Mutex as StdMutex, PoisonError};
+use std::{
+    pin::pin,
+    sync::{Arc, Mutex as StdMutex, PoisonError},
+    time::Duration,
+};
 
-use bytes::Bytes;
-use chiral_proto::{Codec, Frame, Transport, TransportError, pool::Pool};
+use bytes::{BufMut, Bytes, BytesMut};
+use chiral_proto::{Code, Codec, Fault, Frame, Transport, TransportError, pool::Pool};
 use tokio::{
     io::{AsyncRead, AsyncWrite, ReadHalf, WriteHalf},
     sync::Mutex,
+    time::sleep,
 };
 
 use crate::{
     courtesy::Courtesy,
     read::{Event, Reader},
+    silence::Silence,
     write::Writer,
 };
 
 /// "Normal closure" (RFC 6455, section 7.4.1).
-const NORMAL_CLOSURE: [u8; 2] = 1000_u16.to_be_bytes();
+const NORMAL_CLOSURE: u16 = 1000;
+/// "Going away".
+const GOING_AWAY: u16 = 1001;
+/// The longest reason that a close frame has room for, beside its code (section 5.5).
+const MAX_REASON: usize = 123;
+/// A connection that pings does so after a silence of this, or of a quarter of what it bears.
+const PING_PERIOD: Duration = Duration::from_secs(1);
 
 /// Which end of the connection this is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -67,6 +79,9 @@ pub struct WebSocketTransport<S> {
     writer: Mutex<Writer<WriteHalf<S>>>,
     /// What is owed to the other side: written by whoever holds the writer, between two messages and never within one.
     owed: StdMutex<Owed>,
+    /// Of the other side: nothing comes from it, nor does it take anything of a message.
+    silence: Arc<Silence>,
+    silence_limit: Option<Duration>,
     codec: Codec,
     peer: String,
 }
@@ -75,6 +90,7 @@ pub struct WebSocketTransport<S> {
 #[derive(Debug, Default)]
 struct Owed {
     pong: Option<Bytes>,
+    ping: bool,
     close: Option<Bytes>,
 }
 
@@ -82,19 +98,79 @@ impl<S: AsyncRead + AsyncWrite> WebSocketTransport<S> {
     /// The transport over `stream`, of which `read_already` was read with the handshake.
     pub fn new(stream: S, read_already: &[u8], options: WebSocketOptions) -> WebSocketTransport<S> {
         let (read, write) = tokio::io::split(stream);
+        let silence = Arc::new(Silence::begin());
         WebSocketTransport {
-            reader: Mutex::new(Reader::new(read, read_already, &options)),
-            writer: Mutex::new(Writer::new(write, options.role, options.courtesy)),
+            reader: Mutex::new(Reader::new(read, read_already, &options, Arc::clone(&silence))),
+            writer: Mutex::new(Writer::new(write, options.role, options.courtesy, Arc::clone(&silence))),
             owed: StdMutex::default(),
+            silence,
+            silence_limit: None,
             codec: options.codec,
             peer: options.peer,
         }
     }
 
+    /// From now on, pings a peer from which nothing comes, and gives the connection up after a silence of `limit`: for peers that may rightly have nothing
+    /// to say for long. Whoever waits in `recv` is told.
+    #[must_use]
+    pub fn pinging(self, limit: Duration) -> WebSocketTransport<S> {
+        WebSocketTransport { silence_limit: Some(limit), ..self }
+    }
+
+    /// What the other side says next, pinging it meanwhile.
+    async fn next(&self, reader: &mut Reader<ReadHalf<S>>, silence_limit: Duration) -> Result<Event, TransportError> {
+        let mut next = pin!(reader.next());
+        loop {
+            tokio::select! {
+                biased;
+                event = &mut next => return event,
+                () = sleep(PING_PERIOD.min(silence_limit / 4)) => {}
+            }
+            self.owe(|owed| owed.ping = true);
+            self.pay().await?;
+        }
+    }
+
+    async fn hear(&self) -> Result<Option<Frame>, TransportError> {
+        let mut reader = self.reader.lock().await;
+        loop {
+            let event = match self.silence_limit {
+                Some(limit) => self.next(&mut reader, limit).await?,
+                None => reader.next().await?,
+            };
+            match event {
+                Event::Message(frame) => return Ok(Some(frame)),
+                Event::Ping(payload) => self.owe(|owed| owed.pong = Some(payload)),
+                Event::Pong => {}
+                Event::Close(payload) => {
+                    // Its code is sent back (section 5.5.1).
+                    self.owe(|owed| owed.close = Some(payload.slice(..payload.len().min(2))));
+                    let _ = self.pay().await;
+                    return closed(&payload);
+                }
+            }
+            self.pay().await?;
+        }
+    }
+
+    async fn close_with(&self, code: u16, reason: &str) {
+        let mut payload = BytesMut::with_capacity(2 + MAX_REASON);
+        payload.put_u16(code);
+        payload.put_slice(&reason.as_bytes()[..reason.floor_char_boundary(MAX_REASON)]);
+        let mut writer = self.writer.lock().await;
+        let _ = writer.control(Opcode::Close, &payload.freeze()).await;
+        let _ = writer.shutdown().await;
+    }
+
     fn next_owed(&self) -> Option<(Opcode, Bytes)> {
         let mut owed = self.owed.lock().unwrap_or_else(PoisonError::into_inner);
-        let pong = owed.pong.take().map(|payload| (Opcode::Pong, payload));
-        pong.or_else(|| owed.close.take().map(|payload| (Opcode::Close, payload)))
+        if let Some(payload) = owed.pong.take() {
+            return Some((Opcode::Pong, payload));
+        }
+        if std::mem::take(&mut owed.ping) {
+            return Some((Opcode::Ping, Bytes::new()));
+        }
+        owed.close.take().map(|payload| (Opcode::Close, payload))
     }
 
     fn owe(&self, change: impl FnOnce(&mut Owed)) {
@@ -116,7 +192,7 @@ impl<S: AsyncRead + AsyncWrite> WebSocketTransport<S> {
 
     fn owes(&self) -> bool {
         let owed = self.owed.lock().unwrap_or_else(PoisonError::into_inner);
-        owed.pong.is_some() || owed.close.is_some()
+        owed.pong.is_some() || owed.ping || owed.close.is_some()
     }
 }
 
@@ -129,27 +205,22 @@ impl<S: AsyncRead + AsyncWrite + Send + 'static> Transport for WebSocketTranspor
     }
 
     async fn recv(&self) -> Result<Option<Frame>, TransportError> {
-        let mut reader = self.reader.lock().await;
-        loop {
-            match reader.next().await? {
-                Event::Message(frame) => return Ok(Some(frame)),
-                Event::Ping(payload) => self.owe(|owed| owed.pong = Some(payload)),
-                Event::Pong => {}
-                Event::Close(payload) => {
-                    // Its code is sent back (section 5.5.1).
-                    self.owe(|owed| owed.close = Some(payload.slice(..payload.len().min(2))));
-                    let _ = self.pay().await;
-                    return Ok(None);
-                }
-            }
-            self.pay().await?;
+        let Some(limit) = self.silence_limit else { return self.hear().await };
+        tokio::select! {
+            biased;
+            heard = self.hear() => heard,
+            () = self.silence.lasts(limit) => Err(TransportError::lost(format!("nothing heard for {} s", limit.as_secs_f64()))),
         }
     }
 
     async fn close(&self) {
-        let mut writer = self.writer.lock().await;
-        let _ = writer.control(Opcode::Close, &Bytes::from_static(&NORMAL_CLOSURE)).await;
-        let _ = writer.shutdown().await;
+        self.close_with(NORMAL_CLOSURE, "").await;
+    }
+
+    async fn refuse(&self, fault: &Fault) {
+        self.close_with(close_code(fault.code), &fault.to_string()).await;
+        // What is closed unread takes the other side's unread words with it, ours among them.
+        self.reader.lock().await.drain().await;
     }
 
     fn codec(&self) -> Codec {
@@ -158,5 +229,28 @@ impl<S: AsyncRead + AsyncWrite + Send + 'static> Transport for WebSocketTranspor
 
     fn peer(&self) -> &str {
         &self.peer
+    }
+}
+
+/// What a close frame says: an orderly end, or why not.
+fn closed(payload: &Bytes) -> Result<Option<Frame>, TransportError> {
+    let Some((code, reason)) = payload.split_first_chunk() else { return Ok(None) };
+    match u16::from_be_bytes(*code) {
+        NORMAL_CLOSURE => Ok(None),
+        GOING_AWAY if reason.is_empty() => Ok(None),
+        code => Err(TransportError::Closed { code, reason: String::from_utf8_lossy(reason).into_owned() }),
+    }
+}
+
+/// What a close frame says of a refusal (section 7.4.1, and IANA's registry for 1013).
+fn close_code(code: Code) -> u16 {
+    match code {
+        Code::ShuttingDown => GOING_AWAY,
+        // An internal error.
+        Code::Unspecified | Code::RobotFailed | Code::OutOfService | Code::SensorTimeout => 1011,
+        // Try again later.
+        Code::Busy | Code::QueueFull | Code::Resetting => 1013,
+        // A violation of policy: whatever was wrong with what was said.
+        _ => 1008,
     }
 }

@@ -5,6 +5,7 @@ use std::{
     hash::{BuildHasher, RandomState},
     io::{self, IoSlice},
     pin::Pin,
+    sync::Arc,
 };
 
 use bytes::Bytes;
@@ -12,6 +13,7 @@ use tokio::io::{AsyncWrite, AsyncWriteExt};
 
 use crate::{
     courtesy::{Courtesy, Pieces},
+    silence::Silence,
     socket::{Opcode, Role},
 };
 
@@ -28,6 +30,8 @@ pub(crate) struct Writer<W> {
     stream: W,
     masks: Option<Masks>,
     courtesy: Courtesy,
+    /// Of the other side, which ends whenever it takes some of a message. Pings are no messages: they would fit into the socket for ever.
+    silence: Arc<Silence>,
     is_within_frame: bool,
 }
 
@@ -39,12 +43,12 @@ struct Masks {
 }
 
 impl<W: AsyncWrite + Unpin> Writer<W> {
-    pub(crate) fn new(stream: W, role: Role, courtesy: Courtesy) -> Writer<W> {
+    pub(crate) fn new(stream: W, role: Role, courtesy: Courtesy, silence: Arc<Silence>) -> Writer<W> {
         let masks = match role {
             Role::Client => Some(Masks { secret: RandomState::new(), count: 0 }),
             Role::Server => None,
         };
-        Writer { stream, masks, courtesy, is_within_frame: false }
+        Writer { stream, masks, courtesy, silence, is_within_frame: false }
     }
 
     /// Writes one binary message, unfragmented.
@@ -62,7 +66,7 @@ impl<W: AsyncWrite + Unpin> Writer<W> {
                 let mut slices = Vec::with_capacity(1 + segments.len());
                 slices.push(IoSlice::new(&header[..header_len]));
                 slices.extend(segments.iter().map(|segment| IoSlice::new(segment)));
-                write_all_vectored(&mut self.stream, &mut slices, self.courtesy.pieces()).await?;
+                write_all_vectored(&mut self.stream, &mut slices, self.courtesy.pieces(), &self.silence).await?;
             }
         }
         self.end().await
@@ -164,6 +168,7 @@ async fn write_all_vectored(
     stream: &mut (impl AsyncWrite + Unpin),
     mut slices: &mut [IoSlice<'_>],
     mut pieces: Pieces,
+    silence: &Silence,
 ) -> io::Result<()> {
     // Leading slices that are empty would look like a stream that takes nothing.
     IoSlice::advance_slices(&mut slices, 0);
@@ -174,6 +179,7 @@ async fn write_all_vectored(
         if written == 0 {
             return Err(io::ErrorKind::WriteZero.into());
         }
+        silence.end();
         IoSlice::advance_slices(&mut slices, written);
         if !slices.is_empty() && pieces.size < usize::MAX {
             pieces.give_way();

@@ -272,6 +272,14 @@ pub enum TransportError {
     /// The connection broke.
     #[error("connection lost")]
     Lost(#[source] Arc<dyn Error + Send + Sync>),
+    /// The peer closed the connection, and says that it had to.
+    #[error("the other side closed the connection with {code}{}{reason}", if reason.is_empty() { "" } else { ": " })]
+    Closed {
+        /// Such as WebSocket's 1011.
+        code: u16,
+        /// In the peer's words; may be empty.
+        reason: String,
+    },
     /// The peer does not keep to the transport's rules.
     #[error("expected {expected}, found {found}")]
     Protocol {

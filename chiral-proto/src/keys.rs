@@ -8,9 +8,11 @@
 //! chiral/v1/<robot>/c/<connection>/c2s    frames of the client
 //! chiral/v1/<robot>/c/<connection>/s2c    frames of the server
 //! chiral/v1/<robot>/c/<connection>/client, .../server    liveliness tokens of the connection's two ends
+//!
+//! chiral/c2s, chiral/s2c                  frames of existing peers, whoever they are
 //! ```
 
-/// All keys begin with it.
+/// All keys of our own wire begin with it.
 const ROOT: &str = "chiral/v1";
 /// Characters that a robot's name may have.
 const MAX_NAME: usize = 64;
@@ -105,6 +107,14 @@ pub fn end(robot: &str, connection: &str, end: End) -> String {
     format!("{ROOT}/{robot}/c/{connection}/{name}")
 }
 
+/// What this end says where existing peers are spoken to: all of a network share it, whatever the robot.
+pub fn existing(from: End) -> &'static str {
+    match from {
+        End::Client => "chiral/c2s",
+        End::Server => "chiral/s2c",
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -160,9 +170,10 @@ mod tests {
 
     #[test]
     fn the_two_ends_never_share_a_key() {
-        let keys = [End::Client, End::Server].map(|side| [frames("a", "1", side), end("a", "1", side)]);
+        let keys =
+            [End::Client, End::Server].map(|side| [frames("a", "1", side), end("a", "1", side), existing(side).to_owned()]);
         let distinct: std::collections::BTreeSet<_> = keys.as_flattened().iter().collect();
-        assert_eq!(distinct.len(), 4);
+        assert_eq!(distinct.len(), 6);
         assert_eq!(End::Client.other().other(), End::Client);
     }
 }

@@ -2,7 +2,11 @@
 
 use std::future::Future;
 
-use crate::{codec::Codec, error::TransportError, frame::Frame};
+use crate::{
+    codec::Codec,
+    error::{Fault, TransportError},
+    frame::Frame,
+};
 
 /// One connection that carries whole frames to and from one peer.
 ///
@@ -20,6 +24,11 @@ pub trait Transport: Send + Sync + 'static {
 
     /// Closes in an orderly way, as far as that takes little time. Dropping closes at once.
     fn close(&self) -> impl Future<Output = ()> + Send;
+
+    /// Closes, and says why, where the transport has words for it: for codecs that have none.
+    fn refuse(&self, _fault: &Fault) -> impl Future<Output = ()> + Send {
+        self.close()
+    }
 
     /// What was agreed with the peer.
     fn codec(&self) -> Codec;

@@ -148,6 +148,7 @@ def hostile():
     yield "list_key", frame(b"\x81\x90\xa4type")
     yield "deep_list", frame(deep | {"data": {"x": nested(1000, lambda inner: [inner])}})
     yield "deep_map", frame(deep | {"data": nested(300, lambda inner: {"x": inner})})
+    yield "deep_keys", frame(b"\x81" * 1000)
     yield "too_deep_by_one", frame(deep | {"data": {"x": nested(24, lambda inner: [inner])}})
     begin = b"\x83\xa4type\xacobs_response\xa9timestamp\0\xa7cameras"
     yield "billion_cameras", frame(begin + b"\xdd" + struct.pack(">I", 10**9) + b"\x80" * 50)

@@ -192,6 +192,7 @@ const HOSTILE: &[(&str, &str)] = &[
     ("billion_fields", "header: expected 1 more bytes, found 0"),
     ("camera_is_text", "obs_response.cameras[0]: expected a map, found \"wrist_cam\""),
     ("cube_action", "apply_action.shape: expected [D] or [N, D], found [1, 1, 1]"),
+    ("deep_keys", "header: expected values at most 24 within each other, found more"),
     ("deep_list", "header: expected values at most 24 within each other, found more"),
     ("deep_map", "header: expected values at most 24 within each other, found more"),
     ("depth_dtype", "obs_response.cameras[0].depth_dtype: expected float32, found int32"),

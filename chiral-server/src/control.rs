@@ -154,6 +154,11 @@ impl Control {
         lock(&self.shared.state).metadata.clone()
     }
 
+    /// An action was refused before it came here.
+    pub(crate) fn count_refused(&self) {
+        lock(&self.shared.state).counts.refused += 1;
+    }
+
     pub(crate) fn counts(&self) -> ControlCounts {
         lock(&self.shared.state).counts
     }

@@ -67,44 +67,13 @@ pub(crate) async fn serve<T: Transport>(session: &Arc<Session>, transport: &T, h
     if is_second {
         session.observations_go_to(outbox.clone());
     }
-    // Also if this future is dropped.
-    let _ending = Ending(session);
     let lane = Lane { session, server: &session.server, transport, outbox };
-    let receiving = async {
-        session.end(lane.receive().await);
-        pending().await
-    };
-    let stopping = async {
-        session.server.stopping().await;
-        session.end(End::ShuttingDown);
-        pending().await
-    };
-    let given_up = async {
-        session.ended().await;
-        sleep(PARTING_LIMIT).await;
-    };
-    tokio::select! {
-        biased;
-        () = receiving => {}
-        () = stopping => {}
-        // Ends when the session does, but with nothing half said.
-        () = async { session.end(lane.send(outgoing).await) } => {}
-        () = given_up => {}
-    }
+    let end = session.run(lane.receive(), lane.send(outgoing)).await;
     let parting = async {
-        let reason = session.ended().await.to_string();
-        let _ = write(transport, Message::Notice(Notice::Goodbye { reason })).await;
+        let _ = write(transport, Message::Notice(Notice::Goodbye { reason: end.to_string() })).await;
         transport.close().await;
     };
     let _ = timeout(PARTING_LIMIT, parting).await;
-}
-
-struct Ending<'a>(&'a Session);
-
-impl Drop for Ending<'_> {
-    fn drop(&mut self) {
-        self.0.end(End::ShuttingDown);
-    }
 }
 
 impl<T: Transport> Lane<'_, T> {

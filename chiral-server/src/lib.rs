@@ -32,16 +32,20 @@
 
 mod control;
 mod error;
+mod existing;
 mod lane;
 mod lobby;
 mod observe;
 mod robot;
+mod seldom;
 mod sensors;
 #[cfg(any(feature = "websocket", feature = "zenoh"))]
 mod serve;
 mod server;
 mod session;
 mod stream;
+#[cfg_attr(not(feature = "zenoh"), allow(dead_code, reason = "keys that all share are Zenoh's"))]
+mod turns;
 #[cfg(feature = "websocket")]
 mod websocket;
 #[cfg(feature = "zenoh")]

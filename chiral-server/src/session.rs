@@ -1,22 +1,24 @@
 //! A peer's session: how it begins, which connections belong to it, and its end, which comes once.
 
 use std::{
+    future::{Future, pending},
     sync::{Arc, OnceLock},
     time::Duration,
 };
 
 use bytes::Bytes;
 use chiral_proto::{
-    Code, Fault, Message, PROTOCOL_VERSION, Request, Transport, TransportError,
+    Code, Codec, Fault, Message, PROTOCOL_VERSION, Request, Transport, TransportError,
     error::chain,
     message::{Hello, Role},
 };
 use tokio::{
     sync::{mpsc, watch},
-    time::timeout,
+    time::{sleep, timeout},
 };
 
 use crate::{
+    existing,
     lane::{self, Outgoing, fault_message},
     lock,
     server::Inner,
@@ -29,6 +31,9 @@ pub(crate) const PARTING_LIMIT: Duration = Duration::from_secs(1);
 
 /// Serves one connection until it ends.
 pub(crate) async fn serve<T: Transport>(server: &Arc<Inner>, transport: T) {
+    if transport.codec() == Codec::Msgpack {
+        return existing::serve(server, &transport).await;
+    }
     let (id, hello) = match timeout(HELLO_LIMIT, receive_hello(&transport)).await {
         Ok(Ok(hello)) => hello,
         Ok(Err(refusal)) => return refuse(&transport, refusal).await,
@@ -59,6 +64,8 @@ pub(crate) enum End {
     Lost(TransportError),
     #[error("nothing heard for {} s", .0.as_secs_f64())]
     Silent(Duration),
+    #[error("refused: {0}")]
+    Refused(Fault),
     #[error("the server is shutting down")]
     ShuttingDown,
 }
@@ -111,18 +118,7 @@ impl Session {
     /// A new session, and the token by which a second connection joins it.
     fn begin(server: &Arc<Inner>, hello: &Hello, peer: &str) -> Result<(Arc<Session>, Bytes), Fault> {
         check_version(hello)?;
-        let id = server.session_began()?;
-        let session = Arc::new(Session {
-            id,
-            server: Arc::clone(server),
-            observations: OnceLock::new(),
-            ended: watch::Sender::new(None),
-            span: tracing::info_span!("session", id, peer, client = hello.client_name),
-        });
-        if hello.role == Role::Controller {
-            server.control.claim(id, &hello.client_name)?;
-        }
-        tracing::info!(parent: &session.span, role = ?hello.role, software = hello.software, "connected");
+        let session = Session::open(server, hello.role, &hello.client_name, &hello.software, peer)?;
         let mut token = [0; 16];
         if let Err(error) = getrandom::fill(&mut token) {
             tracing::warn!(parent: &session.span, "no second connection, for want of random bits: {error}");
@@ -130,6 +126,23 @@ impl Session {
         }
         lock(&server.lobby).expect(token, &session, server.clock.now());
         Ok((session, Bytes::copy_from_slice(&token)))
+    }
+
+    /// A new session, which controls the robot if it is to.
+    pub(crate) fn open(server: &Arc<Inner>, role: Role, name: &str, software: &str, peer: &str) -> Result<Arc<Session>, Fault> {
+        let id = server.session_began()?;
+        let session = Arc::new(Session {
+            id,
+            server: Arc::clone(server),
+            observations: OnceLock::new(),
+            ended: watch::Sender::new(None),
+            span: tracing::info_span!("session", id, peer, client = name),
+        });
+        if role == Role::Controller {
+            server.control.claim(id, name)?;
+        }
+        tracing::info!(parent: &session.span, ?role, software, "connected");
+        Ok(session)
     }
 
     /// The session that a second connection belongs to.
@@ -168,11 +181,47 @@ impl Session {
         }
     }
 
+    /// Runs the two loops of a connection, until the session has ended and nothing is half said; and why it has.
+    pub(crate) async fn run(&self, receiving: impl Future<Output = End>, sending: impl Future<Output = End>) -> End {
+        // Also if this future is dropped.
+        let _ending = Ending(self);
+        let receiving = async {
+            self.end(receiving.await);
+            pending().await
+        };
+        let stopping = async {
+            self.server.stopping().await;
+            self.end(End::ShuttingDown);
+            pending().await
+        };
+        let given_up = async {
+            self.ended().await;
+            sleep(PARTING_LIMIT).await;
+        };
+        tokio::select! {
+            biased;
+            () = receiving => {}
+            () = stopping => {}
+            // Ends when the session does, but with nothing half said.
+            () = async { self.end(sending.await) } => {}
+            () = given_up => {}
+        }
+        self.ended().await
+    }
+
     /// Returns when the session has ended, and why.
     pub(crate) async fn ended(&self) -> End {
         let mut ended = self.ended.subscribe();
         let end = ended.wait_for(Option::is_some).await;
         end.ok().and_then(|end| end.clone()).unwrap_or(End::ShuttingDown)
+    }
+}
+
+struct Ending<'a>(&'a Session);
+
+impl Drop for Ending<'_> {
+    fn drop(&mut self) {
+        self.0.end(End::ShuttingDown);
     }
 }
 

@@ -20,7 +20,10 @@ use hyper_util::{
     rt::TokioIo,
     server::conn::auto::upgrade::{Parts, downcast},
 };
-use tokio::net::{TcpListener, TcpStream};
+use tokio::{
+    io::{AsyncRead, AsyncWrite},
+    net::{TcpListener, TcpStream},
+};
 use tungstenite::handshake::server::create_response_with_body;
 
 use crate::{
@@ -80,7 +83,11 @@ impl PolicyServer {
 /// Does the handshake by hand, since axum's own WebSocket keeps its byte stream to itself.
 async fn upgrade_or_explain(inner: Arc<Inner>, mut request: Request) -> Response {
     let offered = request.headers().get_all(SEC_WEBSOCKET_PROTOCOL).iter().filter_map(|value| value.to_str().ok());
-    let is_ours = offered.flat_map(|names| names.split(',')).any(|name| name.trim() == SUBPROTOCOL);
+    // Existing clients offer none.
+    let codec = match offered.flat_map(|names| names.split(',')).any(|name| name.trim() == SUBPROTOCOL) {
+        true => Some(Codec::Protobuf),
+        false => (!request.headers().contains_key(SEC_WEBSOCKET_PROTOCOL)).then_some(Codec::Msgpack),
+    };
     let mut response = match create_response_with_body(&request, Body::empty) {
         Ok(response) => response,
         Err(error) => {
@@ -88,17 +95,19 @@ async fn upgrade_or_explain(inner: Arc<Inner>, mut request: Request) -> Response
             return (StatusCode::UPGRADE_REQUIRED, [(UPGRADE, "websocket")], text).into_response();
         }
     };
-    if !is_ours {
+    let Some(codec) = codec else {
         let text = format!("expected WebSocket subprotocol {SUBPROTOCOL}, found none that this server speaks\n");
         return (StatusCode::BAD_REQUEST, text).into_response();
+    };
+    if codec == Codec::Protobuf {
+        response.headers_mut().insert(SEC_WEBSOCKET_PROTOCOL, HeaderValue::from_static(SUBPROTOCOL));
     }
-    response.headers_mut().insert(SEC_WEBSOCKET_PROTOCOL, HeaderValue::from_static(SUBPROTOCOL));
     let peer = request.extensions().get::<ConnectInfo<SocketAddr>>();
     let peer = peer.map_or_else(|| "a peer of the host's".to_owned(), |ConnectInfo(address)| address.to_string());
     let upgrading = hyper::upgrade::on(&mut request);
     tokio::spawn(async move {
         match upgrading.await {
-            Ok(upgraded) => serve_upgraded(inner, upgraded, peer).await,
+            Ok(upgraded) => serve_upgraded(inner, upgraded, codec, peer).await,
             Err(error) => tracing::debug!(peer, "no WebSocket: {error}"),
         }
     });
@@ -107,18 +116,18 @@ async fn upgrade_or_explain(inner: Arc<Inner>, mut request: Request) -> Response
 
 /// Serves a connection by a thread of its own, where there is a TCP socket beneath. A host's own listener may have wrapped it, say in TLS: then by the
 /// runtime that it is on.
-async fn serve_upgraded(inner: Arc<Inner>, upgraded: Upgraded, peer: String) {
+async fn serve_upgraded(inner: Arc<Inner>, upgraded: Upgraded, codec: Codec, peer: String) {
     let max_message = inner.options.max_frame;
     // What a client says is small.
     let (pool, courtesy) = (Pool::new(0), inner.courtesy.clone());
-    let options = WebSocketOptions { role: Role::Server, max_message, pool, courtesy, codec: Codec::Protobuf, peer };
+    let options = WebSocketOptions { role: Role::Server, max_message, pool, courtesy, codec, peer };
     let (stream, read_already) = match downcast::<TokioIo<TcpStream>>(upgraded) {
         Ok(Parts { io, read_buf, .. }) => (io.into_inner(), read_buf),
         Err(upgraded) => {
             inner
                 .says_once
                 .call_once(|| tracing::info!("connections are served by the host's runtime: they are no bare TCP sockets"));
-            return session::serve(&inner, WebSocketTransport::new(TokioIo::new(upgraded), &[], options)).await;
+            return serve_stream(&inner, TokioIo::new(upgraded), &[], options).await;
         }
     };
     if let Ok(address) = stream.peer_addr() {
@@ -131,8 +140,19 @@ async fn serve_upgraded(inner: Arc<Inner>, upgraded: Upgraded, peer: String) {
     let stream = stream.into_std();
     host.spawn(async move {
         match stream.and_then(TcpStream::from_std) {
-            Ok(stream) => session::serve(&inner, WebSocketTransport::new(stream, &read_already, options)).await,
+            Ok(stream) => serve_stream(&inner, stream, &read_already, options).await,
             Err(error) => tracing::warn!(peer = options.peer, "the connection cannot be moved to its thread: {error}"),
         }
     });
+}
+
+async fn serve_stream<S>(inner: &Arc<Inner>, stream: S, read_already: &[u8], options: WebSocketOptions)
+where
+    S: AsyncRead + AsyncWrite + Send + 'static,
+{
+    let codec = options.codec;
+    let transport = WebSocketTransport::new(stream, read_already, options);
+    // Our own clients say something every second; existing ones think for as long as they like.
+    let transport = if codec == Codec::Msgpack { transport.pinging(inner.options.silence_limit) } else { transport };
+    session::serve(inner, transport).await;
 }

@@ -1,16 +1,18 @@
 //! A robot on a Zenoh network: its presence there, and a thread for each connection. How peers meet, and what carries frames, is `chiral-link`'s.
 
-use std::sync::Arc;
+use std::{convert::Infallible, sync::Arc};
 
 use bytes::Bytes;
 use chiral_link::{
     Host,
-    zenoh::{Network, NetworkError, NetworkOptions, ZenohOptions, ZenohTransport},
+    zenoh::{ExistingTransport, Network, NetworkError, NetworkOptions, ZenohOptions, ZenohTransport},
 };
-use chiral_proto::{Codec, Message, Reply, error::chain, pool::Pool};
+use chiral_proto::{Code, Codec, Fault, Message, Reply, error::chain, keys::End, pool::Pool};
+use tokio::sync::oneshot;
 
 use crate::{
     error::Error,
+    existing,
     server::{Inner, PolicyServer},
     session,
 };
@@ -51,6 +53,11 @@ impl PolicyServer {
             codec: Codec::Protobuf,
             shared_memory: inner.shared_memory.clone(),
         };
+        let (_serving, ended) = oneshot::channel();
+        match network.existing(End::Server, inner.options.max_frame, Pool::new(0)).await {
+            Ok(transport) => serve_existing(&inner, &network, transport, ended),
+            Err(error) => tracing::warn!("existing clients are not served on Zenoh: {}", chain(&error)),
+        }
         let accepting = async {
             while let Some(transport) = presence.accept(&options, || info(&inner)).await {
                 serve_connection(&inner, transport);
@@ -85,13 +92,44 @@ fn info(inner: &Inner) -> Vec<u8> {
     Codec::Protobuf.encode(&welcome).map(|frame| frame.into_bytes().to_vec()).unwrap_or_default()
 }
 
+/// Serves existing clients, by a thread of its own, until the other end of `ended` is dropped.
+fn serve_existing(inner: &Arc<Inner>, network: &Network, transport: ExistingTransport, ended: oneshot::Receiver<Infallible>) {
+    let (inner, network) = (Arc::clone(inner), network.clone());
+    host().spawn(async move {
+        let serving = existing::serve_shared(&inner, &transport, || is_alone(&network, &inner.robot.name));
+        tokio::select! {
+            () = serving => {}
+            _ = ended => {}
+        }
+    });
+}
+
+/// An existing client does not say which robot it means: no robot of ours takes its word where there are two.
+async fn is_alone(network: &Network, robot: &str) -> Result<(), Fault> {
+    let robots = network.robots().await;
+    let robots =
+        robots.map_err(|error| Fault::new(Code::Busy, format!("which robots there are is not known: {}", chain(&error))))?;
+    match robots.into_iter().find(|(name, _)| name != robot) {
+        None => Ok(()),
+        Some((other, _)) => {
+            let text = format!(
+                "expected robot {robot:?} to be alone on this network, where existing clients name none, found {other:?}"
+            );
+            Err(Fault::new(Code::Busy, text).retryable())
+        }
+    }
+}
+
 fn serve_connection(inner: &Arc<Inner>, transport: ZenohTransport) {
-    let host = Host::thread("chiral-connection").unwrap_or_else(|error| {
+    let inner = Arc::clone(inner);
+    host().spawn(async move { session::serve(&inner, transport).await });
+}
+
+fn host() -> Host {
+    Host::thread("chiral-connection").unwrap_or_else(|error| {
         tracing::warn!("no thread for a connection: {error}");
         Host::current()
-    });
-    let inner = Arc::clone(inner);
-    host.spawn(async move { session::serve(&inner, transport).await });
+    })
 }
 
 fn error(error: NetworkError) -> Error {

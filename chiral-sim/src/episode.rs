@@ -7,7 +7,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
-use chiral_client::{ActionChunk, Error, Observation, PutMode, Value, ValueMap};
+use chiral_client::{ActionChunk, Codec, Error, Observation, PutMode, Value, ValueMap};
 use nalgebra::Point3;
 
 use crate::face::Face;
@@ -15,6 +15,8 @@ use crate::policy::{EXECUTION_HORIZON, Policy};
 
 /// After this long without an observation the stream counts as broken.
 const PATIENCE: Duration = Duration::from_secs(5);
+/// Rows a second for a robot that declares no rate, nor has one in its metadata.
+const USUAL_HZ: f64 = 20.0;
 
 /// How policy and robot are coupled.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -72,6 +74,8 @@ pub struct Snapshot {
 pub struct Runner<'a> {
     client: &'a Face,
     coupling: Coupling,
+    /// Rows that the robot runs a second.
+    control_hz: f64,
     /// An episode that takes longer is given up.
     limit: Duration,
     interrupted: &'a AtomicBool,
@@ -84,11 +88,17 @@ impl<'a> Runner<'a> {
     /// # Errors
     /// The client's.
     pub async fn start(client: &'a Face, coupling: Coupling, hz: f64, interrupted: &'a AtomicBool) -> Result<Runner<'a>, Error> {
+        let mut control_hz = client.robot().action_spec.control_hz;
+        if client.codec() == Codec::Msgpack {
+            // Existing servers declare nothing, and may not observe before their first reset.
+            control_hz = client.get_metadata().await?.get("control_hz").and_then(Value::as_f64).unwrap_or(USUAL_HZ);
+            client.reset_with(None, ValueMap::new()).await?;
+        }
         if coupling == Coupling::Stream {
             client.start_obs_stream(hz).await?;
-            client.start_action_dispatch(client.robot().action_spec.control_hz)?;
+            client.start_action_dispatch(control_hz)?;
         }
-        Ok(Runner { client, coupling, limit: Duration::from_secs(30), interrupted })
+        Ok(Runner { client, coupling, control_hz, limit: Duration::from_secs(30), interrupted })
     }
 
     /// Plays one episode.
@@ -97,7 +107,9 @@ impl<'a> Runner<'a> {
     /// The client's. That the target was not reached is none.
     pub async fn play(&self, seed: u64) -> Result<Episode, Error> {
         let began = Instant::now();
-        let (obs, _info) = self.client.reset_with(Some(seed), ValueMap::new()).await?;
+        // The wire of existing servers has no seeds.
+        let said = (self.client.codec() != Codec::Msgpack).then_some(seed);
+        let (obs, _info) = self.client.reset_with(said, ValueMap::new()).await?;
         let mut episode = Episode {
             seed,
             success: false,
@@ -110,7 +122,7 @@ impl<'a> Runner<'a> {
             first: Snapshot::default(),
             last: Snapshot { obs, target: None },
         };
-        let mut policy = Policy::new(self.client.robot().action_spec.control_hz);
+        let (mut policy, mut standing) = (Policy::new(self.control_hz), Standing::default());
         let (before, driving) = (self.client.stats(), Instant::now());
         loop {
             let plan = policy.plan(&episode.last.obs);
@@ -118,19 +130,18 @@ impl<'a> Runner<'a> {
             if episode.first.obs.cameras.is_empty() {
                 episode.first = episode.last.clone();
             }
-            if has_ended(&episode.last.obs) || began.elapsed() > self.limit || self.interrupted.load(Ordering::Relaxed) {
+            if standing.has_ended || began.elapsed() > self.limit || self.interrupted.load(Ordering::Relaxed) {
                 break;
             }
             let obs = match self.coupling {
                 Coupling::Stream => self.stream_on(plan.chunk, &mut episode).await?,
-                Coupling::Step => self.step_on(&plan.chunk, &mut episode).await?,
+                Coupling::Step => self.step_on(&plan.chunk, &mut episode, &mut standing).await?,
             };
+            standing.look_at(&obs);
             episode.last.obs = obs;
         }
         let after = self.client.stats();
-        let extra = |name: &str| episode.last.obs.extra.get(name);
-        episode.success = extra("success").and_then(Value::as_bool).unwrap_or(false);
-        episode.reward = extra("reward").and_then(Value::as_f64).unwrap_or(0.0);
+        (episode.success, episode.reward) = (standing.success, standing.reward);
         episode.seconds = began.elapsed().as_secs_f64();
         if self.coupling == Coupling::Stream {
             episode.steps = after.actions_sent - before.actions_sent;
@@ -148,20 +159,43 @@ impl<'a> Runner<'a> {
     }
 
     /// Has the first rows of the plan carried out.
-    async fn step_on(&self, chunk: &ActionChunk, episode: &mut Episode) -> Result<Arc<Observation>, Error> {
+    async fn step_on(
+        &self,
+        chunk: &ActionChunk,
+        episode: &mut Episode,
+        standing: &mut Standing,
+    ) -> Result<Arc<Observation>, Error> {
         let rows = chunk.rows().min(EXECUTION_HORIZON);
         let chunk = ActionChunk::new(chunk.dimension(), chunk.values()[..rows * chunk.dimension()].to_vec())?;
         let asked = Instant::now();
         let result = self.client.step(chunk).await?;
         episode.steps_ms.push(asked.elapsed().as_secs_f64() * 1e3);
         episode.steps += rows as u64;
+        standing.reward += result.reward;
+        standing.has_ended |= result.terminated || result.truncated;
+        standing.success |= says(&result.info, "success");
         Ok(result.obs)
     }
 }
 
-/// Whether the robot says that the episode is over.
-fn has_ended(obs: &Observation) -> bool {
-    ["terminated", "truncated"].iter().any(|name| obs.extra.get(*name).and_then(Value::as_bool) == Some(true))
+/// What the robot says of an episode: in every observation's `extra`, or, as some do, in the results of steps only.
+#[derive(Debug, Default)]
+struct Standing {
+    has_ended: bool,
+    success: bool,
+    reward: f64,
+}
+
+impl Standing {
+    fn look_at(&mut self, obs: &Observation) {
+        self.has_ended |= says(&obs.extra, "terminated") || says(&obs.extra, "truncated");
+        self.success |= says(&obs.extra, "success");
+        self.reward = obs.extra.get("reward").and_then(Value::as_f64).unwrap_or(self.reward);
+    }
+}
+
+fn says(words: &ValueMap, name: &str) -> bool {
+    words.get(name).and_then(Value::as_bool).unwrap_or(false)
 }
 
 /// How old the oldest picture of an observation is now, ms; `None` until the two clocks have been compared.

@@ -7,7 +7,8 @@ use std::task::{Context, Poll, Waker};
 use std::time::Duration;
 
 use chiral_client::{
-    ActionChunk, ClientStats, Error, Observation, PolicyClient, PutMode, RobotInfo, StepResult, Timestamp, ValueMap, blocking,
+    ActionChunk, ClientStats, Codec, Error, Observation, PolicyClient, PutMode, RobotInfo, StepResult, Timestamp, ValueMap,
+    blocking,
 };
 
 type Result<T, E = Error> = std::result::Result<T, E>;
@@ -37,6 +38,14 @@ impl Face {
         match self {
             Face::Async(client) => client.robot(),
             Face::Blocking(client) => client.robot(),
+        }
+    }
+
+    /// See [`PolicyClient::codec`].
+    pub fn codec(&self) -> Codec {
+        match self {
+            Face::Async(client) => client.codec(),
+            Face::Blocking(client) => client.codec(),
         }
     }
 

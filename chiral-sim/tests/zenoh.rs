@@ -13,7 +13,7 @@ use std::{
 use chiral_client::{Error, PolicyClient, PolicyClientBuilder, blocking};
 use chiral_proto::keys;
 use chiral_server::{Error as ServerError, PolicyServer, ProprioSpec, Sensors};
-use stand::{CAMERA, DIMENSION, Event, GUARD, ScriptedRobot, Stand, drive, free_address};
+use stand::{CAMERA, DIMENSION, Event, GUARD, ScriptedRobot, Stand, drive, free_address, session};
 use tokio::{task::JoinHandle, time::timeout};
 use zenoh::Wait;
 
@@ -194,21 +194,6 @@ impl Drop for Router {
         let session = self.0.take();
         thread::spawn(move || drop(session)).join().unwrap();
     }
-}
-
-/// A session of somebody else's.
-fn session(mode: &str, uri: &str) -> zenoh::Session {
-    let end = if mode == "router" { "listen/endpoints" } else { "connect/endpoints" };
-    let mut config = zenoh::Config::default();
-    for (key, value) in [("mode", mode), ("scouting/multicast/enabled", "false"), (end, uri)] {
-        let json = match key {
-            "mode" => format!("{value:?}"),
-            "scouting/multicast/enabled" => value.to_owned(),
-            _ => format!("[{value:?}]"),
-        };
-        config.insert_json5(key, &json).unwrap();
-    }
-    thread::spawn(move || zenoh::open(config).wait().unwrap()).join().unwrap()
 }
 
 #[tokio::test]

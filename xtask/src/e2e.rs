@@ -1,4 +1,4 @@
-//! Robot and policy as separate processes, over real sockets: every transport, codec, client and mode, each a row of data here.
+//! Robot and policy as separate processes, over real sockets: every transport, codec, robot, client and mode, as rows of data here.
 
 mod pair;
 mod report;
@@ -12,6 +12,7 @@ use anyhow::{Context, Result, anyhow, bail};
 
 use crate::child;
 use crate::command::{self, Profile};
+use crate::python;
 use crate::table::table;
 use pair::Pair;
 use report::{Asked, Report};
@@ -25,6 +26,9 @@ pub(crate) struct Arguments {
     /// Episodes a row, with the same seeds in every row.
     #[arg(long, default_value_t = 10, value_name = "N")]
     episodes: u32,
+    /// Only rows whose name contains this, such as msgpack or zenoh-tcp-protobuf-rust-async-step; of the guide, too.
+    #[arg(long, default_value = "", value_name = "WORDS")]
+    only: String,
     /// Write the figures as {"rows": [...]}, also when a row failed.
     #[arg(long, value_name = "PATH")]
     json: Option<PathBuf>,
@@ -36,7 +40,6 @@ pub(crate) struct Arguments {
 /// A way for two peers to meet.
 struct Link {
     transport: &'static str,
-    codec: &'static str,
     /// What the policy calls it, which does not see all of the way.
     reported: &'static str,
     /// Whether a router of Zenoh's listens at the address, and the robot joins it there.
@@ -49,58 +52,112 @@ struct Link {
     uri: fn(SocketAddr) -> String,
 }
 
-/// A program that drives the robot. It takes `URI --mode MODE --client NAME --episodes N --seed S --json --quiet`.
-struct Client {
+/// A program that is a robot.
+struct Robot {
     name: &'static str,
-    /// Given the directory of the built programs.
-    command: fn(&Path) -> Command,
+    command: fn(&Programs, &Link, SocketAddr) -> Command,
 }
 
-const LINKS: &[Link] = &[
-    Link {
-        transport: "websocket",
+/// A program that drives the robot, and prints a [`Report`].
+struct Client {
+    name: &'static str,
+    /// Given the robot's address. Episodes and seed are said to all of them in the same words.
+    command: fn(&Programs, &str, &Asked) -> Command,
+}
+
+/// Rows that belong together: each client in each mode over each link.
+struct Rows {
+    codec: &'static str,
+    links: &'static [&'static Link],
+    robot: &'static Robot,
+    clients: &'static [&'static Client],
+    modes: &'static [&'static str],
+}
+
+/// Where programs lie.
+struct Programs {
+    /// The directory of those that were built.
+    built: PathBuf,
+    /// Python with all that its peers need.
+    python: PathBuf,
+}
+
+const ROWS: &[Rows] = &[
+    Rows {
         codec: "protobuf",
-        reported: "websocket",
-        is_routed: false,
-        logged: None,
-        serve: |address| vec!["--bind".to_owned(), address.to_string()],
-        uri: |address| format!("ws://{address}"),
+        links: &[&WEBSOCKET, &ZENOH_TCP, &ZENOH_SHM, &ZENOH_ROUTER],
+        robot: &RUST,
+        clients: &[&ASYNC, &BLOCKING],
+        modes: &["stream", "step"],
     },
-    Link {
-        transport: "zenoh-tcp",
-        codec: "protobuf",
-        reported: "zenoh-tcp",
-        is_routed: false,
-        logged: None,
-        serve: |address| {
-            vec!["--zenoh".to_owned(), format!("tcp/{address}"), "--no-discovery".to_owned(), "--no-shared-memory".to_owned()]
-        },
-        uri: |address| format!("tcp/{address}"),
+    Rows { codec: "msgpack", links: &[&WEBSOCKET, &ZENOH_TCP], robot: &RUST, clients: &[&PYTHON], modes: &["stream", "step"] },
+    // There, steps are emulated.
+    Rows {
+        codec: "msgpack",
+        links: &[&WEBSOCKET, &ZENOH_TCP],
+        robot: &PYTHON_STREAMING,
+        clients: &[&ASYNC, &BLOCKING],
+        modes: &["stream", "step"],
     },
-    Link {
-        transport: "zenoh-shm",
-        codec: "protobuf",
-        reported: "zenoh-tcp",
-        is_routed: false,
-        logged: Some("travel by shared memory"),
-        serve: |address| vec!["--zenoh".to_owned(), format!("tcp/{address}"), "--no-discovery".to_owned()],
-        uri: |address| format!("tcp/{address}"),
-    },
-    Link {
-        transport: "zenoh-router",
-        codec: "protobuf",
-        reported: "zenoh-tcp",
-        is_routed: true,
-        logged: None,
-        serve: |address| vec!["--zenoh-join".to_owned(), format!("tcp/{address}")],
-        uri: |address| format!("tcp/{address}"),
+    // There, nothing can be streamed.
+    Rows {
+        codec: "msgpack",
+        links: &[&WEBSOCKET, &ZENOH_TCP],
+        robot: &PYTHON_GYM,
+        clients: &[&ASYNC, &BLOCKING],
+        modes: &["step"],
     },
 ];
 
-const CLIENTS: &[Client] =
-    &[Client { name: "async", command: policy_in_rust }, Client { name: "blocking", command: policy_in_rust }];
+const WEBSOCKET: Link = Link {
+    transport: "websocket",
+    reported: "websocket",
+    is_routed: false,
+    logged: None,
+    serve: |address| vec!["--bind".to_owned(), address.to_string()],
+    uri: |address| format!("ws://{address}"),
+};
 
-const MODES: &[&str] = &["stream", "step"];
+const ZENOH_TCP: Link = Link {
+    transport: "zenoh-tcp",
+    reported: "zenoh-tcp",
+    is_routed: false,
+    logged: None,
+    serve: |address| {
+        vec!["--zenoh".to_owned(), format!("tcp/{address}"), "--no-discovery".to_owned(), "--no-shared-memory".to_owned()]
+    },
+    uri: |address| format!("tcp/{address}"),
+};
+
+const ZENOH_SHM: Link = Link {
+    transport: "zenoh-shm",
+    reported: "zenoh-tcp",
+    is_routed: false,
+    logged: Some("travel by shared memory"),
+    serve: |address| vec!["--zenoh".to_owned(), format!("tcp/{address}"), "--no-discovery".to_owned()],
+    uri: |address| format!("tcp/{address}"),
+};
+
+const ZENOH_ROUTER: Link = Link {
+    transport: "zenoh-router",
+    reported: "zenoh-tcp",
+    is_routed: true,
+    logged: None,
+    serve: |address| vec!["--zenoh-join".to_owned(), format!("tcp/{address}")],
+    uri: |address| format!("tcp/{address}"),
+};
+
+const RUST: Robot = Robot { name: "rust", command: |programs, link, address| robot(programs, (link.serve)(address)) };
+const PYTHON_STREAMING: Robot = Robot {
+    name: "python-streaming",
+    command: |programs, link, address| robot_in_python(programs, &(link.uri)(address), "streaming"),
+};
+const PYTHON_GYM: Robot =
+    Robot { name: "python-gym", command: |programs, link, address| robot_in_python(programs, &(link.uri)(address), "gym") };
+
+const ASYNC: Client = Client { name: "async", command: policy_in_rust };
+const BLOCKING: Client = Client { name: "blocking", command: policy_in_rust };
+const PYTHON: Client = Client { name: "python", command: policy_in_python };
 
 /// The guide's complete programs; each takes the server's URI and ends by itself.
 const GUIDES: &[&str] = &["guide_streaming", "guide_episode"];
@@ -116,9 +173,9 @@ pub(crate) fn run(arguments: &Arguments) -> Result<()> {
         true => Profile::Release,
         false => Profile::Dev,
     };
-    let outcome = play_all(profile, arguments.episodes)?;
+    let outcome = play_all(profile, arguments.episodes, &arguments.only)?;
     if let Some(path) = &arguments.json {
-        let rows: Vec<&Report> = outcome.rows.iter().filter_map(|row| row.report.as_ref()).collect();
+        let rows: Vec<_> = outcome.rows.iter().filter_map(Played::figures).collect();
         let text = serde_json::to_string_pretty(&serde_json::json!({ "rows": rows }))?;
         std::fs::write(path, text + "\n").with_context(|| format!("writing {}", path.display()))?;
     }
@@ -127,7 +184,7 @@ pub(crate) fn run(arguments: &Arguments) -> Result<()> {
 
 /// Plays every row and every program of the guide, and fails, when all are played, if one failed.
 pub(crate) fn check(profile: Profile, episodes: u32) -> Result<()> {
-    play_all(profile, episodes)?.conclude()
+    play_all(profile, episodes, "")?.conclude()
 }
 
 /// All that was played.
@@ -145,35 +202,44 @@ struct Played {
     result: Result<()>,
 }
 
-fn play_all(profile: Profile, episodes: u32) -> Result<Outcome> {
-    let programs = command::build(profile)?;
+fn play_all(profile: Profile, episodes: u32, only: &str) -> Result<Outcome> {
+    let programs = Programs { built: command::build(profile)?, python: python::interpreter()? };
     let logs = command::target()?.join("e2e");
 
     let mut rows = Vec::new();
-    for link in LINKS {
-        for mode in MODES {
-            for client in CLIENTS {
-                let asked = Asked {
-                    client: client.name,
-                    mode,
-                    transport: link.transport,
-                    reported: link.reported,
-                    codec: link.codec,
-                    episodes,
-                };
-                // Every other row, and the other ones in the next mode, so that each client is first somewhere.
-                let client_first = (rows.len() + rows.len() / CLIENTS.len()) % 2 == 1;
-                let row = play_row(&programs, &logs, link, client, asked, client_first)?;
-                say(&row.asked.name(), &row.result);
-                rows.push(row);
+    for these in ROWS {
+        for (i, link) in these.links.iter().enumerate() {
+            for (j, mode) in these.modes.iter().enumerate() {
+                for (k, client) in these.clients.iter().enumerate() {
+                    let asked = Asked {
+                        robot: these.robot.name,
+                        client: client.name,
+                        mode,
+                        transport: link.transport,
+                        reported: link.reported,
+                        codec: these.codec,
+                        episodes,
+                    };
+                    if !asked.name().contains(only) {
+                        continue;
+                    }
+                    // Every other row, and the other ones over the next link and in the next mode, so that each client is first somewhere.
+                    let client_first = (i + j + k) % 2 == 1;
+                    let row = play_row(&programs, &logs, link, these.robot, client, asked, client_first)?;
+                    say(&row.asked.name(), &row.result);
+                    rows.push(row);
+                }
             }
         }
     }
     let mut guides = Vec::new();
-    for name in GUIDES {
+    for name in GUIDES.iter().filter(|name| name.contains(only)) {
         let result = play_guide(&programs, &logs, name);
         say(name, &result);
         guides.push((*name, result));
+    }
+    if rows.is_empty() && guides.is_empty() {
+        bail!("no row's name contains {only:?}");
     }
     Ok(Outcome { rows, guides })
 }
@@ -186,18 +252,22 @@ fn say<T>(name: &str, result: &Result<T>) {
 }
 
 /// Fails only where nothing could be played; what went wrong in playing is the row's result.
-fn play_row(programs: &Path, logs: &Path, link: &Link, client: &Client, asked: Asked, client_first: bool) -> Result<Played> {
+fn play_row(
+    programs: &Programs,
+    logs: &Path,
+    link: &Link,
+    robot: &Robot,
+    client: &Client,
+    asked: Asked,
+    client_first: bool,
+) -> Result<Played> {
     let address = child::free_address()?;
-    let mut policy = (client.command)(programs);
-    policy
-        .arg((link.uri)(address))
-        .args(["--mode", asked.mode, "--client", asked.client])
-        .args(["--episodes", &asked.episodes.to_string()])
-        .args(["--seed", &SEED.to_string(), "--json", "--quiet"]);
+    let mut policy = (client.command)(programs, &(link.uri)(address), &asked);
+    policy.args(["--episodes", &asked.episodes.to_string(), "--seed", &SEED.to_string(), "--json", "--quiet"]);
     let logs = logs.join(asked.name());
     let pair = Pair {
         router: link.is_routed.then(|| router(programs, address)),
-        robot: robot(programs, (link.serve)(address)),
+        robot: (robot.command)(programs, link, address),
         client: policy,
         address,
         client_first,
@@ -212,9 +282,9 @@ fn play_row(programs: &Path, logs: &Path, link: &Link, client: &Client, asked: A
     Ok(Played { asked, client_first, report: report.ok(), result })
 }
 
-fn play_guide(programs: &Path, logs: &Path, name: &str) -> Result<Duration> {
+fn play_guide(programs: &Programs, logs: &Path, name: &str) -> Result<Duration> {
     let address = child::free_address()?;
-    let mut client = Command::new(programs.join("examples").join(name));
+    let mut client = Command::new(programs.built.join("examples").join(name));
     client.arg(format!("ws://{address}"));
     let start = Instant::now();
     let pair = Pair {
@@ -230,29 +300,46 @@ fn play_guide(programs: &Path, logs: &Path, name: &str) -> Result<Duration> {
     Ok(start.elapsed())
 }
 
-fn robot(programs: &Path, link: Vec<String>) -> Command {
-    let mut command = Command::new(programs.join("chiral-sim"));
+fn robot(programs: &Programs, link: Vec<String>) -> Command {
+    let mut command = Command::new(programs.built.join("chiral-sim"));
     // Which way observations take is told at this level.
     command.arg("serve").args(link).args(["--width", "160", "--height", "120"]).env("RUST_LOG", "info,zenoh=error");
     command
 }
 
-fn router(programs: &Path, address: SocketAddr) -> Command {
-    let mut command = Command::new(programs.join("chiral-sim"));
+fn router(programs: &Programs, address: SocketAddr) -> Command {
+    let mut command = Command::new(programs.built.join("chiral-sim"));
     command.args(["router", "--listen", &format!("tcp/{address}")]);
     command
 }
 
-fn policy_in_rust(programs: &Path) -> Command {
-    let mut command = Command::new(programs.join("chiral-sim"));
-    command.arg("policy");
+fn policy_in_rust(programs: &Programs, uri: &str, asked: &Asked) -> Command {
+    let mut command = Command::new(programs.built.join("chiral-sim"));
+    command.arg("policy").arg(uri).args(["--mode", asked.mode, "--client", asked.client]);
+    command
+}
+
+fn policy_in_python(programs: &Programs, uri: &str, asked: &Asked) -> Command {
+    let generation = if asked.mode == "stream" { "streaming" } else { "gym" };
+    peer_in_python(programs, "client.py", uri, generation)
+}
+
+fn robot_in_python(programs: &Programs, uri: &str, generation: &str) -> Command {
+    let mut command = peer_in_python(programs, "server.py", uri, generation);
+    command.args(["--seed", &SEED.to_string()]);
+    command
+}
+
+fn peer_in_python(programs: &Programs, script: &str, uri: &str, generation: &str) -> Command {
+    let mut command = Command::new(&programs.python);
+    command.arg(command::root().join("tests/peers").join(script)).args([uri, "--generation", generation]);
     command
 }
 
 impl Outcome {
     /// Prints the table, and fails if anything that was played failed.
     fn conclude(&self) -> Result<()> {
-        let heading = "transport codec client mode first episodes successes obs_hz age_p50_ms age_p99_ms step_p50_ms step_p99_ms s/episode result";
+        let heading = "transport codec robot client mode first episodes successes obs_hz age_p50_ms age_p99_ms step_p50_ms step_p99_ms s/episode result";
         let mut cells = vec![heading.split(' ').map(str::to_owned).collect()];
         cells.extend(self.rows.iter().map(Played::cells));
         println!("\n{}", table(&cells));
@@ -274,11 +361,18 @@ impl Outcome {
 }
 
 impl Played {
+    /// What the policy reported, and of which robot.
+    fn figures(&self) -> Option<serde_json::Value> {
+        let mut figures = serde_json::to_value(self.report.as_ref()?).ok()?;
+        figures["robot"] = self.asked.robot.into();
+        Some(figures)
+    }
+
     fn cells(&self) -> Vec<String> {
         let asked = &self.asked;
         let first = if self.client_first { "client" } else { "robot" };
         let report = self.report.as_ref();
-        let mut cells = [asked.transport, asked.codec, asked.client, asked.mode, first].map(str::to_owned).to_vec();
+        let mut cells = [asked.transport, asked.codec, asked.robot, asked.client, asked.mode, first].map(str::to_owned).to_vec();
         cells.push(asked.episodes.to_string());
         cells.push(report.map_or("-".to_owned(), |report| report.successes.to_string()));
         let figures = [

@@ -1,25 +1,24 @@
-//! The golden frames in another language: Python's protobuf reads ours, and we read what it wrote.
+//! What is said in Python: golden frames that its packages read and write, and the environment that the peers of `tests/peers` run in.
 
+use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, bail};
 
 use crate::command::{self, cargo};
 
-/// The one Python package that the check needs; pinned, so that its result is the code's alone.
-const PROTOBUF: &str = "6.33.6";
+/// All that anything here needs of Python; pinned, so that results are the code's alone.
+const PACKAGES: &[&str] = &["protobuf==6.33.6", "msgpack==1.2.4", "websockets==17.4", "eclipse-zenoh==1.10.2", "numpy==2.4.6"];
 
-/// Lets Python read every golden frame and write frames of its own, which a test of chiral-proto then reads.
+/// Lets Python read every golden frame and write frames of its own, which a test of chiral-proto then reads; and write the msgpack wire's anew.
 pub(crate) fn check() -> Result<()> {
+    let python = interpreter()?;
     let target = command::target()?;
-    let python = environment(&target.join("python"))?;
-    let frames = target.join("python-frames");
-    if frames.exists() {
-        std::fs::remove_dir_all(&frames).context("removing the frames of an earlier run")?;
-    }
-    std::fs::create_dir_all(&frames).context("creating a directory for Python's frames")?;
+    check_msgpack(&python, &target.join("python-msgpack"))?;
 
+    let frames = target.join("python-frames");
+    make_empty(&frames)?;
     let script = Path::new("chiral-proto/tests/golden.py");
     command::run(
         Command::new(&python)
@@ -33,19 +32,52 @@ pub(crate) fn check() -> Result<()> {
     command::run(cargo(test).env("CHIRAL_PYTHON_FRAMES", &frames))
 }
 
-/// A virtual environment with the package in it, made anew only if there is none that is good. Returns its interpreter.
-fn environment(directory: &Path) -> Result<PathBuf> {
+/// Fails if the committed frames of the msgpack wire are not those that Python's `msgpack` writes, as the tests of chiral-proto take them to be.
+fn check_msgpack(python: &Path, directory: &Path) -> Result<()> {
+    let script = "chiral-proto/tests/golden_msgpack.py";
+    let [frames, seeds] = ["frames", "seeds"].map(|name| directory.join(name));
+    make_empty(directory)?;
+    command::run(Command::new(python).current_dir(command::root()).arg(script).args([&frames, &seeds]))?;
+    // What fuzzers found lies beside these seeds.
+    for (written, committed) in [(frames, "chiral-proto/tests/msgpack"), (seeds, "fuzz/seeds/msgpack")] {
+        for file in fs::read_dir(&written).with_context(|| format!("reading {}", written.display()))? {
+            let file = file.context("listing what Python wrote")?;
+            let committed = Path::new(committed).join(file.file_name());
+            let wanted = fs::read(file.path()).with_context(|| format!("reading {}", file.path().display()))?;
+            if !fs::read(command::root().join(&committed)).is_ok_and(|found| found == wanted) {
+                bail!("{} is not what {script} writes: run it and commit the result", committed.display());
+            }
+        }
+    }
+    println!("the frames of the msgpack wire are what {script} writes");
+    Ok(())
+}
+
+/// Removes what an earlier run left.
+fn make_empty(directory: &Path) -> Result<()> {
+    if directory.exists() {
+        fs::remove_dir_all(directory).with_context(|| format!("removing {}", directory.display()))?;
+    }
+    fs::create_dir_all(directory).with_context(|| format!("creating {}", directory.display()))
+}
+
+/// The interpreter of a virtual environment with all packages in it, made anew only if there is none that is good.
+pub(crate) fn interpreter() -> Result<PathBuf> {
+    let directory = command::target()?.join("python");
     let python = directory.join("bin/python");
-    let version = ["-c", "import google.protobuf; print(google.protobuf.__version__)"];
-    let found = command::output(Command::new(&python).args(version)).unwrap_or_default();
-    if found.trim() == PROTOBUF {
+    let pip = |arguments: &[&str]| {
+        let mut command = Command::new(&python);
+        command.args(["-m", "pip", "--disable-pip-version-check"]).args(arguments);
+        command
+    };
+    let found = command::output(&mut pip(&["freeze"])).unwrap_or_default();
+    if PACKAGES.iter().all(|package| found.lines().any(|line| line == *package)) {
         return Ok(python);
     }
-    println!("making a virtual environment with protobuf {PROTOBUF}");
+    println!("making a virtual environment with {}", PACKAGES.join(", "));
     let make = ["-m", "venv", "--clear"];
-    command::run(Command::new("python3").args(make).arg(directory))
+    command::run(Command::new("python3").args(make).arg(&directory))
         .context("making a virtual environment (on Debian it needs the package python3-venv)")?;
-    let install = ["-m", "pip", "install", "--quiet", "--disable-pip-version-check"];
-    command::run(Command::new(&python).args(install).arg(format!("protobuf=={PROTOBUF}")))?;
+    command::run(pip(&["install", "--quiet"]).args(PACKAGES))?;
     Ok(python)
 }

@@ -16,7 +16,7 @@ pub(super) const WINDOW: u64 = 8 * cost(CHUNK);
 /// The other side is told after so much: half of the window, since each time costs both sides several changes of thread.
 const TELL_AFTER: u64 = WINDOW / 2;
 /// Frames up to this size are not worth the pool's memory.
-const SMALL: usize = 4 * 1024;
+pub(super) const SMALL: usize = 4 * 1024;
 
 /// What a put of `len` bytes counts: its bytes and what it costs to have it wait, so that the window bounds small frames, too.
 pub(super) const fn cost(len: usize) -> u64 {
@@ -73,9 +73,9 @@ impl Incoming {
             return Err(violation("chunks of a frame in order", found));
         }
         let total = self.within_limit(total)?;
-        if total <= SMALL && len == total {
+        if partial.is_none() && len == total {
             self.arrived += 1;
-            return Ok(Some(joined(len, slices).into()));
+            return Ok(Some(gathered(&self.pool, len, slices).into()));
         }
         let Partial { mut buffer, mut filled } = partial.unwrap_or_else(|| Partial { buffer: self.pool.take(total), filled: 0 });
         for slice in slices {
@@ -127,12 +127,20 @@ impl Incoming {
     }
 }
 
-fn joined<'a>(len: usize, slices: impl Iterator<Item = &'a [u8]>) -> Bytes {
-    let mut joined = BytesMut::with_capacity(len);
-    for slice in slices {
-        joined.extend_from_slice(slice);
+/// The `len` bytes of all slices in one piece, of the pool's memory if they are worth it.
+pub(super) fn gathered<'a>(pool: &Pool, len: usize, slices: impl Iterator<Item = &'a [u8]>) -> Bytes {
+    if len <= SMALL {
+        let mut gathered = BytesMut::with_capacity(len);
+        slices.for_each(|slice| gathered.extend_from_slice(slice));
+        return gathered.freeze();
     }
-    joined.freeze()
+    let mut gathered = pool.take(len);
+    let mut filled = 0;
+    for slice in slices {
+        gathered[filled..filled + slice.len()].copy_from_slice(slice);
+        filled += slice.len();
+    }
+    gathered.freeze()
 }
 
 pub(super) fn violation(expected: &'static str, found: impl Into<String>) -> TransportError {

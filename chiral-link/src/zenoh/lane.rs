@@ -29,7 +29,7 @@ use zenoh::{
 };
 
 use super::{
-    flow::{Incoming, WINDOW, cost, violation},
+    flow::{Incoming, SMALL, WINDOW, cost, violation},
     network::{Network, NetworkError, cause, failed},
     outbox::{Outbox, Path, Put},
     shared::{SharedMemory, is_seen, segments},
@@ -44,7 +44,6 @@ const CLOSE_LIMIT: Duration = Duration::from_millis(500);
 const REFERENCE_LIMIT: Duration = Duration::from_millis(500);
 /// So many frames up to [`SMALL`] bytes may wait without their senders; what is larger may be an observation, which must not.
 const QUEUE: u64 = 8;
-const SMALL: usize = 4 * 1024;
 /// No attachment of ours is as long.
 const MAX_WORD: usize = 64;
 

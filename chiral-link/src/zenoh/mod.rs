@@ -3,6 +3,7 @@
 //! Zenoh's own types end here. Its sessions are opened and dropped on plain threads, never in async code, where Zenoh panics on a runtime of one thread.
 
 mod config;
+mod existing;
 mod flow;
 mod lane;
 mod meeting;
@@ -12,6 +13,7 @@ mod search;
 mod shared;
 mod word;
 
+pub use existing::ExistingTransport;
 pub use lane::{LaneKind, ZenohOptions, ZenohTransport};
 pub use meeting::Presence;
 pub use network::{Network, NetworkError, NetworkOptions};

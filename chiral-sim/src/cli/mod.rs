@@ -14,7 +14,7 @@ use std::thread;
 use std::time::Duration;
 
 use anyhow::{Context, Result};
-use chiral_client::{PolicyClient, PolicyClientBuilder};
+use chiral_client::{Codec, PolicyClient, PolicyClientBuilder};
 use rustix::time::{ClockId, clock_gettime};
 use tracing_subscriber::EnvFilter;
 
@@ -47,12 +47,28 @@ pub(crate) struct Target {
     /// A configuration file of Zenoh's: TLS, user and password, whom to connect to
     #[arg(long, value_name = "FILE")]
     zenoh_config: Option<PathBuf>,
+    /// The one wire that will do; by default ours, or else that of existing servers
+    #[arg(long, value_enum)]
+    codec: Option<Wire>,
     /// Say nothing while waiting for the server, and print the summary only
     #[arg(long)]
     pub(crate) quiet: bool,
     /// Give up if there is no server for so long; without, wait for ever
     #[arg(long, value_name = "SECONDS")]
     wait: Option<f64>,
+}
+
+#[derive(Clone, Copy, Debug, clap::ValueEnum)]
+enum Wire {
+    /// That of our own servers
+    Protobuf,
+    /// That of the peers before us
+    Msgpack,
+}
+
+/// A codec's name, for tables.
+pub(crate) fn name(codec: Codec) -> &'static str {
+    if codec == Codec::Msgpack { "msgpack" } else { "protobuf" }
 }
 
 impl Target {
@@ -70,6 +86,11 @@ impl Target {
         let builder = PolicyClient::builder(self.uri());
         let builder = if let Some(robot) = &self.robot { builder.robot(robot) } else { builder };
         let builder = if let Some(file) = &self.zenoh_config { builder.zenoh_config(file) } else { builder };
+        let builder = match self.codec {
+            Some(Wire::Protobuf) => builder.codec(Codec::Protobuf),
+            Some(Wire::Msgpack) => builder.codec(Codec::Msgpack),
+            None => builder,
+        };
         let builder = if self.quiet { builder.quiet() } else { builder };
         Ok(match self.wait {
             Some(seconds) => builder.deadline(Duration::try_from_secs_f64(seconds).context("--wait")?),

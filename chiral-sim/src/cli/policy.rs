@@ -5,6 +5,7 @@ use std::process::ExitCode;
 use std::time::Instant;
 
 use anyhow::{Context, Result};
+use chiral_client::Codec;
 use chiral_sim::episode::{Coupling, Episode, Runner, percentile};
 use chiral_sim::face::{Face, run_now};
 use chiral_sim::sheet;
@@ -65,6 +66,8 @@ struct Played {
     episodes: Vec<Episode>,
     /// From the first reset to the last episode's end.
     seconds: f64,
+    /// What was spoken.
+    codec: Codec,
     /// Observations a second, over all of that time; in mode stream.
     obs_hz: Option<f64>,
     interrupted: bool,
@@ -132,7 +135,7 @@ async fn play_all(arguments: &Arguments, client: &Face, interrupt: &Interrupt) -
     progress.finish_and_clear();
     let seconds = began.elapsed().as_secs_f64();
     let obs_hz = (coupling == Coupling::Stream).then(|| client.stats().observations as f64 / seconds);
-    Ok(Played { episodes, seconds, obs_hz, interrupted: interrupt.was_asked() })
+    Ok(Played { episodes, seconds, codec: client.codec(), obs_hz, interrupted: interrupt.was_asked() })
 }
 
 /// On a terminal, and nowhere else.
@@ -197,7 +200,7 @@ fn report(arguments: &Arguments, played: &Played) -> serde_json::Value {
         "client": match arguments.client { Client::Async => "async", Client::Blocking => "blocking" },
         "mode": match arguments.mode { Mode::Stream => "stream", Mode::Step => "step" },
         "transport": transport(arguments.target.uri()),
-        "codec": "protobuf",
+        "codec": super::name(played.codec),
         "episodes": played.episodes.len(),
         "successes": played.successes(),
         "obs_hz": played.obs_hz,

@@ -25,6 +25,7 @@ use chiral_server::{
 use chiral_sim::link::{LinkControl, LinkEnd, LinkOptions, link};
 use nalgebra::{Matrix3, Matrix4};
 use tokio::{task::JoinHandle, time::Instant};
+use zenoh::Wait;
 
 /// Joints of the robot on the stand.
 pub const DIMENSION: usize = 3;
@@ -169,6 +170,21 @@ impl Robot for ScriptedRobot {
 /// An address on loopback that was free a moment ago, for who does not tell which port he was given.
 pub fn free_address() -> String {
     std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().to_string()
+}
+
+/// A Zenoh session of somebody else's.
+pub fn session(mode: &str, uri: &str) -> zenoh::Session {
+    let end = if mode == "router" { "listen/endpoints" } else { "connect/endpoints" };
+    let mut config = zenoh::Config::default();
+    for (key, value) in [("mode", mode), ("scouting/multicast/enabled", "false"), (end, uri)] {
+        let json = match key {
+            "mode" => format!("{value:?}"),
+            "scouting/multicast/enabled" => value.to_owned(),
+            _ => format!("[{value:?}]"),
+        };
+        config.insert_json5(key, &json).unwrap();
+    }
+    std::thread::spawn(move || zenoh::open(config).wait().unwrap()).join().unwrap()
 }
 
 /// For what must come; no test measures time by it.

@@ -156,12 +156,12 @@ impl Reader {
     }
 
     fn map(&mut self, len: usize, depth: usize) -> Result<Value> {
-        (0..len).map(|_| Ok((self.key()?, self.value(depth)?))).collect::<Result<ValueMap>>().map(Value::Map)
+        (0..len).map(|_| Ok((self.key(depth)?, self.value(depth)?))).collect::<Result<ValueMap>>().map(Value::Map)
     }
 
-    /// Python's keys may be more than text.
-    fn key(&mut self) -> Result<String> {
-        match self.value(1)? {
+    /// Python's keys may be more than text. One that is a map has keys itself: they are as deep as its values.
+    fn key(&mut self, depth: usize) -> Result<String> {
+        match self.value(depth.min(1))? {
             Value::Str(text) => Ok(text),
             key @ (Value::Null | Value::Bool(_) | Value::Int(_) | Value::Float(_)) => Ok(match key {
                 Value::Null => "null".to_owned(),
