@@ -305,7 +305,7 @@ async fn hostile_frames_close_and_harm_nobody() {
 async fn what_is_no_message_of_this_wire_closes_too() {
     let stand = stand_with(|builder| builder.max_frame(64 * 1024));
     let address = serve(&stand).await;
-    for message in [tungstenite::Message::text("{}"), tungstenite::Message::Binary(vec![0; 65 * 1024].into())] {
+    for message in [tungstenite::Message::text("{}"), tungstenite::Message::Binary(vec![0; 8 << 20].into())] {
         let mut peer = Peer::connect(address).await;
         peer.0.send(message).await.unwrap();
         let (code, reason) = peer.closed().await;
