@@ -187,7 +187,7 @@ impl PolicyClientBuilder {
     }
 
     /// After how long without a word the server counts as lost; 10 s by default. An observation that is still arriving is no word yet: raise this for a
-    /// link on which one takes longer, and for an existing server that answers no pings while it resets.
+    /// link on which one takes longer. Of an existing server every byte is one, pongs among them: raise this for one that answers no pings while it resets.
     #[must_use]
     pub fn silence_limit(mut self, limit: Duration) -> Self {
         self.means.silence_limit = limit;
@@ -241,7 +241,7 @@ impl PolicyClientBuilder {
     /// (on Zenoh every 500 ms, also while no robot is alive) and says so once on stderr. The session's two connections live on threads of their own; if only the second cannot be had, the first carries everything.
     ///
     /// # Errors
-    /// At once: [`Error::Address`], [`Error::Busy`] naming the holder, [`Error::VersionMismatch`], [`Error::Http`], [`Error::Tls`], [`Error::Handshake`],
+    /// At once: [`Error::Address`], [`Error::Busy`] naming the holder, [`Error::VersionMismatch`], [`Error::NotProtobuf`], [`Error::Http`], [`Error::Tls`], [`Error::Handshake`],
     /// [`Error::Thread`]; on Zenoh [`Error::SeveralRobots`], [`Error::ZenohConfig`] and [`Error::Zenoh`]. [`Error::NoServer`] after the deadline, if one was set.
     #[cfg(any(feature = "websocket", feature = "zenoh"))]
     pub async fn connect(self) -> Result<PolicyClient, Error> {

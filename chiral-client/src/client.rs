@@ -172,7 +172,8 @@ impl PolicyClient {
     /// The robot's newest observation, asked for now.
     ///
     /// # Errors
-    /// The session's end, [`Error::Timeout`], or [`Error::Rejected`] if a sensor published nothing in time.
+    /// The session's end, [`Error::Timeout`], or [`Error::Rejected`] if a sensor published nothing in time. [`Error::Unsupported`] of an existing server that
+    /// observes in reset and step only, before the first.
     pub async fn get_obs(&self) -> Result<Arc<Observation>> {
         match self.ask_briefly(Request::GetObs, RequestKind::Other, "an observation").await? {
             Reply::Observation(obs) => Ok(self.see(obs)),
@@ -202,7 +203,8 @@ impl PolicyClient {
     /// Has the server send observations at this rate: `start_obs_stream(30.0)`, or [`StreamOptions`] for some of the cameras. Replaces a stream that runs.
     ///
     /// # Errors
-    /// [`Error::InvalidArgument`], the session's end, [`Error::Timeout`], or [`Error::Rejected`] if there is no such camera or a sensor is silent.
+    /// [`Error::InvalidArgument`], the session's end, [`Error::Timeout`], or [`Error::Rejected`] if there is no such camera or a sensor is silent. Of an existing
+    /// server [`Error::UnknownName`] for the former, and [`Error::Unsupported`] if it observes in reset and step only.
     pub async fn start_obs_stream(&self, options: impl Into<StreamOptions>) -> Result<()> {
         let StreamOptions { hz, cameras, depth } = options.into();
         check_hz("the stream's rate", hz)?;

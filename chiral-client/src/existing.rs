@@ -224,10 +224,9 @@ impl Existing {
     }
 
     /// Sends actions to a server of the streaming generation.
-    async fn apply(&self, shared: &Shared, Outgoing { message, capture_times }: Outgoing) -> Result<()> {
+    async fn apply(&self, shared: &Shared, outgoing: Outgoing) -> Result<()> {
         let _order = self.order.lock().await;
         // A reset that was sent since they were chosen would not stop them on their way.
-        let outgoing = Outgoing { message, capture_times };
         check_current(&lock(&shared.state), &outgoing)?;
         let Outgoing { message, capture_times } = outgoing;
         let frame = msgpack::encode(&Message::Notice(Notice::Action(message)), capture_times.as_deref().unwrap_or(NO_TIMES))?;

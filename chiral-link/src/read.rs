@@ -172,7 +172,16 @@ impl<R: AsyncRead + Unpin> Reader<R> {
             if i > 0 {
                 pieces.give_way();
             }
-            self.stream.read_exact(piece).await?;
+            let mut rest = piece;
+            while !rest.is_empty() {
+                let read = self.stream.read(rest).await?;
+                if read == 0 {
+                    return Err(io::ErrorKind::UnexpectedEof.into());
+                }
+                // However slowly it comes.
+                self.silence.end();
+                rest = &mut rest[read..];
+            }
         }
         if let Some(mask) = mask {
             apply_mask(payload, mask);
