@@ -93,8 +93,11 @@ impl Owed {
 mod tests {
     use super::{Kind::*, *};
 
-    /// Asks in this order, those of id 10 and above given up; then to which request each answer is, and what is never answered, by id.
-    fn check(asked: &[(u64, Kind)], answers: &[(Kind, Option<(u64, &[u64])>)]) {
+    /// An answer, and to which request it is, and which before it are never answered.
+    type Told<'a> = (Kind, Option<(u64, &'a [u64])>);
+
+    /// Asks in this order, those of id 10 and above given up, and hears these answers.
+    fn check(asked: &[(u64, Kind)], answers: &[Told<'_>]) {
         let mut owed = Owed::default();
         asked.iter().for_each(|&(id, kind)| owed.ask(id, kind));
         for (n, &(kind, expected)) in answers.iter().enumerate() {
