@@ -243,6 +243,8 @@ async fn fragments_are_joined_and_control_frames_may_lie_between() {
     let bytes =
         [frame(0x02, b"one "), frame(0x89, b"ping"), frame(0x00, b"and "), frame(0x8a, b""), frame(0x80, b"one")].concat();
     assert_eq!(check(&bytes).await.unwrap().unwrap(), b"one and one");
+    let many = [frame(0x02, b"one"), frame(0x00, b"").repeat(20_000), frame(0x80, b" and one")].concat();
+    assert_eq!(check(&many).await.unwrap().unwrap(), b"one and one", "empty ones take no room");
     assert_eq!(check(&[0x82, 0x83, 1, 2, 3, 4, b'a' ^ 1, b'b' ^ 2, b'c' ^ 3]).await.unwrap().unwrap(), b"abc", "masked");
     assert_eq!(check_as(Role::Client, &[0x82, 0x03, b'a', b'b', b'c']).await.unwrap().unwrap(), b"abc");
 }
@@ -252,7 +254,8 @@ async fn what_breaks_the_rules_is_an_error_that_says_which() {
     let too_long = [&[0x82, 0xff][..], &(LIMIT as u64 + 1).to_be_bytes(), &[0; 4]].concat();
     let too_long_in_sum = [frame(0x02, b"a"), [&[0x80, 0xff][..], &(LIMIT as u64).to_be_bytes(), &[0; 4]].concat()].concat();
     let huge = [&[0x82, 0xff][..], &[0xff; 8], &[0; 4]].concat();
-    let cases: [(&str, Vec<u8>); 14] = [
+    let too_many = [frame(0x02, b"a"), frame(0x00, b"a").repeat(16 * 1024)].concat();
+    let cases: [(&str, Vec<u8>); 15] = [
         ("found a text message", frame(0x81, b"hello")),
         ("found reserved bits", frame(0xc2, b"")),
         ("found opcode 3", frame(0x83, b"")),
@@ -265,12 +268,13 @@ async fn what_breaks_the_rules_is_an_error_that_says_which() {
         ("expected a message within the limit", too_long),
         ("expected a message within the limit", too_long_in_sum),
         ("expected a message within the limit", huge),
+        ("at most 16384 fragments", too_many),
         ("connection lost", vec![]),
         ("connection lost", vec![0x82, 0x85, 0, 0, 0, 0, b'a']),
     ];
     for (expected, bytes) in cases {
         let error = check(&bytes).await.unwrap_err();
-        assert!(error.contains(expected), "{bytes:?}: {error}");
+        assert!(error.contains(expected), "{:?}: {error}", &bytes[..bytes.len().min(20)]);
     }
     let error = check_as(Role::Client, &frame(0x82, b"a")).await.unwrap_err();
     assert!(error.contains("found a masked one"), "{error}");

@@ -219,7 +219,7 @@ impl PolicyServerBuilder {
         self
     }
 
-    /// After how long without a word a peer counts as lost; 10 s by default. Peers ping every second.
+    /// After how long without a word a peer counts as lost; 10 s by default. Peers ping every second; existing clients over WebSocket are pinged.
     #[must_use]
     pub fn silence_limit(mut self, limit: Duration) -> Self {
         self.options.silence_limit = limit;

@@ -23,12 +23,15 @@ use tokio::{
     time::timeout,
 };
 use tokio_tungstenite::{
-    MaybeTlsStream, WebSocketStream, connect_async,
+    MaybeTlsStream, WebSocketStream, connect_async_with_config,
     tungstenite::{
         self,
-        protocol::frame::{
-            Frame as WebSocketFrame,
-            coding::{Data, OpCode},
+        protocol::{
+            WebSocketConfig,
+            frame::{
+                Frame as WebSocketFrame,
+                coding::{Data, OpCode},
+            },
         },
     },
 };
@@ -102,7 +105,9 @@ struct Peer(WebSocketStream<MaybeTlsStream<TcpStream>>);
 
 impl Peer {
     async fn connect(address: SocketAddr) -> Peer {
-        Peer(connect_async(format!("ws://{address}")).await.unwrap().0)
+        // Messages of any size, as the wire's description has it.
+        let config = WebSocketConfig::default().max_message_size(None).max_frame_size(None);
+        Peer(connect_async_with_config(format!("ws://{address}"), Some(config), true).await.unwrap().0)
     }
 
     async fn say(&mut self, frame: Bytes) {
@@ -197,19 +202,23 @@ async fn an_action_that_is_refused_is_dropped_and_counted() {
     }
     stand.until("they are counted", |stand| stand.handle.stats().actions_refused == 3).await;
 
+    // One while a reset waits for its turn, behind a step, and one while it runs.
+    stand.script.apply_gate.close();
     stand.script.reset_gate.close();
+    peer.say(frame_of(step(1))).await;
+    stand.until("the robot moves", |stand| stand.script.apply_gate.is_waited_at()).await;
     peer.say(frame_of(reset())).await;
+    peer.say(apply_action([0.25; DIMENSION])).await;
+    stand.until("it would overtake the reset", |stand| stand.handle.stats().actions_refused == 4).await;
+    stand.script.apply_gate.open();
     stand.until("the robot homes", |stand| stand.script.reset_gate.is_waited_at()).await;
-    // One while a reset runs, and one while another waits for its turn.
-    peer.say(apply_action([0.5; DIMENSION])).await;
-    peer.say(frame_of(reset())).await;
-    peer.say(apply_action([0.5; DIMENSION])).await;
-    stand.until("these, too", |stand| stand.handle.stats().actions_refused == 5).await;
+    peer.say(apply_action([0.25; DIMENSION])).await;
+    stand.until("this, too", |stand| stand.handle.stats().actions_refused == 5).await;
     stand.script.reset_gate.open();
-    assert_eq!(kind(&peer.reply().await), "reset_response");
+    assert_eq!(kind(&peer.reply().await), "step_response");
     assert_eq!(kind(&peer.reply().await), "reset_response");
     peer.say(apply_action([0.5; DIMENSION])).await;
-    stand.until("the session goes on", |stand| stand.script.applied() == [[0.5; DIMENSION]]).await;
+    stand.until("the session goes on", |stand| stand.script.applied() == [[0.5; DIMENSION]; 2]).await;
 }
 
 #[tokio::test]
@@ -296,7 +305,7 @@ async fn hostile_frames_close_and_harm_nobody() {
 async fn what_is_no_message_of_this_wire_closes_too() {
     let stand = stand_with(|builder| builder.max_frame(64 * 1024));
     let address = serve(&stand).await;
-    for message in [tungstenite::Message::text("{}"), tungstenite::Message::Binary(vec![0; 65 * 1024].into())] {
+    for message in [tungstenite::Message::text("{}"), tungstenite::Message::Binary(vec![0; 8 << 20].into())] {
         let mut peer = Peer::connect(address).await;
         peer.0.send(message).await.unwrap();
         let (code, reason) = peer.closed().await;
@@ -571,6 +580,46 @@ async fn both_generations_over_zenoh() {
         }
     };
     assert_eq!(kind(&obs), "obs_response");
+}
+
+/// 17 MB of colour and depth, as [`stand::publish`] fills them.
+fn check_pixels(reply: &Reply) {
+    let Reply::Observation(obs) = reply else { panic!("expected an observation") };
+    let camera = obs.camera(CAMERA).unwrap();
+    let depth = camera.depth.as_ref().unwrap();
+    assert_eq!(camera.image.data().len() + depth.data().len(), 1228 * 2000 * 7);
+    assert!(camera.image.data().iter().all(|byte| *byte == 1));
+    assert!(depth.values::<f32>().unwrap().iter().all(|depth| *depth == 1.0));
+}
+
+#[tokio::test]
+async fn an_observation_of_17_mb_arrives_as_it_was_taken() {
+    let uri = format!("tcp/{}", free_address());
+    let stand = Stand::with(Arc::default(), 1228, 2000, |builder| builder.name("arm").listen_zenoh(&uri).discovery(false));
+    let mut peer = Peer::connect(serve(&stand).await).await;
+    for _ in 0..3 {
+        peer.say(frame_of(Request::GetObs)).await;
+        peer.0.send(tungstenite::Message::Ping(Bytes::from_static(b"meanwhile"))).await.unwrap();
+    }
+    let (mut pongs, mut observations) = (0, 0);
+    while pongs == 0 || observations < 3 {
+        match peer.hear().await {
+            tungstenite::Message::Pong(_) => pongs += 1,
+            tungstenite::Message::Binary(frame) => {
+                check_pixels(&reply_of(frame));
+                observations += 1;
+            }
+            other => panic!("expected an observation or a pong, found {other:?}"),
+        }
+    }
+    drop(peer);
+    stand.until("the robot is free", |stand| stand.handle.stats().sessions == 0).await;
+    let mut voice = Voice::on(&uri).await;
+    voice.begin().await;
+    for _ in 0..3 {
+        voice.ask(Request::GetObs);
+        check_pixels(&voice.reply().await);
+    }
 }
 
 #[tokio::test]

@@ -1,5 +1,6 @@
 //! Our client at servers that were there before us: raw ones, which know nothing but their wire; and at our own, which knows it, too.
 #![allow(clippy::unwrap_used, reason = "helpers of tests, too, fail by panicking")]
+#![allow(clippy::result_large_err, reason = "tungstenite's callback has such an error")]
 
 mod stand;
 

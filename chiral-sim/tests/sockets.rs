@@ -191,8 +191,6 @@ async fn garbage_text_and_oversized_messages_end_their_connection_and_no_other()
         let ended = async { while let Some(Ok(_)) = socket.next().await {} };
         timeout(GUARD, ended).await.expect("the connection ends");
     }
-    let refused = tokio_tungstenite::connect_async(format!("ws://{address}")).await.unwrap_err();
-    assert!(refused.to_string().contains("400"), "no subprotocol was offered: {refused}");
 
     assert!(watching.get_obs().await.is_ok());
     stand.until("only the watcher is left", |stand| stand.handle.stats().sessions == 1).await;

@@ -65,7 +65,7 @@ impl Figures {
             let naive = self.find(*cores, measured, &measured.workload, &["naive"]);
             let asked = self.find(*cores, measured, &measured.workload, &["asked"]);
             let idle = self.find(*cores, measured, "idle", &["chiral"]).filter(|_| measured.workload != "idle");
-            let [query, put] = ["zenoh_query", "zenoh_put"].map(|name| {
+            let [query, put, protobuf] = ["zenoh_query", "zenoh_put", "chiral"].map(|name| {
                 let found = self.find(*cores, measured, &measured.workload, &[name]);
                 found.map(|spread| (name, spread))
             });
@@ -92,6 +92,7 @@ impl Figures {
                         .map(|(name, spread)| spread.map(|spread| (name, spread)));
                     (&measured.row, vec![raw, naive, asked, idle])
                 }
+                "msgpack" => (&of_path, vec![raw, protobuf]),
                 "zenoh_tcp" => (&of_path, vec![raw, query, put]),
                 "zenoh_shm" => (&of_path, vec![raw, query]),
                 _ => (&of_path, vec![raw]),

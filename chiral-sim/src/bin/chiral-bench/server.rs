@@ -9,6 +9,7 @@ use anyhow::{Context, Result};
 use bytes::Bytes;
 use chiral_client::PolicyClient;
 use chiral_client::blocking;
+use chiral_proto::Codec;
 use chiral_server::PolicyServer;
 use serde_json::json;
 
@@ -111,6 +112,8 @@ pub(crate) struct About {
 pub(crate) enum Path {
     #[value(name = "chiral")]
     WebSocket,
+    #[value(name = "msgpack")]
+    Existing,
     #[value(name = "zenoh_tcp")]
     ZenohTcp,
     #[value(name = "zenoh_shm")]
@@ -118,12 +121,14 @@ pub(crate) enum Path {
 }
 
 impl Path {
-    pub(crate) const ALL: [Path; 3] = [Path::WebSocket, Path::ZenohTcp, Path::ZenohSharedMemory];
+    pub(crate) const ALL: [Path; 4] = [Path::WebSocket, Path::Existing, Path::ZenohTcp, Path::ZenohSharedMemory];
 
     /// As figures are told under.
     pub(crate) fn name(self) -> &'static str {
         match self {
             Path::WebSocket => "chiral",
+            // By the wire of existing peers, both ends ours.
+            Path::Existing => "msgpack",
             Path::ZenohTcp => "zenoh_tcp",
             Path::ZenohSharedMemory => "zenoh_shm",
         }
@@ -143,11 +148,12 @@ impl About {
 
     fn connect(&self, path: Path, drives: bool) -> Result<blocking::PolicyClient> {
         let uri = match path {
-            Path::WebSocket => format!("ws://{}", self.chiral),
+            Path::WebSocket | Path::Existing => format!("ws://{}", self.chiral),
             Path::ZenohTcp | Path::ZenohSharedMemory => format!("tcp/{}", self.zenoh),
         };
         let builder = PolicyClient::builder(&uri).quiet().shared_memory(path == Path::ZenohSharedMemory);
         let builder = if drives { builder } else { builder.observer() };
+        let builder = if path == Path::Existing { builder.codec(Codec::Msgpack) } else { builder };
         builder.connect_blocking().with_context(|| format!("connecting to {uri}"))
     }
 }
