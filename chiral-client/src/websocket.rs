@@ -162,39 +162,39 @@ pub(crate) async fn connect(
 /// A connection that was upgraded, and what is spoken on it. Existing servers know no subprotocol: they upgrade and choose none, or refuse the upgrade because
 /// of it, as some libraries do with everything that they were not told of. Then they are asked again without.
 async fn agree(server: &Server, codec: Option<Codec>) -> Result<(Stream, Codec), Attempt> {
+    let mut stream = open(server).await?;
     if codec == Some(Codec::Msgpack) {
-        return Ok((upgrade(server, None).await?.map_err(judge)?, Codec::Msgpack));
+        upgrade(server, &mut stream, None).await.map_err(judge)?;
+        return Ok((stream, Codec::Msgpack));
     }
-    let error = match upgrade(server, Some(SUBPROTOCOL)).await? {
-        Ok(stream) => return Ok((stream, Codec::Protobuf)),
-        Err(error) => error,
-    };
+    let Err(error) = upgrade(server, &mut stream, Some(SUBPROTOCOL)).await else { return Ok((stream, Codec::Protobuf)) };
     let chose_none = matches!(error, tungstenite::Error::Protocol(SecWebSocketSubProtocolError(SubProtocolError::NoSubProtocol)));
     let refused = matches!(&error, tungstenite::Error::Http(response) if response.status() == StatusCode::BAD_REQUEST);
     match codec {
-        None if chose_none || refused => {}
+        // All else of the handshake was good, and was checked before: this connection will do.
+        None if chose_none => {}
+        None if refused => {
+            stream = open(server).await?;
+            if upgrade(server, &mut stream, None).await.is_err() {
+                // It did not mind the subprotocol alone.
+                return Err(judge(error));
+            }
+        }
         Some(Codec::Protobuf) if chose_none => return Err(Attempt::Failed(Error::NotProtobuf)),
         _ => return Err(judge(error)),
     }
-    match upgrade(server, None).await? {
-        Ok(stream) => {
-            tracing::info!("the server at {} knows no {SUBPROTOCOL}: taken for an existing one, of msgpack", server.uri);
-            Ok((stream, Codec::Msgpack))
-        }
-        // It did not mind the subprotocol alone.
-        Err(_) if refused => Err(judge(error)),
-        Err(error) => Err(judge(error)),
-    }
+    tracing::info!("the server at {} knows no {SUBPROTOCOL}: taken for an existing one, of msgpack", server.uri);
+    Ok((stream, Codec::Msgpack))
 }
 
-/// A connection and its opening handshake, with this subprotocol offered.
-async fn upgrade(server: &Server, subprotocol: Option<&'static str>) -> Result<Result<Stream, tungstenite::Error>, Attempt> {
-    let mut request = server.uri.clone().into_client_request().map_err(judge)?;
+/// The opening handshake, with this subprotocol offered.
+async fn upgrade(server: &Server, stream: &mut Stream, subprotocol: Option<&'static str>) -> Result<(), tungstenite::Error> {
+    let mut request = server.uri.clone().into_client_request()?;
     if let Some(subprotocol) = subprotocol {
         request.headers_mut().insert(SEC_WEBSOCKET_PROTOCOL, HeaderValue::from_static(subprotocol));
     }
-    let stream = open(server).await?;
-    Ok(client_async(request, Frugal::new(stream)).await.map(|(socket, _)| socket.into_inner().stream))
+    client_async(request, Frugal::new(stream)).await?;
+    Ok(())
 }
 
 async fn open(server: &Server) -> Result<Stream, Attempt> {
@@ -230,19 +230,19 @@ fn judge(error: tungstenite::Error) -> Attempt {
 
 /// Reads no byte beyond the response's head, since what the handshake reads too much of would be lost with it; and hands the head over in one piece, since
 /// a handshake in small pieces is taken for an attack. A refusal may have a body, of which it gets what is there.
-struct Frugal {
-    stream: Stream,
+struct Frugal<'a> {
+    stream: &'a mut Stream,
     head: Vec<u8>,
     is_complete: bool,
     handed_over: usize,
 }
 
-impl Frugal {
-    const END: &[u8] = b"\r\n\r\n";
+impl<'a> Frugal<'a> {
+    const END: &'static [u8] = b"\r\n\r\n";
     const MAX_HEAD: usize = 8 * 1024;
     const STATUS: std::ops::Range<usize> = 9..12;
 
-    fn new(stream: Stream) -> Frugal {
+    fn new(stream: &'a mut Stream) -> Frugal<'a> {
         Frugal { stream, head: Vec::new(), is_complete: false, handed_over: 0 }
     }
 
@@ -250,13 +250,13 @@ impl Frugal {
     fn poll_more<const N: usize>(&mut self, context: &mut Context<'_>) -> Poll<io::Result<usize>> {
         let mut bytes = [0; N];
         let mut buffer = ReadBuf::new(&mut bytes);
-        ready!(Pin::new(&mut self.stream).poll_read(context, &mut buffer))?;
+        ready!(Pin::new(&mut *self.stream).poll_read(context, &mut buffer))?;
         self.head.extend_from_slice(buffer.filled());
         Poll::Ready(Ok(buffer.filled().len()))
     }
 }
 
-impl AsyncRead for Frugal {
+impl AsyncRead for Frugal<'_> {
     fn poll_read(mut self: Pin<&mut Self>, context: &mut Context<'_>, buffer: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
         while !self.is_complete {
             let read = ready!(self.poll_more::<1>(context))?;
@@ -273,16 +273,16 @@ impl AsyncRead for Frugal {
     }
 }
 
-impl AsyncWrite for Frugal {
+impl AsyncWrite for Frugal<'_> {
     fn poll_write(mut self: Pin<&mut Self>, context: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
-        Pin::new(&mut self.stream).poll_write(context, bytes)
+        Pin::new(&mut *self.stream).poll_write(context, bytes)
     }
 
     fn poll_flush(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.stream).poll_flush(context)
+        Pin::new(&mut *self.stream).poll_flush(context)
     }
 
     fn poll_shutdown(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.stream).poll_shutdown(context)
+        Pin::new(&mut *self.stream).poll_shutdown(context)
     }
 }

@@ -29,7 +29,7 @@ use tokio::{
     time::{Instant, timeout},
 };
 use tokio_tungstenite::{
-    WebSocketStream, accept_hdr_async,
+    WebSocketStream, accept_async, accept_hdr_async,
     tungstenite::{
         self,
         handshake::server::{ErrorResponse, Request as Upgrade, Response},
@@ -139,20 +139,11 @@ impl Existing {
 }
 
 impl Server {
-    /// The first client that offers no subprotocol, or does not mind that none is chosen.
+    /// The next client. No subprotocol is chosen.
     async fn accept(listener: &TcpListener) -> Server {
-        loop {
-            let (stream, _) = listener.accept().await.unwrap();
-            let mut offers = false;
-            let noting = |upgrade: &Upgrade, response: Response| {
-                offers = upgrade.headers().contains_key("Sec-WebSocket-Protocol");
-                Ok(response)
-            };
-            let socket = accept_hdr_async(stream, noting).await.unwrap();
-            if !offers {
-                return Server { socket, observations: 0 };
-            }
-        }
+        let (stream, _) = listener.accept().await.unwrap();
+        let socket = accept_async(stream).await.unwrap();
+        Server { socket, observations: 0 }
     }
 
     /// What the client says next, its pings answered meanwhile; `None` at the connection's end.
