@@ -49,7 +49,7 @@ pub(crate) async fn serve<T: Transport>(server: &Arc<Inner>, transport: &T) {
 }
 
 /// Serves whoever is heard on keys that all existing clients share, one session after another; returns when nothing more can be heard. A session begins
-/// with the first word while there is none, if `may_begin` has nothing against it, and ends with a silence. `transport`'s `recv` may be dropped.
+/// with the first word while there is none, if `may_begin` has nothing against it, and ends when nobody listens any more, or with a silence. `transport`'s `recv` may be dropped.
 #[cfg(feature = "zenoh")]
 pub(crate) async fn serve_shared<T: Transport, F: Future<Output = Result<(), Fault>>>(
     server: &Arc<Inner>,
@@ -57,7 +57,9 @@ pub(crate) async fn serve_shared<T: Transport, F: Future<Output = Result<(), Fau
     may_begin: impl Fn() -> F,
 ) {
     let dropped = Seldom::new(server.clock.clone());
-    while let Ok(Some(frame)) = transport.recv().await {
+    while let Ok(heard) = transport.recv().await {
+        // Of those who leave, none has a session here.
+        let Some(frame) = heard else { continue };
         let begun = match (is_clients(frame.clone()), server.control.controller()) {
             (Err(fault), _) => Err(fault),
             // Asked before the network is.

@@ -678,6 +678,20 @@ async fn silence_over_zenoh_frees_the_robot() {
 }
 
 #[tokio::test]
+async fn a_client_that_leaves_zenoh_frees_the_robot_at_once() {
+    let (stand, uri) = serve_zenoh(|builder| builder.silence_limit(Duration::from_secs(3600)));
+    for episode in 1..=3 {
+        let mut voice = Voice::on(&uri).await;
+        voice.begin().await;
+        voice.ask(reset());
+        assert_eq!(voice.kind().await, "reset_response");
+        drop(voice);
+        stand.until("the robot is free", |stand| stand.handle.stats().sessions == 0).await;
+        assert!(has_held(&stand), "episode {episode}");
+    }
+}
+
+#[tokio::test]
 async fn where_there_are_two_robots_none_takes_an_existing_clients_word() {
     let (arm, uri) = serve_zenoh(|builder| builder);
     until_open(&uri).await;

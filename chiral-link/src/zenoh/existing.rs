@@ -34,8 +34,8 @@ use super::{
 /// What was dropped is told so often at most.
 const TELL_PERIOD: Duration = Duration::from_secs(1);
 
-/// What existing peers put on a network, to be heard by all of them and by us: there are no connections, so nobody can be told from anybody else, nothing
-/// says that somebody has left, and a put is lost on whoever does not listen yet.
+/// What existing peers put on a network, to be heard by all of them and by us: there are no connections, so nobody can be told from anybody else, and a put
+/// is lost on whoever does not listen yet. Zenoh says when the last one who listened has left; while somebody else listens, nothing says that.
 ///
 /// What nobody takes in time is dropped, and so is what is larger than may be: the log says how much.
 pub struct ExistingTransport {
@@ -47,7 +47,8 @@ pub struct ExistingTransport {
 }
 
 struct Inbox {
-    events: mpsc::UnboundedReceiver<ZBytes>,
+    /// `None`: nobody listens any more.
+    events: mpsc::UnboundedReceiver<Option<ZBytes>>,
     waiting: Arc<AtomicU64>,
     pool: Pool,
     told_at: Option<Instant>,
@@ -69,6 +70,13 @@ impl Network {
         let publisher = self.session().declare_publisher(keys::existing(end));
         let publisher = publisher.congestion_control(CongestionControl::Block).express(true).await.map_err(failed)?;
         let (sender, events) = mpsc::unbounded_channel();
+        let leaving = sender.clone();
+        let listening = publisher.matching_listener().callback(move |status| {
+            if !status.matching() {
+                let _ = leaving.send(None);
+            }
+        });
+        listening.background().await.map_err(failed)?;
         let (waiting, dropped) = <(Arc<AtomicU64>, Arc<AtomicU64>)>::default();
         let key = keys::existing(end.other());
         let ear = Ear { key, sender, limit: cost(max_frame), waiting: Arc::clone(&waiting), dropped: Arc::clone(&dropped) };
@@ -95,11 +103,13 @@ impl Transport for ExistingTransport {
         put.unwrap_or_else(|_| Err(TransportError::lost("the runtime is shutting down")))
     }
 
-    /// May be dropped, and called again: a frame is taken or it is not. `None` never comes.
+    /// May be dropped, and called again: a frame is taken or it is not. After `None` others may come and be heard.
     async fn recv(&self) -> Result<Option<Frame>, TransportError> {
         let mut inbox = self.inbox.lock().await;
-        let Some(payload) = inbox.events.recv().await else {
-            return Err(TransportError::lost("the Zenoh session is closed"));
+        let payload = match inbox.events.recv().await {
+            Some(Some(payload)) => payload,
+            Some(None) => return Ok(None),
+            None => return Err(TransportError::lost("the Zenoh session is closed")),
         };
         inbox.waiting.fetch_sub(cost(payload.len()), Ordering::Relaxed);
         if inbox.told_at.is_none_or(|told_at| told_at.elapsed() >= TELL_PERIOD) {
@@ -145,7 +155,7 @@ impl Mouth {
 struct Ear {
     /// What is heard on any other key was put on several at once, and is nothing for us.
     key: &'static str,
-    sender: mpsc::UnboundedSender<ZBytes>,
+    sender: mpsc::UnboundedSender<Option<ZBytes>>,
     limit: u64,
     waiting: Arc<AtomicU64>,
     dropped: Arc<AtomicU64>,
@@ -165,6 +175,6 @@ impl Ear {
         }
         // A slice of a few bytes would keep the whole batch that it arrived in.
         let payload = if payload.len() <= SMALL { ZBytes::from(payload.to_bytes().into_owned()) } else { payload.clone() };
-        let _ = self.sender.send(payload);
+        let _ = self.sender.send(Some(payload));
     }
 }
