@@ -3,7 +3,7 @@
 use std::{future::Future, path::PathBuf, sync::Arc, time::Duration};
 
 use bytes::Bytes;
-use chiral_link::{Courtesy, Host, monotonic};
+use chiral_link::{Courtesy, Host, Patience, monotonic};
 use chiral_proto::{
     ActionMeaning, ActionSpec, Clock, Codec, PROTOCOL_VERSION, Timestamp, Transport,
     message::{RobotInfo, Role, Welcome},
@@ -42,6 +42,7 @@ pub struct PolicyClientBuilder {
     quiet: bool,
     deadline: Option<Duration>,
     request_timeout: Duration,
+    silence_limit: Duration,
     reply_limit: Duration,
     queue_capacity: usize,
     clock: Option<Clock>,
@@ -70,8 +71,8 @@ pub(crate) struct Means {
     pub(crate) shared_memory: bool,
     /// The one wire that will do.
     pub(crate) codec: Option<Codec>,
-    /// Of a server that is there no more.
-    pub(crate) silence_limit: Duration,
+    /// With a server that may rightly be silent, as long as its connection lives.
+    pub(crate) patience: Patience,
 }
 
 /// What became of one attempt to connect.
@@ -91,13 +92,14 @@ impl PolicyClientBuilder {
             quiet: false,
             deadline: None,
             request_timeout: Duration::from_secs(5),
+            silence_limit: Duration::from_secs(10),
             reply_limit: Duration::from_secs(60),
             queue_capacity: 256,
             clock: None,
             dispatch_spin: Duration::from_micros(300),
             one_connection: false,
             max_frame: 256 << 20,
-            means: Means { shared_memory: true, silence_limit: Duration::from_secs(10), ..Means::default() },
+            means: Means { shared_memory: true, ..Means::default() },
             pool: Pool::new(IDLE_BUFFERS),
             courtesy: Courtesy::default(),
         }
@@ -172,7 +174,7 @@ impl PolicyClientBuilder {
     }
 
     /// How long `reset` and `step` may take at an existing server on Zenoh or behind a transport of the caller's, where nothing else would tell that it is gone;
-    /// 60 s by default.
+    /// over WebSocket, for how long one may answer no pings while it resets. 60 s by default.
     #[must_use]
     pub fn reply_limit(mut self, limit: Duration) -> Self {
         self.reply_limit = limit;
@@ -190,7 +192,7 @@ impl PolicyClientBuilder {
     /// link on which one takes longer. Of an existing server every byte is one, pongs among them: raise this for one that answers no pings while it resets.
     #[must_use]
     pub fn silence_limit(mut self, limit: Duration) -> Self {
-        self.means.silence_limit = limit;
+        self.silence_limit = limit;
         self
     }
 
@@ -311,6 +313,7 @@ impl PolicyClientBuilder {
     async fn connect_by(mut self, host: Host) -> Result<PolicyClient, Error> {
         // Clones of a builder make clients that have nothing in common.
         (self.pool, self.courtesy) = (Pool::new(IDLE_BUFFERS), Courtesy::default());
+        self.means.patience = Patience::new(self.silence_limit);
         let server = Server::parse(&self.uri, &self.means)?;
         let control = self.wait_for(server.retry_period(), || self.attempt(&server, Carries::Control, &host)).await?;
         if control.codec() == Codec::Msgpack {
@@ -382,6 +385,8 @@ impl PolicyClientBuilder {
         let existing = Existing {
             request_timeout: self.request_timeout,
             reply_limit,
+            patience: self.means.patience.clone(),
+            reset_patience: self.silence_limit.max(self.reply_limit),
             is_lossy: probes > 0,
             is_observer: self.identity.role == Role::Observer,
             ..Existing::default()
@@ -423,7 +428,7 @@ impl PolicyClientBuilder {
             latest: watch::Sender::new(None),
             room: Notify::new(),
             clock: self.clock.unwrap_or_else(monotonic),
-            silence_limit: self.means.silence_limit,
+            silence_limit: self.silence_limit,
             dispatcher: Dispatcher::new(pace),
             observations: Arc::clone(second.as_ref().map_or(&lane, |(lane, _)| lane)),
             control: lane,

@@ -7,6 +7,7 @@ use std::{
     time::Duration,
 };
 
+use chiral_link::Patience;
 use chiral_proto::{
     ActionChunk, Code, Fault, Frame, Message, Notice, Observation, Reply, Request, StepResult, Timestamp, Unsayable, ValueMap,
     codec::msgpack::{self, Said},
@@ -46,6 +47,9 @@ pub(crate) struct Existing {
     pub(crate) request_timeout: Duration,
     /// For a reset's and a step's; `None` where the connection tells whether the server lives.
     pub(crate) reply_limit: Option<Duration>,
+    /// Of the connection, and what it is while the server resets, when some answer no pings.
+    pub(crate) patience: Patience,
+    pub(crate) reset_patience: Duration,
     /// Whether what is sent may be lost, and nothing tells that the server is gone.
     pub(crate) is_lossy: bool,
     pub(crate) is_observer: bool,
@@ -137,6 +141,12 @@ pub(crate) fn heard(shared: &Shared, frame: Frame) -> Result<()> {
         let mut state = lock(&shared.state);
         let mut owed = std::mem::take(&mut state.existing.owed);
         let answered = owed.answered(kind, |id| state.is_waited_for(id));
+        if kind == Kind::Reset
+            && !owed.is_owed(Kind::Reset)
+            && let Some(existing) = &shared.existing
+        {
+            existing.patience.set(shared.silence_limit);
+        }
         state.existing.owed = owed;
         answered
     };
@@ -448,6 +458,7 @@ impl Existing {
             (frame, state.asked(id, if is_reset { RequestKind::Reset } else { RequestKind::Other }))
         };
         if is_reset {
+            self.patience.set(self.reset_patience);
             // It has emptied the action queue.
             shared.room.notify_waiters();
         }

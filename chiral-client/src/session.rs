@@ -158,10 +158,15 @@ pub(crate) async fn greet<T: Transport>(transport: &T, identity: &Identity, atta
         }),
     };
     let exchange = async {
-        transport.send(transport.codec().encode(&hello)?).await.map_err(lost)?;
-        match transport.recv().await.map_err(lost)? {
-            Some(frame) => transport.codec().decode(frame).map_err(Error::Malformed),
-            None => Err(Error::Disconnected { reason: "the server closed the connection at the hello".to_owned(), cause: None }),
+        // Who refuses it answers and leaves, maybe before the sending is over: what he says goes before that.
+        let sent = transport.send(transport.codec().encode(&hello)?).await;
+        match transport.recv().await {
+            Ok(Some(frame)) => transport.codec().decode(frame).map_err(Error::Malformed),
+            Err(error) => Err(lost(error)),
+            Ok(None) => {
+                sent.map_err(lost)?;
+                Err(Error::Disconnected { reason: "the server closed the connection at the hello".to_owned(), cause: None })
+            }
         }
     };
     let answer = timeout(HELLO_LIMIT, exchange)

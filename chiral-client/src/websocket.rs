@@ -9,7 +9,7 @@ use std::{
     time::Duration,
 };
 
-use chiral_link::{Courtesy, Role, SUBPROTOCOL, WebSocketOptions, WebSocketTransport, tune};
+use chiral_link::{Courtesy, Patience, Role, SUBPROTOCOL, WebSocketOptions, WebSocketTransport, tune};
 use chiral_proto::{Codec, pool::Pool};
 use tokio::{
     io::{AsyncRead, AsyncWrite, ReadBuf},
@@ -58,7 +58,7 @@ pub(crate) struct Server {
     tls: Option<TlsConnector>,
     /// The wire that is asked for; without, ours, or else that of the peers before us.
     codec: Option<Codec>,
-    silence_limit: Duration,
+    patience: Patience,
 }
 
 impl Server {
@@ -74,8 +74,8 @@ impl Server {
         let host = uri.host().filter(|host| !host.is_empty()).ok_or_else(|| refuse("it names no host".to_owned()))?;
         let host = host.trim_matches(['[', ']']).to_owned();
         let tls = if is_tls { Some(tls(means.root_certificates.as_deref())?) } else { None };
-        let Means { codec, silence_limit, .. } = *means;
-        Ok(Server { port: uri.port_u16().unwrap_or(default_port), host, tls, uri, codec, silence_limit })
+        let (codec, patience) = (means.codec, means.patience.clone());
+        Ok(Server { port: uri.port_u16().unwrap_or(default_port), host, tls, uri, codec, patience })
     }
 }
 
@@ -151,7 +151,7 @@ pub(crate) async fn connect(
         let peer = server.uri.to_string();
         let options = WebSocketOptions { role: Role::Client, max_message, pool, courtesy, codec, peer };
         let transport = WebSocketTransport::new(stream, &[], options);
-        Ok(if codec == Codec::Msgpack { transport.pinging(server.silence_limit) } else { transport })
+        Ok(if codec == Codec::Msgpack { transport.pinging(server.patience.clone()) } else { transport })
     };
     match timeout(HANDSHAKE_LIMIT, attempt).await {
         Ok(outcome) => outcome,

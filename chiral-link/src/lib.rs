@@ -24,7 +24,7 @@ pub use clock::monotonic;
 pub use courtesy::Courtesy;
 pub use host::Host;
 pub use name::host_name;
-pub use silence::Silence;
+pub use silence::{Patience, Silence};
 #[cfg(feature = "websocket")]
 pub use socket::{Role, WebSocketOptions, WebSocketTransport};
 #[cfg(feature = "websocket")]

@@ -17,7 +17,7 @@ use tokio::{
 use crate::{
     courtesy::Courtesy,
     read::{Event, Reader},
-    silence::Silence,
+    silence::{Patience, Silence},
     write::Writer,
 };
 
@@ -81,7 +81,7 @@ pub struct WebSocketTransport<S> {
     owed: StdMutex<Owed>,
     /// Of the other side: nothing comes from it, nor does it take anything of a message.
     silence: Arc<Silence>,
-    silence_limit: Option<Duration>,
+    patience: Option<Patience>,
     codec: Codec,
     peer: String,
 }
@@ -104,27 +104,27 @@ impl<S: AsyncRead + AsyncWrite> WebSocketTransport<S> {
             writer: Mutex::new(Writer::new(write, options.role, options.courtesy, Arc::clone(&silence))),
             owed: StdMutex::default(),
             silence,
-            silence_limit: None,
+            patience: None,
             codec: options.codec,
             peer: options.peer,
         }
     }
 
-    /// From now on, pings a peer from which nothing comes, and gives the connection up after a silence of `limit`: for peers that may rightly have nothing
-    /// to say for long. Whoever waits in `recv` is told.
+    /// From now on, pings a peer from which nothing comes, and gives the connection up when its patience is over: for peers that may rightly have
+    /// nothing to say for long. Whoever waits in `recv` is told.
     #[must_use]
-    pub fn pinging(self, limit: Duration) -> WebSocketTransport<S> {
-        WebSocketTransport { silence_limit: Some(limit), ..self }
+    pub fn pinging(self, patience: Patience) -> WebSocketTransport<S> {
+        WebSocketTransport { patience: Some(patience), ..self }
     }
 
     /// What the other side says next, pinging it meanwhile.
-    async fn next(&self, reader: &mut Reader<ReadHalf<S>>, silence_limit: Duration) -> Result<Event, TransportError> {
+    async fn next(&self, reader: &mut Reader<ReadHalf<S>>, patience: &Patience) -> Result<Event, TransportError> {
         let mut next = pin!(reader.next());
         loop {
             tokio::select! {
                 biased;
                 event = &mut next => return event,
-                () = sleep(PING_PERIOD.min(silence_limit / 4)) => {}
+                () = sleep(PING_PERIOD.min(patience.limit() / 4)) => {}
             }
             self.owe(|owed| owed.ping = true);
             self.pay().await?;
@@ -134,8 +134,8 @@ impl<S: AsyncRead + AsyncWrite> WebSocketTransport<S> {
     async fn hear(&self) -> Result<Option<Frame>, TransportError> {
         let mut reader = self.reader.lock().await;
         loop {
-            let event = match self.silence_limit {
-                Some(limit) => self.next(&mut reader, limit).await?,
+            let event = match &self.patience {
+                Some(patience) => self.next(&mut reader, patience).await?,
                 None => reader.next().await?,
             };
             match event {
@@ -205,11 +205,13 @@ impl<S: AsyncRead + AsyncWrite + Send + 'static> Transport for WebSocketTranspor
     }
 
     async fn recv(&self) -> Result<Option<Frame>, TransportError> {
-        let Some(limit) = self.silence_limit else { return self.hear().await };
+        let Some(patience) = &self.patience else { return self.hear().await };
         tokio::select! {
             biased;
             heard = self.hear() => heard,
-            () = self.silence.lasts(limit) => Err(TransportError::lost(format!("nothing heard for {} s", limit.as_secs_f64()))),
+            () = self.silence.outlasts(patience) => {
+                Err(TransportError::lost(format!("nothing heard for {} s", patience.limit().as_secs_f64())))
+            }
         }
     }
 

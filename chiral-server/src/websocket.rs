@@ -13,7 +13,7 @@ use axum::{
     response::{IntoResponse, Response},
     routing::get,
 };
-use chiral_link::{Host, Role, SUBPROTOCOL, WebSocketOptions, WebSocketTransport, tune};
+use chiral_link::{Host, Patience, Role, SUBPROTOCOL, WebSocketOptions, WebSocketTransport, tune};
 use chiral_proto::{Codec, pool::Pool};
 use hyper::upgrade::Upgraded;
 use hyper_util::{
@@ -153,6 +153,7 @@ where
     let codec = options.codec;
     let transport = WebSocketTransport::new(stream, read_already, options);
     // Our own clients say something every second; existing ones think for as long as they like.
-    let transport = if codec == Codec::Msgpack { transport.pinging(inner.options.silence_limit) } else { transport };
+    let transport =
+        if codec == Codec::Msgpack { transport.pinging(Patience::new(inner.options.silence_limit)) } else { transport };
     session::serve(inner, transport).await;
 }

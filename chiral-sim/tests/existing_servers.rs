@@ -609,20 +609,33 @@ async fn a_stream_whose_server_does_not_answer_ends_with_an_error() {
 }
 
 #[tokio::test]
-async fn a_long_reset_outlasts_the_silence_limit_while_pings_are_answered_and_no_longer() {
-    let (env, mut server) = met(|builder| builder.silence_limit(Duration::from_millis(500))).await;
-    let obs = server.observe();
-    let resetting = async {
-        server.expect("reset").await;
-        server.answer_pings(Duration::from_millis(2500)).await;
-        server.say(Reply::Reset { obs, info: ValueMap::new() }).await;
-    };
-    let (reset, ()) = within(async { tokio::join!(env.reset(), resetting) }).await;
-    assert_eq!(reset.unwrap().0.episode, 1);
-    // Nor does it answer them any more.
+async fn a_reset_outlasts_the_silence_limit_also_while_no_ping_is_answered_and_nothing_else_does() {
+    let limits =
+        |builder: PolicyClientBuilder| builder.silence_limit(Duration::from_millis(500)).reply_limit(Duration::from_millis(2000));
+    let (env, mut server) = met(limits).await;
+    for episode in 1..=2 {
+        let obs = server.observe();
+        let resetting = async {
+            server.expect("reset").await;
+            if episode == 1 {
+                server.answer_pings(Duration::from_millis(2500)).await;
+            } else {
+                // As one whose only thread homes the robot.
+                tokio::time::sleep(Duration::from_millis(1200)).await;
+            }
+            server.say(Reply::Reset { obs, info: ValueMap::new() }).await;
+        };
+        let (reset, ()) = within(async { tokio::join!(env.reset(), resetting) }).await;
+        assert_eq!(reset.unwrap().0.episode, episode);
+    }
     let error = within(env.step(ROW)).await.unwrap_err();
     assert!(matches!(&error, Error::Disconnected { reason, .. } if reason.contains("nothing heard for 0.5 s")), "{error:?}");
     assert!(env.latest_obs().is_err());
+
+    let (env, mut server) = met(limits).await;
+    let (reset, _) = within(async { tokio::join!(env.reset(), server.expect("reset")) }).await;
+    let error = reset.unwrap_err();
+    assert!(matches!(&error, Error::Disconnected { reason, .. } if reason.contains("nothing heard for 2 s")), "{error:?}");
 }
 
 #[tokio::test]

@@ -240,8 +240,12 @@ impl Transport for ZenohTransport {
         };
         self.shared.flush();
         self.shared.until(|progress| progress.finished + may_wait >= pushed || progress.failed.is_some()).await;
-        let failed = self.shared.progress.borrow().failed.clone();
-        failed.map_or(Ok(()), Err)
+        let progress = self.shared.progress.borrow();
+        match &progress.failed {
+            // What Zenoh has taken over is sent, also if the other side has left since.
+            Some(failed) if progress.finished < pushed => Err(failed.clone()),
+            _ => Ok(()),
+        }
     }
 
     async fn recv(&self) -> Result<Option<Frame>, TransportError> {
