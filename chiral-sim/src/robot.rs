@@ -50,6 +50,8 @@ pub struct SimConfig {
     pub control_hz: f64,
     /// After how many seconds of its own time an episode is truncated.
     pub time_limit: f64,
+    /// How long a reset takes, as an arm takes to move home, in seconds.
+    pub homing: f64,
     /// Draw so many instants once and replay them, whatever the arm does: for load tests, which are to measure the transport.
     pub prerender: Option<usize>,
     /// For tests only: a fault between drawing and publishing.
@@ -66,6 +68,7 @@ impl Default for SimConfig {
             cameras: 2,
             control_hz: 20.0,
             time_limit: 6.0,
+            homing: 0.0,
             prerender: None,
             tamper: None,
         }
@@ -159,6 +162,7 @@ impl Robot for SimRobot {
             Some(target) => scene.with_target(point(target)?),
             None => scene,
         };
+        thread::sleep(Duration::from_secs_f64(self.shared.config.homing));
         let mut world = lock(&self.shared.world);
         *world = self.shared.config.new_world(scene);
         self.shared.publish_joints(&world);

@@ -55,6 +55,8 @@ struct Link {
 /// A program that is a robot.
 struct Robot {
     name: &'static str,
+    /// How long each reset takes, in seconds; one episode is enough where that is long.
+    homing: u32,
     command: fn(&Programs, &Link, SocketAddr) -> Command,
 }
 
@@ -91,6 +93,8 @@ const ROWS: &[Rows] = &[
         modes: &["stream", "step"],
     },
     Rows { codec: "msgpack", links: &[&WEBSOCKET, &ZENOH_TCP], robot: &RUST, clients: &[&PYTHON], modes: &["stream", "step"] },
+    // Pings must be answered while the robot homes.
+    Rows { codec: "msgpack", links: &[&WEBSOCKET], robot: &RUST_HOMING, clients: &[&PYTHON], modes: &["step"] },
     // There, steps are emulated.
     Rows {
         codec: "msgpack",
@@ -147,17 +151,29 @@ const ZENOH_ROUTER: Link = Link {
     uri: |address| format!("tcp/{address}"),
 };
 
-const RUST: Robot = Robot { name: "rust", command: |programs, link, address| robot(programs, (link.serve)(address)) };
+const RUST: Robot = Robot { name: "rust", homing: 0, command: |programs, link, address| robot(programs, (link.serve)(address)) };
+const RUST_HOMING: Robot = Robot {
+    name: "rust-homing",
+    homing: HOMING,
+    command: |programs, link, address| robot(programs, [(link.serve)(address), vec![format!("--homing={HOMING}")]].concat()),
+};
 const PYTHON_STREAMING: Robot = Robot {
     name: "python-streaming",
+    homing: 0,
     command: |programs, link, address| robot_in_python(programs, &(link.uri)(address), "streaming"),
 };
-const PYTHON_GYM: Robot =
-    Robot { name: "python-gym", command: |programs, link, address| robot_in_python(programs, &(link.uri)(address), "gym") };
+const PYTHON_GYM: Robot = Robot {
+    name: "python-gym",
+    homing: 0,
+    command: |programs, link, address| robot_in_python(programs, &(link.uri)(address), "gym"),
+};
 
 const ASYNC: Client = Client { name: "async", command: policy_in_rust };
 const BLOCKING: Client = Client { name: "blocking", command: policy_in_rust };
 const PYTHON: Client = Client { name: "python", command: policy_in_python };
+
+/// More than two of the pings that an existing client sends during a reset, one every 20 s.
+const HOMING: u32 = 45;
 
 /// The guide's complete programs; each takes the server's URI and ends by itself.
 const GUIDES: &[&str] = &["guide_streaming", "guide_episode"];
@@ -218,7 +234,7 @@ fn play_all(profile: Profile, episodes: u32, only: &str) -> Result<Outcome> {
                         transport: link.transport,
                         reported: link.reported,
                         codec: these.codec,
-                        episodes,
+                        episodes: if these.robot.homing > 0 { 1 } else { episodes },
                     };
                     if !asked.name().contains(only) {
                         continue;
@@ -272,7 +288,7 @@ fn play_row(
         address,
         client_first,
         logs: logs.clone(),
-        limit: Duration::from_secs(30) + 10 * Duration::from_secs(asked.episodes.into()),
+        limit: Duration::from_secs(30) + (10 + robot.homing) * Duration::from_secs(asked.episodes.into()),
     };
     let (result, answer) = pair.play();
     let report = Report::read(&answer);

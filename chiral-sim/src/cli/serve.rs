@@ -2,7 +2,7 @@
 
 use std::net::{SocketAddr, ToSocketAddrs};
 use std::path::PathBuf;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
 use chiral_server::PolicyServer;
@@ -47,6 +47,9 @@ pub(crate) struct Arguments {
     /// How many: wrist_cam, head_cam, then table_cam_0, table_cam_1, ...
     #[arg(long, default_value_t = 2, value_name = "N")]
     cameras: usize,
+    /// How long a reset takes, as an arm takes to move home
+    #[arg(long, default_value_t = 0.0, value_name = "SECONDS", value_parser = seconds)]
+    homing: f64,
     /// Draw K instants once and replay them, to measure Chiral and not the renderer; the pictures then do not follow the arm
     #[arg(long, value_name = "K", value_parser = clap::value_parser!(u32).range(1..))]
     prerender: Option<u32>,
@@ -60,15 +63,20 @@ fn resolve(text: &str) -> Result<SocketAddr, String> {
     found.into_iter().next().ok_or_else(|| "no such host".to_owned())
 }
 
+fn seconds(text: &str) -> Result<f64, String> {
+    let seconds = text.parse().ok().filter(|seconds| Duration::try_from_secs_f64(*seconds).is_ok());
+    seconds.ok_or_else(|| "expected a number of seconds".to_owned())
+}
+
 pub(crate) fn run(arguments: &Arguments) -> Result<()> {
     super::log(if arguments.quiet { "warn" } else { "info" });
-    let Arguments { width, height, fps, cameras, .. } = *arguments;
+    let Arguments { width, height, fps, cameras, homing, .. } = *arguments;
     let prerender = arguments.prerender.map(|instants| instants as usize);
     if let Some(instants) = prerender {
         let megabytes = (instants * cameras * width * height) as f64 * 7e-6;
         tracing::info!("drawing {instants} instants, {megabytes:.0} MB");
     }
-    let config = SimConfig { width, height, fps, cameras, prerender, ..SimConfig::default() };
+    let config = SimConfig { width, height, fps, cameras, homing, prerender, ..SimConfig::default() };
     let cpu_before = super::cpu_seconds();
     let (robot, sensors) = robot::start(config).context("the robot cannot start")?;
     if let Some(instants) = prerender {
