@@ -7,6 +7,7 @@ import argparse
 import asyncio
 import json
 import queue
+import signal
 import time
 from urllib.parse import urlsplit
 
@@ -124,6 +125,8 @@ def main():
     parser.add_argument("--height", type=int, default=72)
     parser.add_argument("--seed", type=int, help="of the first episode; the others follow from it")
     arguments = parser.parse_args()
+    # Who is started in the background by a shell's script is told to ignore it.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     robot = Robot(arguments)
     try:
         if arguments.uri.startswith("ws"):

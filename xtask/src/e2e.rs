@@ -358,14 +358,18 @@ impl Outcome {
         let heading = "transport codec robot client mode first episodes successes obs_hz age_p50_ms age_p99_ms step_p50_ms step_p99_ms s/episode result";
         let mut cells = vec![heading.split(' ').map(str::to_owned).collect()];
         cells.extend(self.rows.iter().map(Played::cells));
-        println!("\n{}", table(&cells));
+        if !self.rows.is_empty() {
+            println!("\n{}", table(&cells));
+        }
 
         let mut cells = vec![["guide", "seconds", "result"].map(str::to_owned).to_vec()];
         cells.extend(self.guides.iter().map(|(name, result)| {
             let seconds = figure(result.as_ref().ok().map(Duration::as_secs_f64));
             vec![name.to_string(), seconds, word(result)]
         }));
-        println!("{}", table(&cells));
+        if !self.guides.is_empty() {
+            println!("{}", table(&cells));
+        }
 
         let rows = self.rows.iter().filter(|row| row.result.is_err()).count();
         let guides = self.guides.iter().filter(|(_, result)| result.is_err()).count();
