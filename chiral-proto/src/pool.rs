@@ -7,11 +7,15 @@ use std::{
 };
 
 use bytes::Bytes;
+use memmap2::MmapMut;
 
 use crate::tensor::Element;
 
 /// Where every buffer begins, so that tensors at multiples of it can be read in place.
 pub const ALIGNMENT: usize = 64;
+
+/// Blocks from this size on are mapped by themselves, in bytes.
+const LARGE: usize = 1 << 20;
 
 /// Lends buffers and takes them back when the last reader is done. A clone is the same pool.
 #[derive(Clone, Debug)]
@@ -41,9 +45,51 @@ struct Shelf {
 
 #[derive(Debug)]
 struct Idle {
-    memory: Vec<u8>,
+    memory: Block,
     /// Whether it lay here at the last [`Pool::trim`].
     is_surplus: bool,
+}
+
+/// The memory of one buffer.
+#[derive(Debug)]
+enum Block {
+    Small(Vec<u8>),
+    /// What is freed is the system's again at once. Of the heap it would not be: once glibc has freed a large block it cuts others from what it keeps, small
+    /// allocations break that up, and memory grows by a whole observation now and then though no more of them are held.
+    Large(MmapMut),
+}
+
+impl Block {
+    fn zeroed(len: usize) -> Block {
+        let mapped = (len >= LARGE).then(|| MmapMut::map_anon(len).ok()).flatten();
+        mapped.map_or_else(|| Block::Small(vec![0; len]), Block::Large)
+    }
+}
+
+impl Default for Block {
+    fn default() -> Block {
+        Block::Small(Vec::new())
+    }
+}
+
+impl Deref for Block {
+    type Target = [u8];
+
+    fn deref(&self) -> &[u8] {
+        match self {
+            Block::Small(memory) => memory,
+            Block::Large(memory) => memory,
+        }
+    }
+}
+
+impl DerefMut for Block {
+    fn deref_mut(&mut self) -> &mut [u8] {
+        match self {
+            Block::Small(memory) => memory,
+            Block::Large(memory) => memory,
+        }
+    }
 }
 
 impl Pool {
@@ -52,7 +98,7 @@ impl Pool {
         Pool { shelf: Arc::new(Shelf { idle: Mutex::default(), max_idle, supply: Mutex::default() }) }
     }
 
-    /// From now on, buffers are of this memory, as long as it is there and has any to lend; else of the heap as before.
+    /// From now on, buffers are of this memory, as long as it is there and has any to lend; else its own as before.
     pub fn supply(&self, memory: &Arc<dyn Memory>) {
         *self.shelf.supply.lock().unwrap_or_else(PoisonError::into_inner) = Some(Arc::downgrade(memory));
     }
@@ -71,9 +117,9 @@ impl Pool {
         let best = (0..idle.len()).rev().filter(|i| (needed..=needed * 2).contains(&len_of(i))).min_by_key(len_of);
         let memory = best.map(|i| idle.remove(i).memory);
         drop(idle);
-        let memory = memory.unwrap_or_else(|| vec![0; needed]);
+        let memory = memory.unwrap_or_else(|| Block::zeroed(needed));
         let start = memory.as_ptr().align_offset(ALIGNMENT);
-        Buffer { memory: Kind::Heap(Heap { memory, start, len, shelf: Arc::downgrade(&self.shelf) }) }
+        Buffer { memory: Kind::Own(Own { memory, start, len, shelf: Arc::downgrade(&self.shelf) }) }
     }
 
     /// Frees the buffers that nobody has used since this was called last. To be called every few seconds, also while nothing arrives.
@@ -93,12 +139,12 @@ pub struct Buffer {
 }
 
 enum Kind {
-    Heap(Heap),
+    Own(Own),
     Lent(Box<dyn Lent>),
 }
 
-struct Heap {
-    memory: Vec<u8>,
+struct Own {
+    memory: Block,
     start: usize,
     len: usize,
     shelf: Weak<Shelf>,
@@ -114,7 +160,7 @@ impl Buffer {
     /// What was written, to be shared; nothing is copied.
     pub fn freeze(self) -> Bytes {
         match self.memory {
-            Kind::Heap(heap) => Bytes::from_owner(heap),
+            Kind::Own(own) => Bytes::from_owner(own),
             Kind::Lent(lent) => lent.freeze(),
         }
     }
@@ -126,7 +172,7 @@ impl From<Buffer> for Bytes {
     }
 }
 
-impl AsRef<[u8]> for Heap {
+impl AsRef<[u8]> for Own {
     fn as_ref(&self) -> &[u8] {
         &self.memory[self.start..self.start + self.len]
     }
@@ -135,7 +181,7 @@ impl AsRef<[u8]> for Heap {
 impl AsRef<[u8]> for Buffer {
     fn as_ref(&self) -> &[u8] {
         match &self.memory {
-            Kind::Heap(heap) => heap.as_ref(),
+            Kind::Own(own) => own.as_ref(),
             Kind::Lent(lent) => (**lent).as_ref(),
         }
     }
@@ -152,13 +198,13 @@ impl Deref for Buffer {
 impl DerefMut for Buffer {
     fn deref_mut(&mut self) -> &mut [u8] {
         match &mut self.memory {
-            Kind::Heap(Heap { memory, start, len, .. }) => &mut memory[*start..*start + *len],
+            Kind::Own(Own { memory, start, len, .. }) => &mut memory[*start..*start + *len],
             Kind::Lent(lent) => (**lent).as_mut(),
         }
     }
 }
 
-impl Drop for Heap {
+impl Drop for Own {
     fn drop(&mut self) {
         if let Some(shelf) = self.shelf.upgrade() {
             let mut idle = shelf.idle.lock().unwrap_or_else(PoisonError::into_inner);
@@ -234,6 +280,35 @@ mod tests {
         assert_eq!(pool.take(10)[..], [0; 10], "there was one piece");
         drop(memory);
         assert_eq!(pool.take(10).len(), 10);
+    }
+
+    /// Of this process, in bytes.
+    #[cfg(target_os = "linux")]
+    fn resident() -> usize {
+        let status = std::fs::read_to_string("/proc/self/status").unwrap();
+        let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:")).unwrap();
+        line.trim().strip_suffix(" kB").unwrap().parse::<usize>().unwrap() * 1024
+    }
+
+    #[cfg(target_os = "linux")]
+    #[test]
+    fn what_is_freed_is_the_systems_again() {
+        const LEN: usize = 16 << 20;
+        let pool = Pool::new(3);
+        let before = resident();
+        let mut pins = Vec::new();
+        for _ in 0..16 {
+            let buffers: Vec<Buffer> = (0..3).map(|_| pool.take(LEN)).collect();
+            for mut buffer in buffers {
+                buffer.fill(1);
+            }
+            // Of the size that would be cut from what the heap keeps.
+            pins.push(vec![1_u8; 100_000]);
+            pool.trim();
+            pool.trim();
+        }
+        let grown = resident().saturating_sub(before);
+        assert!(grown < LEN, "{grown} bytes of what was freed are still resident");
     }
 
     #[test]

@@ -12,6 +12,8 @@ type Result<T> = std::result::Result<T, DecodeError>;
 
 /// How many values a header may hold, so that its values take no more than about 100 MB: a byte of the header may stand for a value.
 const MAX_VALUES: usize = 1 << 20;
+/// A map that is not empty has room for several entries, so that it counts as so many values more.
+const MAP_COST: usize = 8;
 
 /// The one map that a header is. Its values may lie as deep as is allowed in the free-form maps among them.
 pub(super) fn header(bytes: Bytes) -> Result<ValueMap> {
@@ -52,9 +54,8 @@ impl Reader {
     fn value(&mut self, depth: usize) -> Result<Value> {
         let too_deep =
             || DecodeError::new("header", format_args!("values at most {} within each other", Value::MAX_DEPTH), "more");
-        let too_many = || DecodeError::new("header", format_args!("at most {MAX_VALUES} values"), "more");
         let depth = depth.checked_sub(1).ok_or_else(too_deep)?;
-        self.values = self.values.checked_sub(1).ok_or_else(too_many)?;
+        self.count(1)?;
         let [marker] = self.array()?;
         Ok(match Marker::from_u8(marker) {
             Marker::Null => Value::Null,
@@ -98,6 +99,12 @@ impl Reader {
             Marker::Map32 => self.len32().and_then(|len| self.map(len, depth))?,
             Marker::Reserved => return Err(DecodeError::new("header", "MessagePack", "the byte 0xc1, which begins no value")),
         })
+    }
+
+    fn count(&mut self, values: usize) -> Result<()> {
+        let too_many = || DecodeError::new("header", format_args!("at most {MAX_VALUES} values"), "more");
+        self.values = self.values.checked_sub(values).ok_or_else(too_many)?;
+        Ok(())
     }
 
     fn take(&mut self, len: usize) -> Result<Bytes> {
@@ -156,6 +163,7 @@ impl Reader {
     }
 
     fn map(&mut self, len: usize, depth: usize) -> Result<Value> {
+        self.count(if len > 0 { MAP_COST } else { 0 })?;
         (0..len).map(|_| Ok((self.key(depth)?, self.value(depth)?))).collect::<Result<ValueMap>>().map(Value::Map)
     }
 
