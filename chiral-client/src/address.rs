@@ -82,6 +82,10 @@ impl Server {
         carries: Carries,
         max_frame: usize,
         pool: Pool,
+        #[cfg_attr(
+            not(feature = "websocket"),
+            expect(unused_variables, reason = "Zenoh's large messages give way by themselves")
+        )]
         courtesy: Courtesy,
     ) -> Result<Connection, Attempt> {
         match self {

@@ -1,6 +1,11 @@
 //! How a client is configured, and how it finds its server.
 
-use std::{future::Future, path::PathBuf, sync::Arc, time::Duration};
+use std::{
+    future::Future,
+    path::PathBuf,
+    sync::Arc,
+    time::{Duration, Instant},
+};
 
 use bytes::Bytes;
 use chiral_link::{Courtesy, Host, Patience, monotonic};
@@ -173,8 +178,8 @@ impl PolicyClientBuilder {
         self
     }
 
-    /// How long `reset` and `step` may take at an existing server on Zenoh or behind a transport of the caller's, where nothing else would tell that it is gone;
-    /// over WebSocket, for how long one may answer no pings while it resets. 60 s by default.
+    /// How long an existing server may take for a `reset`, a `step` or a gym-like one's action, and for how long it may answer no pings meanwhile; 60 s by
+    /// default. One that drops a request says nothing of it, so that there must be some limit.
     #[must_use]
     pub fn reply_limit(mut self, limit: Duration) -> Self {
         self.reply_limit = limit;
@@ -240,7 +245,7 @@ impl PolicyClientBuilder {
     }
 
     /// Connects, waiting until there is a server: while nobody listens, the name does not resolve or the handshake times out, it tries again every 100 ms
-    /// (on Zenoh every 500 ms, also while no robot is alive) and says so once on stderr. The session's two connections live on threads of their own; if only the second cannot be had, the first carries everything.
+    /// (on Zenoh every 500 ms, also while no robot is alive) and says so on stderr, after 5 s also why. The session's two connections live on threads of their own; if only the second cannot be had, the first carries everything.
     ///
     /// # Errors
     /// At once: [`Error::Address`], [`Error::Busy`] naming the holder, [`Error::VersionMismatch`], [`Error::NotProtobuf`], [`Error::Http`], [`Error::Tls`], [`Error::Handshake`],
@@ -287,8 +292,7 @@ impl PolicyClientBuilder {
     /// [`Error::Busy`], [`Error::VersionMismatch`], [`Error::Rejected`], or how the connection broke.
     pub async fn connect_over(self, transport: impl Transport) -> Result<PolicyClient, Error> {
         if transport.codec() == Codec::Msgpack {
-            let reply_limit = self.reply_limit;
-            return self.begin_existing((transport, Host::current()), 0, Some(reply_limit)).await;
+            return self.begin_existing((transport, Host::current()), 0).await;
         }
         let began = self.now();
         let welcome = session::greet(&transport, &self.identity, Bytes::new()).await?;
@@ -317,8 +321,8 @@ impl PolicyClientBuilder {
         let server = Server::parse(&self.uri, &self.means)?;
         let control = self.wait_for(server.retry_period(), || self.attempt(&server, Carries::Control, &host)).await?;
         if control.codec() == Codec::Msgpack {
-            let (probes, reply_limit) = (control.probes(), self.reply_limit);
-            return self.begin_existing((control, host), probes, (probes > 0).then_some(reply_limit)).await;
+            let probes = control.probes();
+            return self.begin_existing((control, host), probes).await;
         }
         let began = self.now();
         let welcome = session::greet(&control, &self.identity, Bytes::new()).await?;
@@ -334,7 +338,7 @@ impl PolicyClientBuilder {
         self.begin(began, welcome, (control, host), observations, None)
     }
 
-    #[cfg(feature = "websocket")]
+    #[cfg(any(feature = "websocket", feature = "zenoh"))]
     fn alone<T>(&self, why: &dyn std::fmt::Display) -> Option<T> {
         tracing::warn!("no second connection to {}, so that actions may have to wait for observations: {why}", self.uri);
         None
@@ -362,12 +366,7 @@ impl PolicyClientBuilder {
 
     /// Begins a session with an existing server, where nobody says hello, after so many probes on a network where they may be lost; without any, a first
     /// question shows that it is one.
-    async fn begin_existing<T: Transport>(
-        self,
-        control: (T, Host),
-        probes: u64,
-        reply_limit: Option<Duration>,
-    ) -> Result<PolicyClient, Error> {
+    async fn begin_existing<T: Transport>(self, control: (T, Host), probes: u64) -> Result<PolicyClient, Error> {
         let action_spec = ActionSpec {
             meaning: ActionMeaning::Other("not declared".to_owned()),
             unit: String::new(),
@@ -384,9 +383,10 @@ impl PolicyClientBuilder {
         };
         let existing = Existing {
             request_timeout: self.request_timeout,
-            reply_limit,
+            reply_limit: self.reply_limit,
             patience: self.means.patience.clone(),
-            reset_patience: self.silence_limit.max(self.reply_limit),
+            // Whoever waits for the answer is told first that there was none.
+            busy_patience: self.silence_limit.saturating_add(self.reply_limit),
             is_lossy: probes > 0,
             is_observer: self.identity.role == Role::Observer,
             ..Existing::default()
@@ -455,18 +455,19 @@ impl PolicyClientBuilder {
         period: Duration,
         attempt: impl Fn() -> F,
     ) -> Result<T, Error> {
-        let mut said = self.quiet;
         let mut last = "the first attempt is not over".to_owned();
         let attempts = async {
+            let mut waiting = Waiting::default();
             loop {
                 match attempt().await {
                     Ok(connected) => return Ok(connected),
                     Err(Attempt::Failed(error)) => return Err(error),
                     Err(Attempt::Absent(reason)) => last = reason,
                 }
-                if !said {
-                    eprintln!("chiral: waiting for server at {} …", self.uri);
-                    said = true;
+                if !self.quiet
+                    && let Some(line) = waiting.line(&self.uri, &last, Instant::now())
+                {
+                    eprintln!("{line}");
                 }
                 sleep(period).await;
             }
@@ -474,6 +475,30 @@ impl PolicyClientBuilder {
         let Some(deadline) = self.deadline else { return attempts.await };
         let outcome = timeout(deadline, attempts).await;
         outcome.unwrap_or_else(|_| Err(Error::NoServer { uri: self.uri.clone(), deadline, last }))
+    }
+}
+
+/// What is said of waiting: at once that it is so, and why after a while, since that may last for ever; then whenever the reason is another.
+#[derive(Default)]
+struct Waiting {
+    told: Option<(Instant, String)>,
+}
+
+impl Waiting {
+    /// So long a server that is just starting may take; and so seldom a reason that changes all the time is told.
+    const PERIOD: Duration = Duration::from_secs(5);
+
+    /// What to say now, if anything.
+    fn line(&mut self, uri: &str, reason: &str, now: Instant) -> Option<String> {
+        let Some((told_at, told)) = &mut self.told else {
+            self.told = Some((now, String::new()));
+            return Some(format!("chiral: waiting for server at {uri} …"));
+        };
+        if told == reason || now - *told_at < Self::PERIOD {
+            return None;
+        }
+        (*told_at, *told) = (now, reason.to_owned());
+        Some(format!("chiral: still waiting for {uri}: {reason}"))
     }
 }
 
@@ -486,4 +511,21 @@ fn default_name() -> String {
     let program = std::env::args_os().next().map(std::path::PathBuf::from);
     let program = program.as_ref().and_then(|path| path.file_name()).map_or("policy".into(), |name| name.to_string_lossy());
     format!("{program} ({})", std::process::id())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn waiting_is_said_at_once_and_its_reason_after_a_while() {
+        let (mut waiting, began) = (Waiting::default(), Instant::now());
+        let mut line = |ms, reason| waiting.line("ws://robot:8765", reason, began + Duration::from_millis(ms));
+        assert_eq!(line(0, "refused").as_deref(), Some("chiral: waiting for server at ws://robot:8765 …"));
+        assert_eq!(line(4999, "refused"), None, "it may just be starting");
+        assert_eq!(line(5000, "refused").as_deref(), Some("chiral: still waiting for ws://robot:8765: refused"));
+        assert_eq!(line(20_000, "refused"), None, "it is known");
+        assert_eq!(line(20_100, "no answer").as_deref(), Some("chiral: still waiting for ws://robot:8765: no answer"));
+        assert_eq!(line(20_200, "refused"), None, "a reason that changes all the time");
+    }
 }

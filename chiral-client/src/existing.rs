@@ -45,11 +45,11 @@ pub(crate) struct Existing {
     pub(crate) order: Mutex<()>,
     /// For answers that take no time.
     pub(crate) request_timeout: Duration,
-    /// For a reset's and a step's; `None` where the connection tells whether the server lives.
-    pub(crate) reply_limit: Option<Duration>,
-    /// Of the connection, and what it is while the server resets, when some answer no pings.
+    /// For a reset's and a step's.
+    pub(crate) reply_limit: Duration,
+    /// Of the connection, and what it is while the server resets or steps, when some answer no pings.
     pub(crate) patience: Patience,
-    pub(crate) reset_patience: Duration,
+    pub(crate) busy_patience: Duration,
     /// Whether what is sent may be lost, and nothing tells that the server is gone.
     pub(crate) is_lossy: bool,
     pub(crate) is_observer: bool,
@@ -141,15 +141,19 @@ pub(crate) fn heard(shared: &Shared, frame: Frame) -> Result<()> {
         let mut state = lock(&shared.state);
         let mut owed = std::mem::take(&mut state.existing.owed);
         let answered = owed.answered(kind, |id| state.is_waited_for(id));
-        if kind == Kind::Reset
+        if let Some(existing) = &shared.existing
             && !owed.is_owed(Kind::Reset)
-            && let Some(existing) = &shared.existing
+            && !owed.is_owed(Kind::Step)
         {
             existing.patience.set(shared.silence_limit);
         }
         state.existing.owed = owed;
         answered
     };
+    // On keys that all share it may be the answer to somebody else who asked whether the server is there.
+    if answered.is_none() && kind == Kind::Metadata && shared.existing.as_ref().is_some_and(|existing| existing.is_lossy) {
+        return Ok(());
+    }
     let Some(Answered { id, unanswered }) = answered else {
         return Err(Error::UnaskedAnswer { found: kind.name() });
     };
@@ -192,17 +196,14 @@ impl Existing {
 
     async fn get_obs(&self, shared: &Shared) -> Result<Reply> {
         let _turn = self.turn.lock().await;
-        match self.observes(shared).await? {
-            (true, Some(obs)) => Ok(Reply::Observation(obs)),
-            (true, None) => self.exchange(shared, Request::GetObs, None).await,
-            (false, _) => {
-                let newest = lock(&shared.state).existing.newest.clone();
-                newest.map(Reply::Observation).ok_or(Error::Unsupported {
-                    what: "observe when it is asked to",
-                    why: "it observes in reset and step only, and neither was done yet",
-                })
-            }
+        if let Some(obs) = self.observe(shared).await? {
+            return Ok(Reply::Observation(obs));
         }
+        let newest = lock(&shared.state).existing.newest.clone();
+        newest.map(Reply::Observation).ok_or(Error::Unsupported {
+            what: "observe when it is asked to",
+            why: "it observes in reset and step only, and neither was done yet",
+        })
     }
 
     // ---- Actions -----------------------------------------------------------------------------------------------------------------------
@@ -218,9 +219,7 @@ impl Existing {
             Some(observes) => observes,
             None => {
                 let _turn = self.turn.lock().await;
-                let waited = self.request_timeout;
-                let found = timeout(waited, self.observes(shared)).await;
-                found.map_err(|_| Error::Timeout { what: "a word on how the server observes", waited })??.0
+                within(self.request_timeout, "a word on how the server observes", self.observes(shared)).await?.0
             }
         };
         if observes {
@@ -254,20 +253,11 @@ impl Existing {
         if steps == Some(true) || observes == Some(false) {
             return self.exchange(shared, step, times.as_deref()).await;
         }
-        if steps.is_none() {
-            match self.probe(shared, step, times.as_deref()).await? {
-                Some(stepped) => {
-                    lock(&shared.state).existing.steps = Some(true);
-                    return Ok(stepped);
-                }
-                None => {
-                    tracing::warn!(
-                        "the server takes no steps: they are made of apply_action and obs_request, without reward or an end of the \
-                         episode, and what is observed may be from before the actions"
-                    );
-                    lock(&shared.state).existing.steps = Some(false);
-                }
-            }
+        if steps.is_none()
+            && let Some(stepped) = self.probe(shared, step, times.as_deref()).await?
+        {
+            lock(&shared.state).existing.steps = Some(true);
+            return Ok(stepped);
         }
         let message = {
             let mut state = lock(&shared.state);
@@ -275,14 +265,17 @@ impl Existing {
             state.action(actions, from).message
         };
         self.apply(shared, Outgoing { message, capture_times: times }).await?;
-        let waited = self.request_timeout;
-        let observed = timeout(waited, self.exchange(shared, Request::GetObs, None)).await;
-        match observed.map_err(|_| Error::Timeout { what: "an observation after the actions", waited })?? {
-            Reply::Observation(obs) => {
-                Ok(Reply::Step(StepResult { obs, reward: 0.0, terminated: false, truncated: false, info: ValueMap::new() }))
-            }
-            _ => Err(Error::Protocol { expected: "an observation" }),
+        let observed = within(self.request_timeout, "an observation after the actions", self.observe(shared)).await?;
+        // Who neither steps nor observes knows steps, but not this one, and has ignored the rest.
+        let why = "it passed over the request, and may have found the actions wrong";
+        let obs = observed.ok_or(Error::Unsupported { what: "carry out this step", why })?;
+        if lock(&shared.state).existing.steps.replace(false).is_none() {
+            tracing::warn!(
+                "the server takes no steps: they are made of apply_action and obs_request, without reward or an end of the episode, \
+                 and what is observed may be from before the actions"
+            );
         }
+        Ok(Reply::Step(StepResult { obs, reward: 0.0, terminated: false, truncated: false, info: ValueMap::new() }))
     }
 
     // ---- The stream --------------------------------------------------------------------------------------------------------------------
@@ -297,10 +290,9 @@ impl Existing {
             }
             if !cameras.is_empty() {
                 let obs = match told {
-                    Some(obs) => Reply::Observation(obs),
-                    None => self.exchange(shared, Request::GetObs, None).await?,
+                    Some(obs) => obs,
+                    None => self.exchange_obs(shared).await?,
                 };
-                let Reply::Observation(obs) = obs else { return Err(Error::Protocol { expected: "an observation" }) };
                 cameras.iter().try_for_each(|name| obs.camera(name).map(drop))?;
             }
         }
@@ -353,11 +345,7 @@ impl Existing {
             Some(polling) => polling.clockwork.skip_passed(shared.now()),
             None => return Ok(()),
         }
-        let waited = self.request_timeout;
-        let observed = timeout(waited, self.exchange(shared, Request::GetObs, None)).await;
-        let Reply::Observation(obs) = observed.map_err(|_| Error::Timeout { what: "an observation", waited })?? else {
-            return Err(Error::Protocol { expected: "an observation" });
-        };
+        let obs = within(self.request_timeout, "an observation", self.exchange_obs(shared)).await?;
         let now = shared.now();
         let mut state = lock(&shared.state);
         let Some(polling) = state.polling(number) else { return Ok(()) };
@@ -380,6 +368,21 @@ impl Existing {
     }
 
     // ---- Helpers -----------------------------------------------------------------------------------------------------------------------
+
+    /// An observation, if the server observes when it is asked to, in a turn that the caller has.
+    async fn observe(&self, shared: &Shared) -> Result<Option<Arc<Observation>>> {
+        match self.observes(shared).await? {
+            (true, None) => self.exchange_obs(shared).await.map(Some),
+            (_, told) => Ok(told),
+        }
+    }
+
+    async fn exchange_obs(&self, shared: &Shared) -> Result<Arc<Observation>> {
+        match self.exchange(shared, Request::GetObs, None).await? {
+            Reply::Observation(obs) => Ok(obs),
+            _ => Err(Error::Protocol { expected: "an observation" }),
+        }
+    }
 
     /// Whether the server observes when it is asked to, and what it observed if it was asked just now, in a turn that the caller has.
     async fn observes(&self, shared: &Shared) -> Result<(bool, Option<Arc<Observation>>)> {
@@ -446,7 +449,8 @@ impl Existing {
         request: Request,
         times: Option<&ValueMap>,
     ) -> Result<oneshot::Receiver<Result<Reply>>> {
-        let (kind, is_reset) = (Kind::of(&request), matches!(request, Request::Reset { .. }));
+        let kind = Kind::of(&request);
+        let (is_reset, keeps_busy) = (kind == Some(Kind::Reset), matches!(kind, Some(Kind::Reset | Kind::Step)));
         let _order = self.order.lock().await;
         let (frame, answered) = {
             let mut state = lock(&shared.state);
@@ -457,8 +461,10 @@ impl Existing {
             }
             (frame, state.asked(id, if is_reset { RequestKind::Reset } else { RequestKind::Other }))
         };
+        if keeps_busy {
+            self.patience.set(self.busy_patience);
+        }
         if is_reset {
-            self.patience.set(self.reset_patience);
             // It has emptied the action queue.
             shared.room.notify_waiters();
         }
@@ -466,12 +472,9 @@ impl Existing {
         Ok(answered)
     }
 
-    /// For what takes as long as it takes, unless nothing else would tell that the server is gone.
+    /// For what takes as long as it takes, but not for ever.
     async fn patiently(&self, what: &'static str, asking: impl Future<Output = Result<Reply>>) -> Result<Reply> {
-        match self.reply_limit {
-            Some(waited) => timeout(waited, asking).await.map_err(|_| Error::Timeout { what, waited })?,
-            None => asking.await,
-        }
+        within(self.reply_limit, what, asking).await
     }
 
     /// The wire knows no observers, and the server would do as it is told.
@@ -507,6 +510,11 @@ impl Polling {
         }
         Some(selected)
     }
+}
+
+/// Waits for so long at most.
+async fn within<T>(waited: Duration, what: &'static str, asking: impl Future<Output = Result<T>>) -> Result<T> {
+    timeout(waited, asking).await.map_err(|_| Error::Timeout { what, waited })?
 }
 
 /// Whether these actions may still go out: no reset was asked for since they were chosen.

@@ -254,7 +254,7 @@ impl Server {
                 self.was_refused.store(false, Ordering::Relaxed);
                 Attempt::Absent(source.to_string())
             }
-            NetworkError::NoAnswer { .. } => Attempt::Absent(error.to_string()),
+            NetworkError::NoWord | NetworkError::NoAnswer { .. } => Attempt::Absent(error.to_string()),
             error => Attempt::Failed(failed(error)),
         }
     }

@@ -28,7 +28,7 @@ pub use silence::{Patience, Silence};
 #[cfg(feature = "websocket")]
 pub use socket::{Role, WebSocketOptions, WebSocketTransport};
 #[cfg(feature = "websocket")]
-pub use tune::tune;
+pub use tune::{lose_after, tune};
 
 /// The subprotocol that means the protobuf codec.
 pub const SUBPROTOCOL: &str = "chiral.v1";

@@ -1,6 +1,6 @@
 //! What a TCP socket should be told before frames go over it.
 
-use std::net::SocketAddr;
+use std::{net::SocketAddr, time::Duration};
 
 use socket2::SockRef;
 use tokio::net::TcpStream;
@@ -21,4 +21,15 @@ pub fn tune(stream: &TcpStream, peer: SocketAddr) {
             let _ = socket.set_tcp_congestion(b"reno");
         }
     }
+}
+
+/// Breaks the connection once what was sent has not been acknowledged for so long: the other host is gone, whatever its processes are doing. Where the
+/// system knows no such limit, a silence tells, later.
+pub fn lose_after(stream: &TcpStream, limit: Duration) {
+    #[cfg(target_os = "linux")]
+    {
+        let _ = SockRef::from(stream).set_tcp_user_timeout(Some(limit));
+    }
+    #[cfg(not(target_os = "linux"))]
+    let _ = (stream, limit);
 }

@@ -242,6 +242,7 @@ impl<'a, T: Transport> Existing<'a, T> {
                 end = &mut ended => return end,
                 answer = self.answer(asked) => answer,
             };
+            lock(&self.turns).answered();
             let end = match answer {
                 Ok(frame) => self.transport.send(frame).await.err().map(End::Lost),
                 Err(fault) => self.refused(fault),
@@ -249,7 +250,7 @@ impl<'a, T: Transport> Existing<'a, T> {
             if let Some(end) = end {
                 return end;
             }
-            lock(&self.turns).answered(self.server.clock.now());
+            lock(&self.turns).said(self.server.clock.now());
         }
     }
 

@@ -1,6 +1,10 @@
 //! One connection of a session: a receive loop that hands actions straight to the control thread, and a send loop that owns the stream.
 
-use std::{future::pending, pin::pin, sync::Arc};
+use std::{
+    future::pending,
+    pin::pin,
+    sync::{Arc, atomic::Ordering},
+};
 
 use chiral_link::Silence;
 use chiral_proto::{
@@ -274,7 +278,8 @@ impl<T: Transport> Lane<'_, T> {
         let running = stream.as_mut()?;
         match observed {
             Ok(observation) => {
-                running.take(self.server.clock.now());
+                let skipped = running.take(self.server.clock.now());
+                self.server.observations_skipped.fetch_add(skipped, Ordering::Relaxed);
                 Some(Message::Notice(Notice::Observation(Arc::new(running.select(observation)))))
             }
             Err(fault) => {

@@ -49,7 +49,12 @@ impl PolicyServer {
     pub async fn serve_on(self, listener: TcpListener) -> Result<(), Error> {
         #[cfg(feature = "zenoh")]
         if self.inner.options.is_on_zenoh() {
-            let zenoh = self.clone().serve_zenoh();
+            // Nobody is let in by WebSocket before the robot's name is its own on the network.
+            let on_zenoh = self.enter_zenoh().await?;
+            let zenoh = async {
+                on_zenoh.serve().await;
+                Ok(())
+            };
             return tokio::try_join!(zenoh, self.serve_websocket(listener)).map(drop);
         }
         self.serve_websocket(listener).await

@@ -61,6 +61,7 @@ pub(crate) struct Inner {
     #[cfg(feature = "websocket")]
     pub(crate) says_once: std::sync::Once,
     last_session: AtomicU64,
+    pub(crate) observations_skipped: AtomicU64,
     sessions: watch::Sender<usize>,
     stopping: watch::Sender<bool>,
     control_ended: watch::Receiver<bool>,
@@ -303,6 +304,7 @@ impl PolicyServerBuilder {
             #[cfg(feature = "websocket")]
             says_once: std::sync::Once::new(),
             last_session: AtomicU64::new(0),
+            observations_skipped: AtomicU64::new(0),
             sessions: watch::Sender::new(0),
             stopping: watch::Sender::new(false),
             control_ended,
@@ -328,6 +330,8 @@ pub struct ServerStats {
     pub actions_refused: u64,
     /// Actions at which the robot's own code failed.
     pub actions_failed: u64,
+    /// Observations that streams left out: their ticks passed while the link, the client or a sensor was not ready for them.
+    pub observations_skipped: u64,
     /// Why the robot is out of service, if it is.
     pub out_of_service: Option<String>,
     /// How observations travelled to peers that came by Zenoh.
@@ -355,6 +359,7 @@ impl ServerHandle {
             rows_applied: applied,
             actions_refused: refused,
             actions_failed: failed,
+            observations_skipped: self.inner.observations_skipped.load(Ordering::Relaxed),
             out_of_service: self.inner.control.out_of_service().map(|fault| fault.text),
             #[cfg(feature = "zenoh")]
             shared_memory: self.inner.shared_memory.as_ref().map(SharedMemory::counts).unwrap_or_default(),

@@ -33,11 +33,13 @@ impl Stream {
         has_credit.then(|| (self.started + self.period().mul_f64(self.tick as f64)).since(now))
     }
 
-    /// An observation is being sent. Ticks that have passed meanwhile are skipped, so that none is sent in a burst.
-    pub(crate) fn take(&mut self, now: Timestamp) {
+    /// An observation is being sent. Ticks that have passed meanwhile are skipped, so that none is sent in a burst; how many.
+    pub(crate) fn take(&mut self, now: Timestamp) -> u64 {
         self.sent += 1;
         let passed = (now.since(self.started).as_secs_f64() * self.asked.hz).floor() as u64;
-        self.tick = (self.tick + 1).max(passed + 1);
+        let next = self.tick + 1;
+        self.tick = next.max(passed + 1);
+        self.tick - next
     }
 
     /// Only what was asked for.
@@ -61,18 +63,20 @@ impl Stream {
 mod tests {
     use super::*;
 
-    /// Runs a stream whose observations each take `transfer_ms`, credited on arrival; the times at which they were taken, in ms.
+    /// Runs a stream whose observations each take `transfer_ms`, credited on arrival; the times at which they were taken, in ms. Every tick is taken or skipped.
     fn check(hz: f64, window: u32, transfer_ms: i64, until_ms: i64) -> Vec<i64> {
         let asked = Subscribe { hz, cameras: vec![], depth: true, window };
         let mut stream = Stream::new(asked, Timestamp(0));
         let mut taken = Vec::new();
+        let mut skipped = 0;
         let mut now = 0;
         while now < until_ms {
             let at = Timestamp(now * 1_000_000);
             match stream.due_in(at) {
                 Some(Duration::ZERO) => {
-                    stream.take(at);
+                    skipped += stream.take(at);
                     taken.push(now);
+                    assert_eq!(taken.len() as u64 + skipped, stream.tick);
                     now += transfer_ms;
                     stream.credit(taken.len() as u64, window);
                 }

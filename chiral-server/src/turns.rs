@@ -17,6 +17,8 @@ use chiral_proto::{Code, Fault, Request, Timestamp};
 
 /// Requests of a connection that may wait for their answers: minutes of a client that asks 30 times a second during a long reset, some 100 bytes each.
 const MAX_OWED: usize = 4096;
+/// Rows in those of them that are steps, each of some 30 to 130 bytes.
+const MAX_OWED_ROWS: usize = 1 << 16;
 /// Twice as long as a client waits between two probes.
 const HELD: Duration = Duration::from_secs(1);
 
@@ -92,13 +94,19 @@ impl Turns {
     /// Something was asked; or why that, or what was asked before, is not answered at all.
     pub(crate) fn ask(&mut self, asked: Asked, now: Timestamp) -> Result<(), Fault> {
         match self {
-            Turns::Queue(waiting) if waiting.len() < MAX_OWED => {
+            Turns::Queue(waiting) => {
+                let held = waiting.iter().map(rows).sum::<usize>() + rows(&asked);
+                let refuse = |text| Err(Fault::new(Code::QueueFull, text).retryable());
+                if waiting.len() == MAX_OWED {
+                    return refuse(format!("expected at most {MAX_OWED} requests that wait for their answers, found more"));
+                }
+                if held > MAX_OWED_ROWS {
+                    return refuse(format!(
+                        "expected at most {MAX_OWED_ROWS} rows in steps that wait for their turn, found {held}"
+                    ));
+                }
                 waiting.push_back(asked);
                 Ok(())
-            }
-            Turns::Queue(_) => {
-                let text = format!("expected at most {MAX_OWED} requests that wait for their answers, found more");
-                Err(Fault::new(Code::QueueFull, text).retryable())
             }
             Turns::Shared(shared) => shared.ask(asked?, now),
         }
@@ -127,10 +135,17 @@ impl Turns {
         }
     }
 
-    /// What was asked last has been answered, or was refused.
-    pub(crate) fn answered(&mut self, now: Timestamp) {
+    /// What was asked last is about to be answered, or was refused. Not later: whoever hears the answer may ask again before all of it is known to be sent.
+    pub(crate) fn answered(&mut self) {
         if let Turns::Shared(shared) = self {
-            (shared.last_word, shared.answering) = (now, None);
+            shared.answering = None;
+        }
+    }
+
+    /// The answer is sent, which may have taken long.
+    pub(crate) fn said(&mut self, now: Timestamp) {
+        if let Turns::Shared(shared) = self {
+            shared.last_word = now;
         }
     }
 }
@@ -188,6 +203,14 @@ impl Shared {
     }
 }
 
+/// How much of a robot's time is asked for.
+fn rows(asked: &Asked) -> usize {
+    match asked {
+        Ok(Request::Step { actions, .. }) => actions.rows(),
+        _ => 0,
+    }
+}
+
 fn second_client(what: &str) -> Fault {
     let text = format!("two existing clients seem to be on this network, of which one is not answered: somebody {what}");
     Fault::new(Code::Busy, text).retryable()
@@ -195,6 +218,8 @@ fn second_client(what: &str) -> Fault {
 
 #[cfg(test)]
 mod tests {
+    use chiral_proto::ActionChunk;
+
     use super::*;
 
     const RESET: Request = Request::Reset { seed: None, options: chiral_proto::ValueMap::new() };
@@ -228,7 +253,10 @@ mod tests {
                     let next = turns.next(at(ms));
                     assert!(matches!(next, Next::Wait(Some(_))), "{what}: at {ms} ms, found {next:?}");
                 }
-                Answered(ms) => turns.answered(at(ms)),
+                Answered(ms) => {
+                    turns.answered();
+                    turns.said(at(ms));
+                }
                 Silent(ms) => assert_eq!(turns.next(at(ms)), Next::Silent, "{what}: at {ms} ms"),
             }
         }
@@ -271,6 +299,17 @@ mod tests {
             turns.ask(Ok(Request::GetObs), now).unwrap();
         }
         assert_eq!(turns.ask(Ok(Request::GetObs), now).unwrap_err().code, Code::QueueFull);
+
+        let mut turns = Turns::queue();
+        let actions = ActionChunk::new(1, vec![0.0; MAX_OWED_ROWS / 2]).unwrap();
+        let step = || Ok(Request::Step { session: 0, episode: 0, actions: actions.clone() });
+        for _ in 0..2 {
+            turns.ask(step(), now).unwrap();
+        }
+        assert_eq!(turns.ask(step(), now).unwrap_err().code, Code::QueueFull);
+        turns.ask(Ok(Request::GetObs), now).unwrap();
+        turns.next(now);
+        turns.ask(step(), now).unwrap();
     }
 
     #[test]

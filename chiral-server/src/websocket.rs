@@ -13,7 +13,7 @@ use axum::{
     response::{IntoResponse, Response},
     routing::get,
 };
-use chiral_link::{Host, Patience, Role, SUBPROTOCOL, WebSocketOptions, WebSocketTransport, tune};
+use chiral_link::{Host, Patience, Role, SUBPROTOCOL, WebSocketOptions, WebSocketTransport, lose_after, tune};
 use chiral_proto::{Codec, pool::Pool};
 use hyper::upgrade::Upgraded;
 use hyper_util::{
@@ -80,6 +80,10 @@ impl PolicyServer {
     }
 }
 
+/// So many times the silence limit an existing client may answer no ping: one may be busy with its model, or read only what it has asked for. That its host is
+/// gone shows in TCP, after the limit itself.
+const BUSY_FACTOR: u32 = 4;
+
 /// Does the handshake by hand, since axum's own WebSocket keeps its byte stream to itself.
 async fn upgrade_or_explain(inner: Arc<Inner>, mut request: Request) -> Response {
     let offered = request.headers().get_all(SEC_WEBSOCKET_PROTOCOL).iter().filter_map(|value| value.to_str().ok());
@@ -133,6 +137,9 @@ async fn serve_upgraded(inner: Arc<Inner>, upgraded: Upgraded, codec: Codec, pee
     if let Ok(address) = stream.peer_addr() {
         tune(&stream, address);
     }
+    if codec == Codec::Msgpack {
+        lose_after(&stream, inner.options.silence_limit);
+    }
     let host = Host::thread("chiral-connection").unwrap_or_else(|error| {
         tracing::warn!("no thread for a connection: {error}");
         Host::current()
@@ -153,7 +160,7 @@ where
     let codec = options.codec;
     let transport = WebSocketTransport::new(stream, read_already, options);
     // Our own clients say something every second; existing ones think for as long as they like.
-    let transport =
-        if codec == Codec::Msgpack { transport.pinging(Patience::new(inner.options.silence_limit)) } else { transport };
+    let patience = Patience::new(inner.options.silence_limit.saturating_mul(BUSY_FACTOR));
+    let transport = if codec == Codec::Msgpack { transport.pinging(patience) } else { transport };
     session::serve(inner, transport).await;
 }

@@ -5,7 +5,7 @@ use std::{convert::Infallible, sync::Arc};
 use bytes::Bytes;
 use chiral_link::{
     Host,
-    zenoh::{ExistingTransport, Network, NetworkError, NetworkOptions, ZenohOptions, ZenohTransport},
+    zenoh::{ExistingTransport, Network, NetworkError, NetworkOptions, Presence, ZenohOptions, ZenohTransport},
 };
 use chiral_proto::{Code, Codec, Fault, Message, Reply, error::chain, keys::End, pool::Pool};
 use tokio::sync::oneshot;
@@ -24,10 +24,16 @@ impl PolicyServer {
     /// # Errors
     /// [`Error::NameTaken`] if a robot of this name is alive on the network, [`Error::Zenoh`] if it cannot be joined.
     pub async fn serve_zenoh(self) -> Result<(), Error> {
-        let inner = self.inner;
+        self.enter_zenoh().await?.serve().await;
+        Ok(())
+    }
+
+    /// Joins the network and makes the robot known there.
+    pub(crate) async fn enter_zenoh(&self) -> Result<OnZenoh, Error> {
+        let inner = Arc::clone(&self.inner);
         let name = &inner.robot.name;
         let network = join(&inner.options.network).await.map_err(error)?;
-        let mut presence = match network.announce(name).await {
+        let presence = match network.announce(name).await {
             Ok(presence) => presence,
             Err(refused) => {
                 network.close().await;
@@ -46,6 +52,21 @@ impl PolicyServer {
                 );
             }
         }
+        Ok(OnZenoh { inner, network, presence })
+    }
+}
+
+/// A server whose robot is alive on a Zenoh network.
+pub(crate) struct OnZenoh {
+    inner: Arc<Inner>,
+    network: Network,
+    presence: Presence,
+}
+
+impl OnZenoh {
+    /// Serves whoever comes, until the server is shut down.
+    pub(crate) async fn serve(self) {
+        let OnZenoh { inner, network, mut presence } = self;
         // What a client says is small.
         let options = ZenohOptions {
             max_frame: inner.options.max_frame,
@@ -71,7 +92,6 @@ impl PolicyServer {
         drop(presence);
         inner.wind_down().await;
         network.close().await;
-        Ok(())
     }
 }
 

@@ -28,6 +28,7 @@ use zenoh::{
 
 use super::{
     flow::{SMALL, cost, gathered},
+    lane::give_way,
     network::{Network, NetworkError, cause, failed},
 };
 
@@ -99,7 +100,11 @@ impl Transport for ExistingTransport {
         }
         // Waits for the network, which this runtime's other tasks must not.
         let mouth = Arc::clone(&self.mouth);
-        let put = spawn_blocking(move || mouth.put(&frame)).await;
+        let put = spawn_blocking(move || {
+            give_way();
+            mouth.put(&frame)
+        });
+        let put = put.await;
         put.unwrap_or_else(|_| Err(TransportError::lost("the runtime is shutting down")))
     }
 

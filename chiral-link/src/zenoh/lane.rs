@@ -31,7 +31,7 @@ use zenoh::{
 use super::{
     flow::{Incoming, SMALL, WINDOW, cost, violation},
     network::{Network, NetworkError, cause, failed},
-    outbox::{Outbox, Path, Put},
+    outbox::{MAX_LOST, Outbox, Path, Put},
     shared::{SharedMemory, is_seen, segments},
     word::Word,
 };
@@ -293,13 +293,13 @@ impl Transport for ZenohTransport {
 
 impl Drop for ZenohTransport {
     fn drop(&mut self) {
-        let path = self.shared.work(|work| {
+        let has_referred = self.shared.work(|work| {
             work.is_dropped = true;
-            work.outbox.path()
+            work.outbox.has_referred()
         });
         // A peer that said goodbye has given back what it had, or will.
         if let Some(memory) = &self.shared.memory
-            && path != Path::Unasked
+            && has_referred
             && !self.shared.progress.borrow().was_told
         {
             memory.spoil();
@@ -310,6 +310,25 @@ impl Drop for ZenohTransport {
 impl fmt::Debug for ZenohTransport {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("ZenohTransport").field("peer", &self.shared.peer).finish_non_exhaustive()
+    }
+}
+
+/// Has Linux let whoever runs go on when the calling thread wakes up (`SCHED_BATCH`). Elsewhere, or if Linux refuses, it is merely slower.
+///
+/// Zenoh's writing thread frees a batch and wakes who waits to fill it, hundreds of times an observation. Where each time interrupts the writing, the two
+/// need a third longer on a core that they share; nor should an action wait until pixels are copied.
+pub(super) fn give_way() {
+    #[cfg(target_os = "linux")]
+    {
+        use thread_priority::{
+            NormalThreadSchedulePolicy::Batch, ThreadPriority::Crossplatform, ThreadSchedulePolicy::Normal, unix,
+        };
+        // What sets the policy sets a niceness with it, of which 48 stands for 0: who has chosen another one keeps all as it is.
+        if rustix::process::getpriority_process(None) == Ok(0)
+            && let Ok(usual) = 48_u8.try_into()
+        {
+            let _ = unix::set_thread_priority_and_policy(unix::thread_native_id(), Crossplatform(usual), Normal(Batch));
+        }
     }
 }
 
@@ -364,6 +383,7 @@ impl Shared {
 
     /// The sending thread.
     fn put_all(&self) {
+        give_way();
         let mut asked_at = None;
         while let Some(put) = self.next() {
             self.put(put);
@@ -500,6 +520,10 @@ impl Ear {
                 self.shared.work(|work| work.outbox.tell_probed(region, is_shared));
             }
             Some(Word::Probed { region, is_shared }) => self.shared.probed(region, is_shared == 1),
+            // It would get past the window, and no client has anything that large to say.
+            Some(Word::Reference { .. }) if self.end == End::Server => {
+                self.tell(Event::Broken(violation("a client's frames by the network", "one by reference")));
+            }
             Some(word @ (Word::Frame { .. } | Word::Chunk { .. } | Word::Reference { .. })) => self.put(word, sample.payload()),
             None => self.tell(Event::Broken(violation("frames", "bytes that are none"))),
         }
@@ -508,7 +532,8 @@ impl Ear {
     fn put(&self, word: Word, payload: &ZBytes) {
         let load = load(word, payload);
         let queued = self.shared.queued.fetch_add(load, Ordering::Relaxed).saturating_add(load);
-        if queued <= WINDOW {
+        // References are put whatever the window: one that is waited for, and those that were given up.
+        if queued <= WINDOW + u64::from(MAX_LOST + 1) * cost(0) {
             self.tell(Event::Put { word, payload: payload.clone() });
         } else {
             self.tell(Event::Broken(violation("no more than the window allows", format!("{queued} bytes"))));
@@ -537,5 +562,23 @@ impl Ear {
         if !is_over {
             let _ = self.events.send(event);
         }
+    }
+}
+
+#[cfg(all(test, target_os = "linux"))]
+mod tests {
+    use thread_priority::{NormalThreadSchedulePolicy, ThreadSchedulePolicy, unix};
+
+    use super::*;
+
+    #[test]
+    fn a_thread_that_gives_way_keeps_its_niceness() {
+        let gives_way = thread::spawn(|| {
+            give_way();
+            (unix::thread_schedule_policy().unwrap(), rustix::process::getpriority_process(None).unwrap())
+        });
+        let niceness = rustix::process::getpriority_process(None).unwrap();
+        let policy = if niceness == 0 { NormalThreadSchedulePolicy::Batch } else { NormalThreadSchedulePolicy::Other };
+        assert_eq!(gives_way.join().unwrap(), (ThreadSchedulePolicy::Normal(policy), niceness));
     }
 }

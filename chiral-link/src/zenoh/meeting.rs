@@ -52,13 +52,15 @@ impl Network {
     /// Makes a robot known to this network, under a name that [`keys::check_robot`] has found good.
     ///
     /// # Errors
-    /// [`NetworkError::NameTaken`] if a robot of this name is alive already, else [`NetworkError::Failed`].
+    /// [`NetworkError::NameTaken`] if a robot of this name is alive already (two that come at the same time may both be refused), [`NetworkError::NoWord`] if
+    /// the network does not tell, else [`NetworkError::Failed`].
     pub async fn announce(&self, robot: &str) -> Result<Presence, NetworkError> {
         // The id is its own, the host is for people.
         let ours = format!("{}@{}", self.session().zid(), keys::robot_of_host(&host_name()));
         let tokens = keys::alive(robot, "*");
         let taken = |(robot, server)| NetworkError::NameTaken { robot, server };
-        if let Some(other) = self.alive(&tokens).await?.into_iter().find(|(_, server)| *server != ours) {
+        let look = async || Ok(self.alive(&tokens).await?.into_iter().find(|(_, server)| *server != ours));
+        if let Some(other) = look().await? {
             return Err(taken(other));
         }
         let (sender, requests) = mpsc::channel(REQUESTS);
@@ -68,8 +70,8 @@ impl Network {
         let about = self.session().declare_queryable(keys::info(robot)).complete(true);
         let about = about.callback(move |query| drop(info.try_send(Asked::Info(query)))).await.map_err(failed)?;
         let token = self.session().liveliness().declare_token(keys::alive(robot, &ours)).await.map_err(failed)?;
-        // Of two that came at the same time and now see each other, the smaller id stays.
-        if let Some(other) = self.alive(&tokens).await?.into_iter().find(|(_, server)| *server < ours) {
+        // Whoever came at the same time is seen now, by one of the two at least; were one of them to stay all the same, the other may have looked before.
+        if let Some(other) = look().await? {
             return Err(taken(other));
         }
         Ok(Presence {

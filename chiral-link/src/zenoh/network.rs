@@ -17,7 +17,7 @@ use zenoh::{Session, Wait, shm::ShmClientStorage};
 
 use super::{
     config::{Configured, OPEN_MS, Purpose, configure},
-    shared::try_some,
+    shared::is_to_be_had,
 };
 
 /// For all of opening: names, connection, handshake.
@@ -109,6 +109,9 @@ pub enum NetworkError {
         /// Its server: the Zenoh id, and the host.
         server: String,
     },
+    /// The network did not say in time who is alive on it.
+    #[error("no word on who is alive on the network within {} s: it is busy, or lost, or does not let us ask", LOOK_LIMIT.as_secs_f64())]
+    NoWord,
     /// The robot's server did not answer.
     #[error("no answer from robot {robot:?} within {} s", waited.as_secs_f64())]
     NoAnswer {
@@ -164,13 +167,8 @@ impl Network {
     /// [`NetworkError::NotLetIn`] if somebody is; [`NetworkError::Thread`].
     pub async fn open(options: &NetworkOptions) -> Result<Network, NetworkError> {
         let mut options = options.clone();
-        if options.shared_memory
-            && let Err(error) = on_thread(try_some)?.await.unwrap_or(Ok(()))
-        {
-            // A session that is told to use it would not open.
-            tracing::info!("no shared memory, so observations travel by the network: {error}");
-            options.shared_memory = false;
-        }
+        // A session that is told to use what it cannot have would not open.
+        options.shared_memory = options.shared_memory && on_thread(is_to_be_had)?.await.unwrap_or(true);
         let configured = configure(&options, Purpose::Member)?;
         if [&configured.listen, &configured.connect].into_iter().flatten().any(|locator| locator.starts_with(UNSOUND)) {
             WARNED.call_once(|| {
@@ -213,7 +211,7 @@ impl Network {
     /// The robots that are alive on this network, each with its server, `<Zenoh id>@<host>`; in order of their names.
     ///
     /// # Errors
-    /// [`NetworkError::Failed`].
+    /// [`NetworkError::NoWord`] if not all was said within a second, [`NetworkError::Failed`].
     pub async fn robots(&self) -> Result<Vec<(String, String)>, NetworkError> {
         self.alive(&keys::alive("*", "*")).await
     }
@@ -223,7 +221,8 @@ impl Network {
         let replies = self.session().liveliness().get(tokens).timeout(LOOK_LIMIT).await.map_err(failed)?;
         let mut robots = Vec::new();
         while let Ok(reply) = replies.recv_async().await {
-            let Ok(sample) = reply.result() else { continue };
+            // A time-out's: who was heard so far may not be all.
+            let sample = reply.result().map_err(|_| NetworkError::NoWord)?;
             let found = keys::robot_and_server(sample.key_expr().as_str());
             robots.extend(found.map(|(robot, server)| (robot.to_owned(), server.to_owned())));
         }

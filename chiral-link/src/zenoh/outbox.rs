@@ -14,7 +14,7 @@ use super::{
 const MAX_ANSWERS: usize = 4;
 
 /// After so many references that did not arrive there are no more of them: each has held up the lane.
-const MAX_LOST: u32 = 3;
+pub(super) const MAX_LOST: u32 = 3;
 
 /// The sending side of a lane.
 #[derive(Debug, Default)]
@@ -25,6 +25,8 @@ pub(super) struct Outbox {
     offset: usize,
     /// The first frame was put by reference, and has not arrived yet.
     is_referred_to: bool,
+    /// Some frame was, so that the other side may hold shared memory.
+    has_referred: bool,
     /// Frames that are done with.
     sent: u64,
     put: u64,
@@ -138,6 +140,11 @@ impl Outbox {
         }
     }
 
+    /// Whether anything was ever put by reference.
+    pub(super) fn has_referred(&self) -> bool {
+        self.has_referred
+    }
+
     /// Whether there is something to put, were there no window.
     pub(super) fn has_work(&self) -> bool {
         let Outbox { owes_begin, owes_taken, owes_mapped, owes_probed, owes_close, .. } = self;
@@ -210,7 +217,7 @@ impl Outbox {
         if self.offset == 0 && !regions.is_empty() && self.regions.lost < MAX_LOST {
             let Regions { asked, seen, .. } = &mut self.regions;
             if regions.iter().all(|region| seen.contains(region)) {
-                self.is_referred_to = true;
+                (self.is_referred_to, self.has_referred) = (true, true);
                 return Some(Put { word: Word::Reference { number }, payload: frame.segments().to_vec(), completes: false });
             }
             if let Some(&region) = regions.iter().find(|region| !asked.contains(region)) {

@@ -37,8 +37,10 @@ pub struct Search {
     until: Instant,
     answers: mpsc::UnboundedReceiver<Hello>,
     seen: HashSet<(String, String)>,
-    looks: JoinSet<Vec<Sighting>>,
-    sightings: Vec<Sighting>,
+    looks: JoinSet<()>,
+    sightings: mpsc::UnboundedReceiver<Sighting>,
+    /// For the looks that are still to begin.
+    sighted: mpsc::UnboundedSender<Sighting>,
     /// Its thread ends with it.
     _end: std_mpsc::Sender<()>,
 }
@@ -67,8 +69,9 @@ impl Search {
         if let Ok(Ok(started)) = timeout_at(until, starting).await {
             started?;
         }
-        let (seen, looks, sightings) = (HashSet::new(), JoinSet::new(), Vec::new());
-        let mut search = Search { options, until, answers, seen, looks, sightings, _end: end };
+        let (sighted, sightings) = mpsc::unbounded_channel();
+        let (seen, looks) = (HashSet::new(), JoinSet::new());
+        let mut search = Search { options, until, answers, seen, looks, sightings, sighted, _end: end };
         search.look(None, THIS_HOST);
         // A file without locators is as good as none.
         if let Ok(configured) = configure(&search.options, Purpose::Member) {
@@ -80,16 +83,13 @@ impl Search {
     /// The next robot that was reached; one may come more than once, by several locators. `None` when time is over.
     pub async fn next(&mut self) -> Option<Sighting> {
         loop {
-            if let Some(sighting) = self.sightings.pop() {
-                return Some(sighting);
-            }
             tokio::select! {
                 () = sleep_until(self.until) => return None,
                 Some(hello) = self.answers.recv() => {
                     let server = hello.zid().to_string();
                     hello.locators().iter().for_each(|locator| self.look(Some(&server), locator.as_str()));
                 }
-                Some(looked) = self.looks.join_next() => self.sightings = looked.unwrap_or_default(),
+                Some(sighting) = self.sightings.recv() => return Some(sighting),
             }
         }
     }
@@ -97,22 +97,26 @@ impl Search {
     /// Has a look at who is there, once.
     fn look(&mut self, server: Option<&str>, locator: &str) {
         if self.seen.insert((server.unwrap_or_default().to_owned(), locator.to_owned())) {
-            self.looks.spawn(look(self.options.clone(), server.map(str::to_owned), locator.to_owned()));
+            let (options, sighted) = (self.options.clone(), self.sighted.clone());
+            self.looks.spawn(look(options, server.map(str::to_owned), locator.to_owned(), sighted));
         }
     }
 }
 
-/// The robots that are alive there and answer.
-async fn look(options: NetworkOptions, server: Option<String>, locator: String) -> Vec<Sighting> {
-    let Ok(configured) = configure(&options, Purpose::Look(&locator)) else { return Vec::new() };
-    let Ok(network) = Network::enter(configured).await else { return Vec::new() };
-    let mut sightings = Vec::new();
+/// Tells of the robots that are alive there as they answer: one that does not answer hides no other.
+async fn look(options: NetworkOptions, server: Option<String>, locator: String, sighted: mpsc::UnboundedSender<Sighting>) {
+    let Ok(configured) = configure(&options, Purpose::Look(&locator)) else { return };
+    let Ok(network) = Network::enter(configured).await else { return };
+    let mut asking = JoinSet::new();
     for (robot, alive) in network.robots().await.unwrap_or_default() {
-        if let Some(info) = network.info(&robot).await {
-            let is_own = server.as_deref() == alive.split('@').next();
-            sightings.push(Sighting { robot, locator: locator.clone(), is_own, info });
-        }
+        let (network, locator, sighted) = (network.clone(), locator.clone(), sighted.clone());
+        let is_own = server.as_deref() == alive.split('@').next();
+        asking.spawn(async move {
+            if let Some(info) = network.info(&robot).await {
+                let _ = sighted.send(Sighting { robot, locator, is_own, info });
+            }
+        });
     }
+    while asking.join_next().await.is_some() {}
     network.close().await;
-    sightings
 }

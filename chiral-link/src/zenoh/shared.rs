@@ -6,7 +6,7 @@ use std::{
     error::Error,
     fmt,
     sync::{
-        Arc, Mutex, MutexGuard, PoisonError, Weak,
+        Arc, LazyLock, Mutex, MutexGuard, PoisonError, Weak,
         atomic::{AtomicU64, Ordering},
     },
     thread,
@@ -55,6 +55,8 @@ struct Regions {
     /// Part of the current one is lost: a reader was killed, and never gives back what it had.
     is_spoilt: bool,
     is_being_replaced: bool,
+    /// There is no memory for a second one. It is not tried again, since each failure costs some for good.
+    is_irreplaceable: bool,
     began: Instant,
     /// The number that the next one gets.
     next: u64,
@@ -94,8 +96,15 @@ impl SharedMemory {
     pub fn new(len: usize) -> Result<SharedMemory, Box<dyn Error + Send + Sync>> {
         let len = len.next_multiple_of(ALIGNMENT).max(ALIGNMENT);
         let current = Arc::new(Region::new(0, len)?);
-        let regions =
-            Regions { current, last: Weak::new(), is_spoilt: false, is_being_replaced: false, began: Instant::now(), next: 1 };
+        let regions = Regions {
+            current,
+            last: Weak::new(),
+            is_spoilt: false,
+            is_being_replaced: false,
+            is_irreplaceable: false,
+            began: Instant::now(),
+            next: 1,
+        };
         let inner = Inner { len, regions: Arc::new(Mutex::new(regions)), frozen: Arc::default(), counts: Counts::default() };
         Ok(SharedMemory { inner: Arc::new(inner) })
     }
@@ -137,12 +146,14 @@ impl SharedMemory {
     pub(super) fn refer(&self, segments: Vec<Bytes>) -> ZBytes {
         let mut payload = ZBytes::writer();
         let frozen = lock(&self.inner.frozen);
-        for segment in segments {
-            payload.append(match find(&frozen, &segment) {
+        // Borrowed, so that none is dropped under the lock, which who drops the last one takes.
+        for segment in &segments {
+            payload.append(match find(&frozen, segment) {
                 Some((shared, _)) => ZBytes::from(shared.clone()),
-                None => ZBytes::from(segment),
+                None => ZBytes::from(segment.clone()),
             });
         }
+        drop(frozen);
         payload.finish()
     }
 
@@ -165,9 +176,14 @@ impl SharedMemory {
     }
 }
 
-/// Whether a session of Zenoh's can have any.
-pub(super) fn try_some() -> Result<(), Box<dyn Error + Send + Sync>> {
-    Region::new(0, 2 << 20).map(drop)
+/// Whether a session of Zenoh's can have any: tried once in a process, since each failure costs some for good (Zenoh leaves mapped what could not be locked).
+pub(super) fn is_to_be_had() -> bool {
+    static TRIED: LazyLock<bool> = LazyLock::new(|| {
+        Region::new(0, 2 << 20)
+            .inspect_err(|error| tracing::info!("no shared memory, so observations travel by the network: {error}"))
+            .is_ok()
+    });
+    *TRIED
 }
 
 impl fmt::Debug for SharedMemory {
@@ -198,7 +214,8 @@ impl Inner {
     /// Puts a fresh region in place of a spoilt one, unless there are two already; on a thread, since the whole of it is locked into memory.
     fn replace(&self) {
         let mut regions = lock(&self.regions);
-        if !regions.is_spoilt || regions.is_being_replaced || regions.last.strong_count() > 0 {
+        let must_stay = regions.is_being_replaced || regions.is_irreplaceable || regions.last.strong_count() > 0;
+        if !regions.is_spoilt || must_stay {
             return;
         }
         let (ours, number, len) = (Arc::clone(&self.regions), regions.next, self.len);
@@ -208,7 +225,12 @@ impl Inner {
             regions.is_being_replaced = false;
             let fresh = match fresh {
                 Ok(fresh) => Arc::new(fresh),
-                Err(error) => return tracing::warn!("no fresh shared memory after a peer that was lost: {error}"),
+                Err(error) => {
+                    regions.is_irreplaceable = true;
+                    return tracing::warn!(
+                        "no second region of shared memory, so what lost peers held in it stays lost: {error}"
+                    );
+                }
             };
             let old = std::mem::replace(&mut regions.current, fresh);
             regions.last = Arc::downgrade(&old);
