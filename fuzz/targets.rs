@@ -45,10 +45,13 @@ pub(crate) fn segments(data: &[u8]) {
     }
 }
 
-/// Takes the bytes for a frame of the msgpack wire. What it says is written in bytes that are read and written again as they are: only the first reading
-/// may round a camera's time.
+/// Takes the bytes for a frame of the msgpack wire: in pieces it must say what it says in one. That is written in bytes that are read and written again as
+/// they are: only the first reading may round a camera's time.
 pub(crate) fn msgpack(data: &[u8]) {
-    let Ok(said) = msgpack::decode(Frame::from(Bytes::copy_from_slice(data))) else { return };
+    let said = msgpack::decode(Frame::from(Bytes::copy_from_slice(data)));
+    let pieces: Vec<Bytes> = data.chunks(7).map(Bytes::copy_from_slice).collect();
+    assert_eq!(format!("{:?}", msgpack::decode(Frame::from(pieces))), format!("{said:?}"));
+    let Ok(said) = said else { return };
     look_at_tensors(&said.message);
     if said.message == (Message::Unknown { id: 0 }) {
         return;

@@ -442,7 +442,8 @@ async fn messages_may_come_in_fragments() {
 
 #[tokio::test]
 async fn a_connection_that_breaks_or_goes_silent_lets_the_robot_hold() {
-    let stand = stand_with(|builder| builder.silence_limit(Duration::from_millis(500)));
+    let limit = Duration::from_millis(250);
+    let stand = stand_with(|builder| builder.silence_limit(limit));
     let address = serve(&stand).await;
     let mut peer = Peer::connect(address).await;
     peer.ask(reset()).await;
@@ -454,11 +455,13 @@ async fn a_connection_that_breaks_or_goes_silent_lets_the_robot_hold() {
     let mut thinker = Peer::connect(address).await;
     thinker.ask(reset()).await;
     let mut pings = 0;
-    while pings < 16 {
+    while pings < 6 {
         let message = timeout(GUARD, thinker.0.next()).await.expect("a ping").expect("the connection is open").unwrap();
         assert!(message.is_ping(), "found {message:?}");
         pings += 1;
     }
+    // And that is too busy to answer pings, for a while.
+    tokio::time::sleep(2 * limit).await;
     assert_eq!(kind(&thinker.ask(Request::GetObs).await), "obs_response");
     drop(thinker);
     stand.until("the robot is free", |stand| stand.handle.stats().sessions == 0).await;
@@ -657,8 +660,27 @@ async fn a_second_clients_words_over_zenoh_are_not_answered() {
 }
 
 #[tokio::test]
+async fn whoever_asks_as_soon_as_it_is_answered_is_in_turn() {
+    let uri = format!("tcp/{}", free_address());
+    let stand = Stand::with(Arc::default(), 128, 96, |builder| builder.name("arm").listen_zenoh(&uri).discovery(false));
+    tokio::spawn(stand.server.clone().serve());
+    let mut voice = Voice::on(&uri).await;
+    voice.begin().await;
+    // On a busy machine the answer is often heard before the server knows that it is sent.
+    let busy = Arc::new(());
+    for _ in 0..3 {
+        let busy = Arc::downgrade(&busy);
+        thread::spawn(move || while busy.strong_count() > 0 {});
+    }
+    for _ in 0..1000 {
+        voice.ask(Request::GetObs);
+        assert_eq!(voice.kind().await, "obs_response");
+    }
+}
+
+#[tokio::test]
 async fn silence_over_zenoh_frees_the_robot() {
-    let (stand, uri) = serve_zenoh(|builder| builder.silence_limit(Duration::from_millis(1500)));
+    let (stand, uri) = serve_zenoh(|builder| builder.silence_limit(Duration::from_millis(2500)));
     let mut voice = Voice::on(&uri).await;
     voice.begin().await;
     voice.ask(reset());
@@ -680,14 +702,13 @@ async fn silence_over_zenoh_frees_the_robot() {
 #[tokio::test]
 async fn a_client_that_leaves_zenoh_frees_the_robot_at_once() {
     let (stand, uri) = serve_zenoh(|builder| builder.silence_limit(Duration::from_secs(3600)));
-    for episode in 1..=3 {
+    for _ in 0..3 {
         let mut voice = Voice::on(&uri).await;
         voice.begin().await;
         voice.ask(reset());
         assert_eq!(voice.kind().await, "reset_response");
         drop(voice);
-        stand.until("the robot is free", |stand| stand.handle.stats().sessions == 0).await;
-        assert!(has_held(&stand), "episode {episode}");
+        stand.until("the robot holds", has_held).await;
     }
 }
 

@@ -341,7 +341,10 @@ async fn a_streaming_server_is_found_by_its_observation_and_asked_for_each() {
     assert_eq!(first.episode, 2);
     assert_eq!(env.next_obs(GUARD).await.unwrap().episode, 2, "nothing older is shown");
     env.stop_obs_stream().await.unwrap();
+    // What was asked before may still be on its way.
+    env.get_metadata().await.unwrap();
     let asked = existing.count("obs_request");
+    tokio::time::sleep(Duration::from_millis(50)).await;
     env.get_metadata().await.unwrap();
     assert_eq!(existing.count("obs_request"), asked, "nobody asks any more");
     assert!(env.latest_obs().unwrap().is_some());
@@ -399,8 +402,8 @@ async fn steps_are_made_of_actions_and_observations_where_there_are_none() {
         assert_eq!((result.obs.seq, result.reward, result.terminated, result.truncated), (n, 0.0, false, false));
     }
     // What it ignores moves nothing.
-    let expected = ["metadata", "reset", "action", "metadata", "apply_action", "obs_request", "apply_action", "obs_request"];
-    assert_eq!(existing.kinds(), expected);
+    let first = ["action", "metadata", "apply_action", "obs_request", "metadata"];
+    assert_eq!(existing.kinds()[2..], [&first[..], &["apply_action", "obs_request"]].concat());
     assert_eq!(env.stats().actions_sent, 2);
 }
 
@@ -553,7 +556,7 @@ async fn what_the_wire_has_no_words_for_fails_and_says_so() {
 
 #[tokio::test]
 async fn an_answer_that_comes_late_is_nobody_elses() {
-    let (env, mut server) = met(|builder| builder.request_timeout(Duration::from_millis(300))).await;
+    let (env, mut server) = met(|builder| builder.request_timeout(Duration::from_millis(1000))).await;
     let obs = server.observe();
     let told = async {
         server.answer("obs_request", Reply::Observation(obs)).await;
@@ -595,7 +598,7 @@ async fn an_answer_that_comes_late_is_nobody_elses() {
 
 #[tokio::test]
 async fn a_stream_whose_server_does_not_answer_ends_with_an_error() {
-    let (env, mut server) = met(|builder| builder.request_timeout(Duration::from_millis(300))).await;
+    let (env, mut server) = met(|builder| builder.request_timeout(Duration::from_millis(1000))).await;
     let obs = server.observe();
     let told = async {
         server.answer("obs_request", Reply::Observation(obs)).await;
@@ -605,56 +608,95 @@ async fn a_stream_whose_server_does_not_answer_ends_with_an_error() {
     started.unwrap();
     let (obs, _) = tokio::join!(env.next_obs(GUARD), server.expect("obs_request"));
     let error = obs.unwrap_err();
-    assert!(matches!(&error, Error::StreamEnded { reason } if reason.contains("within 0.3 s")), "{error:?}");
+    assert!(matches!(&error, Error::StreamEnded { reason } if reason.contains("within 1 s")), "{error:?}");
 }
 
 #[tokio::test]
-async fn a_reset_outlasts_the_silence_limit_also_while_no_ping_is_answered_and_nothing_else_does() {
-    let limits =
-        |builder: PolicyClientBuilder| builder.silence_limit(Duration::from_millis(500)).reply_limit(Duration::from_millis(2000));
-    let (env, mut server) = met(limits).await;
+async fn resets_and_steps_outlast_the_silence_limit_also_while_no_ping_is_answered_and_nothing_else_does() {
+    let (env, mut server) = met(|builder| builder.silence_limit(Duration::from_millis(1000))).await;
     for episode in 1..=2 {
         let obs = server.observe();
         let resetting = async {
             server.expect("reset").await;
             if episode == 1 {
-                server.answer_pings(Duration::from_millis(2500)).await;
+                server.answer_pings(Duration::from_millis(2200)).await;
             } else {
                 // As one whose only thread homes the robot.
-                tokio::time::sleep(Duration::from_millis(1200)).await;
+                tokio::time::sleep(Duration::from_millis(2200)).await;
             }
             server.say(Reply::Reset { obs, info: ValueMap::new() }).await;
         };
         let (reset, ()) = within(async { tokio::join!(env.reset(), resetting) }).await;
         assert_eq!(reset.unwrap().0.episode, episode);
     }
-    let error = within(env.step(ROW)).await.unwrap_err();
-    assert!(matches!(&error, Error::Disconnected { reason, .. } if reason.contains("nothing heard for 0.5 s")), "{error:?}");
+    let obs = server.observe();
+    let stepping = async {
+        server.expect("action").await;
+        server.expect("metadata").await;
+        tokio::time::sleep(Duration::from_millis(2200)).await;
+        server.say(Reply::Step(stepped(obs))).await;
+        server.say(Reply::Metadata(ValueMap::new())).await;
+    };
+    let (step, ()) = within(async { tokio::join!(env.step(ROW), stepping) }).await;
+    assert_eq!(step.unwrap().reward, 0.5);
+    let error = within(env.get_obs()).await.unwrap_err();
+    assert!(matches!(&error, Error::Disconnected { reason, .. } if reason.contains("nothing heard for 1 s")), "{error:?}");
     assert!(env.latest_obs().is_err());
+}
 
-    let (env, mut server) = met(limits).await;
-    let (reset, _) = within(async { tokio::join!(env.reset(), server.expect("reset")) }).await;
-    let error = reset.unwrap_err();
-    assert!(matches!(&error, Error::Disconnected { reason, .. } if reason.contains("nothing heard for 2 s")), "{error:?}");
+/// One drops what it finds wrong, and answers pings as before.
+#[tokio::test]
+async fn what_a_server_never_answers_fails_in_time_and_the_session_lives() {
+    let (env, mut server) = met(|builder| builder.reply_limit(Duration::from_millis(1000))).await;
+    let passing_over = async {
+        for _ in 0..2 {
+            server.expect("reset").await;
+            // Which of the two the next answer is to, this tells.
+            server.answer("metadata", Reply::Metadata(ValueMap::new())).await;
+        }
+    };
+    let asking = async {
+        for _ in 0..2 {
+            let error = env.reset().await.unwrap_err();
+            assert_eq!(error.to_string(), "expected an answer to the reset within 1 s, found none");
+            assert!(env.get_metadata().await.is_ok());
+        }
+    };
+    within(async { tokio::join!(asking, passing_over) }).await;
+
+    // A step that is passed over shows at once, by the metadata that is asked for behind it; and says nothing of the next one.
+    let passing_over = async {
+        server.expect("action").await;
+        server.answer("metadata", Reply::Metadata(ValueMap::new())).await;
+        server.expect("apply_action").await;
+        server.expect("obs_request").await;
+        server.answer("metadata", Reply::Metadata(ValueMap::new())).await;
+    };
+    let (step, ()) = within(async { tokio::join!(env.step(ROW), passing_over) }).await;
+    let error = step.unwrap_err();
+    assert!(matches!(&error, Error::Unsupported { why, .. } if why.contains("passed over")), "{error:?}");
+    let obs = server.observe();
+    let (step, _) = within(async { tokio::join!(env.step(ROW), server.answer("action", Reply::Step(stepped(obs)))) }).await;
+    assert_eq!(step.unwrap().reward, 0.5);
 }
 
 #[tokio::test]
-async fn an_observation_that_comes_slowly_is_no_silence() {
-    let (env, mut server) = met(|builder| builder.silence_limit(Duration::from_millis(500))).await;
-    let reply = Reply::Reset { obs: observation(7), info: value::map([("filler", Value::Bytes(vec![0; 8000].into()))]) };
+async fn an_answer_that_comes_slowly_is_no_silence() {
+    let (env, mut server) = met(|builder| builder.silence_limit(Duration::from_millis(1000))).await;
+    let reply = Reply::Metadata(value::map([("filler", Value::Bytes(vec![0; 8000].into()))]));
     let frame = msgpack::encode(&Message::Reply { id: ID, reply }, &ValueMap::new()).unwrap().into_bytes();
-    let resetting = async {
-        server.expect("reset").await;
+    let answering = async {
+        server.expect("metadata").await;
         let stream = server.socket.get_mut();
         let len = u16::try_from(frame.len()).unwrap().to_be_bytes();
         stream.write_all(&[0x82, 126, len[0], len[1]]).await.unwrap();
         for piece in frame.chunks(frame.len() / 10) {
-            tokio::time::sleep(Duration::from_millis(100)).await;
+            tokio::time::sleep(Duration::from_millis(200)).await;
             stream.write_all(piece).await.unwrap();
         }
     };
-    let (reset, ()) = within(async { tokio::join!(env.reset(), resetting) }).await;
-    assert_eq!(reset.unwrap().0.timestamp, 7.0);
+    let (metadata, ()) = within(async { tokio::join!(env.get_metadata(), answering) }).await;
+    assert_eq!(metadata.unwrap().len(), 1);
 }
 
 #[tokio::test]
@@ -748,7 +790,7 @@ async fn the_blocking_client_is_the_same() {
 // ---- Zenoh ---------------------------------------------------------------------------------------------------------------------------------
 
 /// A server on a Zenoh network, where it is a peer that listens, as existing ones are. It answers the third time that it is asked for metadata, and the
-/// two times before no sooner than a reset; and of resets the first. It stays until the process ends.
+/// two times before no sooner than a reset; and of resets the first. Each observation is followed by an answer to nobody. It stays until the process ends.
 fn serve_zenoh(existing: &Existing) -> String {
     let uri = format!("tcp/{}", free_address());
     let (existing, listen) = (existing.clone(), uri.clone());
@@ -780,7 +822,11 @@ fn serve_zenoh(existing: &Existing) -> String {
                     (0..2).for_each(|_| say(Reply::Metadata(ValueMap::new())));
                     say(Reply::Reset { obs: observation(observations), info: ValueMap::new() });
                 }
-                "obs_request" if existing.observes => say(Reply::Observation(observation(observations))),
+                "obs_request" if existing.observes => {
+                    say(Reply::Observation(observation(observations)));
+                    // To a question of somebody else's.
+                    say(Reply::Metadata(ValueMap::new()));
+                }
                 "action" if existing.steps => say(Reply::Step(stepped(observation(observations)))),
                 _ => {}
             }
@@ -793,8 +839,9 @@ fn serve_zenoh(existing: &Existing) -> String {
 async fn over_zenoh_a_server_is_probed_and_late_answers_are_known_for_what_they_are() {
     let existing = Existing::streaming();
     let uri = serve_zenoh(&existing);
-    let env = builder(&uri).reply_limit(Duration::from_millis(500)).connect().await.unwrap();
-    assert_eq!((env.codec(), existing.kinds()), (Codec::Msgpack, vec!["metadata"; 3]));
+    let env = builder(&uri).reply_limit(Duration::from_millis(2000)).connect().await.unwrap();
+    // On a busy machine it may be asked once more before its answer has come.
+    assert!(env.codec() == Codec::Msgpack && existing.count("metadata") >= 3, "{:?}", existing.kinds());
     let error = env.get_obs().await.unwrap_err();
     assert!(matches!(&error, Error::Unsupported { why, .. } if why.contains("reset first")), "{error:?}");
     env.reset().await.unwrap();
@@ -809,7 +856,7 @@ async fn over_zenoh_a_server_is_probed_and_late_answers_are_known_for_what_they_
     assert!(env.get_metadata().await.is_ok());
 
     let error = within(env.reset()).await.unwrap_err();
-    assert_eq!(error.to_string(), "expected an answer to the reset within 0.5 s, found none");
+    assert_eq!(error.to_string(), "expected an answer to the reset within 2 s, found none");
     assert!(env.get_obs().await.is_ok(), "the session lives");
     within(env.close()).await.unwrap();
 }

@@ -122,6 +122,8 @@ async fn check_slow(link: Link) {
     assert!(oldest_ms < 2.0 * TRANSFER.as_secs_f64() * 1e3, "{ages_ms:.0?}");
     let (arrived, captured) = (pictures.len() - 1, pictures[pictures.len() - 1] - pictures[0]);
     assert!(arrived >= 5 && captured > 8.0 * arrived as f64, "{pictures:?}");
+    let counted = lab.handle.stats().observations_skipped;
+    assert!(counted as f64 > 0.8 * (captured - arrived as f64), "{counted} counted of {captured} less {arrived}");
     println!(
         "{link:?}'s link at 100 Mbit/s: actions p99 {p99_ms:.2?} ms, waking a thread {woken_late_ms:.2?} ms, pictures at most {oldest_ms:.0} ms old, {arrived} of {captured} arrived"
     );

@@ -6,6 +6,7 @@ mod stand;
 use std::{
     env, fs,
     io::{BufRead, BufReader},
+    mem::ManuallyDrop,
     path::{Path, PathBuf},
     process::{Child, Command, Output, Stdio},
     sync::{Arc, Mutex, mpsc},
@@ -17,7 +18,7 @@ use chiral_client::{DiscoveredRobot, Error, PolicyClient, PolicyClientBuilder, b
 use chiral_proto::keys;
 use chiral_server::{Error as ServerError, PolicyServer, PolicyServerBuilder, ProprioSpec, Sensors};
 use rcgen::{BasicConstraints, CertificateParams, DnType, IsCa, Issuer, KeyPair, KeyUsagePurpose};
-use stand::{GUARD, ScriptedRobot, Stand, drive, free_address};
+use stand::{GUARD, ScriptedRobot, Stand, drive, free_address, session};
 use tokio::task::JoinHandle;
 use zenoh::Wait;
 
@@ -353,7 +354,7 @@ for attempt in $(seq 100); do ip link show v0 | grep -q 'state UP' && break; sle
 fn in_own_network(test: &str) {
     let unshare = |script: &str| {
         let mut command = Command::new("unshare");
-        command.args(["--map-root-user", "--net", "sh", "-c", script]);
+        command.args(["--map-root-user", "--net", "--mount", "sh", "-c", script]);
         command
     };
     if !unshare(NETWORK).output().is_ok_and(|output| output.status.success()) {
@@ -372,6 +373,39 @@ fn robots_are_found_without_an_address() {
 #[test]
 fn a_robot_is_reached_by_its_name() {
     in_own_network("in_own_network_a_robot_is_reached");
+}
+
+#[test]
+fn without_shared_memory_observations_travel_by_the_network() {
+    in_own_network("in_own_network_there_is_no_shared_memory");
+}
+
+/// Of `/dev/shm` so much is left, for this test alone; false where that cannot be.
+fn leave_shared_memory(mib: u32) -> bool {
+    let mount = |arguments: &[&str]| Command::new("mount").args(arguments).status().is_ok_and(|status| status.success());
+    mount(&["-t", "tmpfs", "-o", &format!("size={mib}m"), "tmpfs", "/dev/shm"])
+}
+
+#[tokio::test(flavor = "multi_thread")]
+#[ignore = "of a network of its own"]
+async fn in_own_network_there_is_no_shared_memory() {
+    let scratch = Scratch::new("unshared");
+    let policy =
+        ["policy", "tcp/127.0.0.1:7447", "--mode", "stream", "--episodes", "1", "--quiet", "--wait", "20"].map(str::to_owned);
+    // None for anybody; then for the policy's Zenoh, but not for the robot's eight observations.
+    for mib in [1, 4] {
+        if !leave_shared_memory(mib) {
+            return println!("skipped: no /dev/shm of its own to be had");
+        }
+        let serve = ["serve", "--zenoh", "tcp/127.0.0.1:7447", "--name", "panda", "--width", "320", "--height", "240"];
+        let panda = Process::start(&scratch.0, &serve, "serving robot \"panda\" on Zenoh");
+        let (directory, policy) = (scratch.0.clone(), policy.clone());
+        let policy = tokio::task::spawn_blocking(move || run(&directory, &policy.each_ref().map(String::as_str)));
+        let (output, said) = policy.await.unwrap();
+        assert!(output.status.success(), "{said}");
+        let log = panda.log.lock().unwrap().clone();
+        assert!(log.contains("MB of shared memory (/dev/shm, ulimit -l), so observations travel by the network"), "{log}");
+    }
 }
 
 /// Looks until these robots are found, and says what was found of them.
@@ -407,6 +441,10 @@ async fn in_own_network_robots_are_found() {
     let (_locked, _s4) = serve("locked", |builder| builder.listen_zenoh("tcp/0.0.0.0:7452").zenoh_config(locked));
     let _router = Process::router(&scratch.0, "router.json5", &["tcp/10.77.0.1:7453"]);
     let (_leg, _s5) = serve("leg", |builder| builder.join_zenoh("tcp/10.77.0.1:7453"));
+    // One that is alive, and is asked before the other, but never answers.
+    let ghost = ManuallyDrop::new(session("client", "tcp/10.77.0.1:7453"));
+    let _unanswered = ManuallyDrop::new(ghost.declare_queryable(keys::info("ghost")).await.unwrap());
+    let _alive = ManuallyDrop::new(ghost.liveliness().declare_token(keys::alive("ghost", "0@nowhere")).await.unwrap());
     let _driver = builder("tcp/10.77.0.1:7450").name("the night shift").connect().await.unwrap();
 
     let robots = until_found(&["arm", "leg", "near"]).await;

@@ -55,6 +55,18 @@ async fn until_alive(uri: &str, names: &[&str]) {
     }
 }
 
+/// Waits until the network at `uri` knows no robot.
+async fn until_gone(uri: &str) {
+    let began = Instant::now();
+    loop {
+        let error = builder(uri).robot("nobody").deadline(Duration::from_millis(900)).connect().await.unwrap_err().to_string();
+        if error.contains("no robot is alive there") {
+            return;
+        }
+        assert!(began.elapsed() < GUARD, "{error}");
+    }
+}
+
 // A runtime of one thread, in which Zenoh itself would panic.
 #[tokio::test(flavor = "current_thread")]
 async fn the_whole_loop_and_an_orderly_end() {
@@ -86,6 +98,7 @@ async fn the_whole_loop_and_an_orderly_end() {
 async fn the_blocking_client_is_the_same() {
     let uri = free();
     let (stand, _serving) = serve("arm", Some(&uri), None);
+    let script = stand.script.clone();
     let driving = thread::spawn(move || {
         let env = PolicyClient::builder(&uri).quiet().deadline(GUARD).connect_blocking().unwrap();
         let (obs, _) = env.reset().unwrap();
@@ -96,9 +109,11 @@ async fn the_blocking_client_is_the_same() {
         for _ in 0..5 {
             env.put_action([0.25; DIMENSION]).unwrap();
         }
-        while env.stats().actions_sent < 5 {
+        // What the robot has not begun when its controller leaves, it never does.
+        while script.applied().len() < 6 {
             env.next_obs(GUARD).unwrap();
         }
+        assert_eq!(env.stats().actions_sent, 5);
         env.close().unwrap();
         assert!(matches!(env.latest_obs(), Err(Error::Closed)));
         drop(blocking::PolicyClient::connect(&uri).unwrap());
@@ -215,6 +230,43 @@ async fn a_name_that_is_alive_already_is_refused() {
     assert!(error.to_string().contains("a robot named \"arm\" is alive"), "{error}");
     let env = builder(&uri).connect().await.unwrap();
     assert_eq!(env.reset().await.unwrap().0.episode, 1);
+
+    // Nor does it let anybody in by WebSocket before it knows.
+    let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let websocket = format!("ws://{}", listener.local_addr().unwrap());
+    let eager = tokio::spawn(builder(&websocket).deadline(Duration::from_secs(3)).connect());
+    let third = Stand::with(Arc::default(), 8, 8, |builder| builder.name("arm").join_zenoh(&uri));
+    let error = timeout(GUARD, third.server.clone().serve_on(listener)).await.expect("it refuses").unwrap_err();
+    assert!(matches!(&error, ServerError::NameTaken { .. }), "{error}");
+    assert!(matches!(eager.await.unwrap(), Err(Error::NoServer { .. })));
+    assert_eq!(third.handle.stats().sessions, 0);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn of_two_of_one_name_that_come_at_the_same_time_at_most_one_stays() {
+    let uri = free();
+    let _router = Router::start(&uri);
+    for _ in 0..5 {
+        let (first, second) = (serve("arm", None, Some(&uri)), serve("arm", None, Some(&uri)));
+        let both = [first.1, second.1];
+        let began = Instant::now();
+        while !both.iter().any(JoinHandle::is_finished) {
+            assert!(began.elapsed() < GUARD, "both stay");
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+        [first.0, second.0].iter().for_each(|stand| stand.handle.shutdown());
+        let mut refused = 0;
+        for serving in both {
+            match timeout(GUARD, serving).await.expect("it ends").unwrap() {
+                Ok(()) => {}
+                Err(ServerError::NameTaken { .. }) => refused += 1,
+                Err(error) => panic!("{error}"),
+            }
+        }
+        assert!(refused > 0);
+        // Until the router has forgotten them.
+        until_gone(&uri).await;
+    }
 }
 
 #[tokio::test]

@@ -5,6 +5,7 @@ Usage: server.py ws://HOST:PORT | tcp/HOST:PORT [--generation streaming|gym] [--
 
 import argparse
 import asyncio
+import contextlib
 import json
 import queue
 import signal
@@ -112,9 +113,11 @@ def serve_zenoh(robot, locator):
         session.declare_subscriber("chiral/c2s", lambda sample: frames.put(sample.payload.to_bytes()))
         publisher = session.declare_publisher("chiral/s2c", congestion_control=zenoh.CongestionControl.BLOCK)
         while True:
-            answer = robot.handle(frames.get())
-            if answer is not None:
-                publisher.put(answer)
+            # Python notices an interrupt that comes just before it begins to wait only when the wait is over.
+            with contextlib.suppress(queue.Empty):
+                answer = robot.handle(frames.get(timeout=0.5))
+                if answer is not None:
+                    publisher.put(answer)
 
 
 def main():

@@ -93,8 +93,10 @@ const ROWS: &[Rows] = &[
         modes: &["stream", "step"],
     },
     Rows { codec: "msgpack", links: &[&WEBSOCKET, &ZENOH_TCP], robot: &RUST, clients: &[&PYTHON], modes: &["stream", "step"] },
+    // Neither end nor router gives up a reset because it takes long.
+    Rows { codec: "protobuf", links: &[&ZENOH_ROUTER], robot: &RUST_HOMING_FOR_LONG, clients: &[&BLOCKING], modes: &["step"] },
     // Pings must be answered while the robot homes.
-    Rows { codec: "msgpack", links: &[&WEBSOCKET], robot: &RUST_HOMING, clients: &[&PYTHON], modes: &["step"] },
+    Rows { codec: "msgpack", links: &[&WEBSOCKET], robot: &RUST_HOMING_FOR_LONGER, clients: &[&PYTHON], modes: &["step"] },
     // There, steps are emulated.
     Rows {
         codec: "msgpack",
@@ -152,10 +154,15 @@ const ZENOH_ROUTER: Link = Link {
 };
 
 const RUST: Robot = Robot { name: "rust", homing: 0, command: |programs, link, address| robot(programs, (link.serve)(address)) };
-const RUST_HOMING: Robot = Robot {
+const RUST_HOMING_FOR_LONG: Robot = Robot {
     name: "rust-homing",
-    homing: HOMING,
-    command: |programs, link, address| robot(programs, [(link.serve)(address), vec![format!("--homing={HOMING}")]].concat()),
+    homing: LONG,
+    command: |programs, link, address| homing_robot(programs, (link.serve)(address), LONG),
+};
+const RUST_HOMING_FOR_LONGER: Robot = Robot {
+    name: "rust-homing",
+    homing: LONGER,
+    command: |programs, link, address| homing_robot(programs, (link.serve)(address), LONGER),
 };
 const PYTHON_STREAMING: Robot = Robot {
     name: "python-streaming",
@@ -172,8 +179,10 @@ const ASYNC: Client = Client { name: "async", command: policy_in_rust };
 const BLOCKING: Client = Client { name: "blocking", command: policy_in_rust };
 const PYTHON: Client = Client { name: "python", command: policy_in_python };
 
+/// More than Zenoh gives a query, 10 s.
+const LONG: u32 = 15;
 /// More than two of the pings that an existing client sends during a reset, one every 20 s.
-const HOMING: u32 = 45;
+const LONGER: u32 = 45;
 
 /// The guide's complete programs; each takes the server's URI and ends by itself.
 const GUIDES: &[&str] = &["guide_streaming", "guide_episode"];
@@ -321,6 +330,10 @@ fn robot(programs: &Programs, link: Vec<String>) -> Command {
     // Which way observations take is told at this level.
     command.arg("serve").args(link).args(["--width", "160", "--height", "120"]).env("RUST_LOG", "info,zenoh=error");
     command
+}
+
+fn homing_robot(programs: &Programs, link: Vec<String>, seconds: u32) -> Command {
+    robot(programs, [link, vec![format!("--homing={seconds}")]].concat())
 }
 
 fn router(programs: &Programs, address: SocketAddr) -> Command {

@@ -73,18 +73,12 @@ fn fmt() -> Result<()> {
 
 fn clippy() -> Result<()> {
     command::run(&mut cargo(["clippy", "--workspace", "--all-targets", "--", "-D", "warnings"]))?;
-    // A host may leave the transports out.
-    command::run(&mut cargo([
-        "clippy",
-        "-p",
-        "chiral-client",
-        "-p",
-        "chiral-server",
-        "--no-default-features",
-        "--",
-        "-D",
-        "warnings",
-    ]))
+    // A host may leave out one of the transports, or both.
+    let libraries = ["clippy", "-p", "chiral-client", "-p", "chiral-server", "--no-default-features"];
+    for features in ["", "chiral-client/zenoh,chiral-server/zenoh"] {
+        command::run(cargo(libraries).args(["--features", features, "--", "-D", "warnings"]))?;
+    }
+    Ok(())
 }
 
 /// With nextest where it is installed: it runs the tests of all crates side by side and names a hanging one. Both build the same, the

@@ -65,7 +65,7 @@ impl Figures {
             let naive = self.find(*cores, measured, &measured.workload, &["naive"]);
             let asked = self.find(*cores, measured, &measured.workload, &["asked"]);
             let idle = self.find(*cores, measured, "idle", &["chiral"]).filter(|_| measured.workload != "idle");
-            let [query, put, protobuf] = ["zenoh_query", "zenoh_put", "chiral"].map(|name| {
+            let [query, put, protobuf, zenoh] = ["zenoh_query", "zenoh_put", "chiral", "zenoh_tcp"].map(|name| {
                 let found = self.find(*cores, measured, &measured.workload, &[name]);
                 found.map(|spread| (name, spread))
             });
@@ -95,6 +95,7 @@ impl Figures {
                 "msgpack" => (&of_path, vec![raw, protobuf]),
                 "zenoh_tcp" => (&of_path, vec![raw, query, put]),
                 "zenoh_shm" => (&of_path, vec![raw, query]),
+                "zenoh_msgpack" => (&of_path, vec![raw, put, zenoh]),
                 _ => (&of_path, vec![raw]),
             };
             let before = rows.len();

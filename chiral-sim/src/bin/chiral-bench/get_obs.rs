@@ -4,7 +4,7 @@ use std::time::Instant;
 
 use anyhow::{Context, Result};
 
-use crate::control::Control;
+use crate::control::{Cameras, Control};
 use crate::server::{About, Path};
 use crate::sheet::{Sheet, percentile};
 use crate::usage::Usage;
@@ -58,11 +58,14 @@ pub(crate) fn run(control: &mut Control, about: &About, sheet: &Sheet, rounds: u
         Way::new("zenoh_put", move || put.ask()),
     ];
     let mut clients = Vec::new();
+    // A reset waits for pictures that are newer.
+    control.set_cameras(Cameras { hz: 30.0, draw: true })?;
     for path in Path::ALL {
         let client = about.watch(path)?;
         clients.push(client.clone());
         ways.push(Way::new(path.name(), move || client.get_obs().map(drop).context("get_obs")));
     }
+    control.set_cameras(Cameras::OFF)?;
     // TCP's windows and everyone's buffers have grown by then.
     for way in &mut ways {
         for _ in 0..count.max(20) {

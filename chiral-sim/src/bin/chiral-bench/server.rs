@@ -118,10 +118,13 @@ pub(crate) enum Path {
     ZenohTcp,
     #[value(name = "zenoh_shm")]
     ZenohSharedMemory,
+    #[value(name = "zenoh_msgpack")]
+    ZenohExisting,
 }
 
 impl Path {
-    pub(crate) const ALL: [Path; 4] = [Path::WebSocket, Path::Existing, Path::ZenohTcp, Path::ZenohSharedMemory];
+    pub(crate) const ALL: [Path; 5] =
+        [Path::WebSocket, Path::Existing, Path::ZenohTcp, Path::ZenohSharedMemory, Path::ZenohExisting];
 
     /// As figures are told under.
     pub(crate) fn name(self) -> &'static str {
@@ -131,6 +134,8 @@ impl Path {
             Path::Existing => "msgpack",
             Path::ZenohTcp => "zenoh_tcp",
             Path::ZenohSharedMemory => "zenoh_shm",
+            // On the keys that existing peers share.
+            Path::ZenohExisting => "zenoh_msgpack",
         }
     }
 }
@@ -143,17 +148,24 @@ impl About {
 
     /// A client that looks on.
     pub(crate) fn watch(&self, path: Path) -> Result<blocking::PolicyClient> {
-        self.connect(path, false)
+        if path != Path::ZenohExisting {
+            return self.connect(path, false);
+        }
+        // Which may be asked for observations only once it has reset, in case that its first question was lost.
+        let client = self.connect(path, true)?;
+        client.reset().context("reset")?;
+        Ok(client)
     }
 
     fn connect(&self, path: Path, drives: bool) -> Result<blocking::PolicyClient> {
         let uri = match path {
             Path::WebSocket | Path::Existing => format!("ws://{}", self.chiral),
-            Path::ZenohTcp | Path::ZenohSharedMemory => format!("tcp/{}", self.zenoh),
+            Path::ZenohTcp | Path::ZenohSharedMemory | Path::ZenohExisting => format!("tcp/{}", self.zenoh),
         };
         let builder = PolicyClient::builder(&uri).quiet().shared_memory(path == Path::ZenohSharedMemory);
         let builder = if drives { builder } else { builder.observer() };
-        let builder = if path == Path::Existing { builder.codec(Codec::Msgpack) } else { builder };
+        let is_existing = matches!(path, Path::Existing | Path::ZenohExisting);
+        let builder = if is_existing { builder.codec(Codec::Msgpack) } else { builder };
         builder.connect_blocking().with_context(|| format!("connecting to {uri}"))
     }
 }

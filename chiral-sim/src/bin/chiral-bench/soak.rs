@@ -1,5 +1,6 @@
 //! A stream at 30 Hz for minutes, of pictures that are drawn anew each time: whether memory grows.
 
+use std::thread::sleep;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
@@ -11,6 +12,8 @@ use crate::usage::Usage;
 
 const HZ: f64 = 30.0;
 const LIMIT: Duration = Duration::from_secs(5);
+/// For so long the policy stands still at first.
+const STALL: Duration = Duration::from_millis(500);
 /// After so much everything has been used once; of a shorter soak, after a fifth.
 const SETTLED: Duration = Duration::from_secs(60);
 
@@ -18,7 +21,12 @@ pub(crate) fn run(control: &mut Control, about: &About, sheet: &Sheet, path: Pat
     let client = about.watch(path)?;
     control.set_cameras(Cameras { hz: HZ, draw: true })?;
     client.start_obs_stream(HZ).context("starting the stream")?;
-    let mut last = client.next_obs(LIMIT).context("the first observation")?;
+    let former = client.next_obs(LIMIT).context("the first observation")?;
+    let mut last = client.next_obs(LIMIT).context("the second observation")?;
+    // The most that a client ever holds: what its policy had and what it has, the newest, and one that is arriving. Were that left to the first stall of the
+    // machine, what grows then could not be told from what should not.
+    sleep(STALL);
+    drop(former);
     let (began, first) = (Instant::now(), last.seq);
     let mut ages_ms = Vec::new();
     let mut settled = None;
