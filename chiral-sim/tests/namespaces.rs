@@ -1,4 +1,4 @@
-//! What must hold between three hosts, robot - router - policy, when a link is cut or slow. Each host is a network namespace of the test's own with a
+//! What must hold between three hosts, robot - router - policy, when a link is cut or slow; and between two, when an existing client's is. Each host is a network namespace of the test's own with a
 //! /dev/shm of its own, gone with the processes in it; where none can be made, because the test is not root or there is no `ip`, the tests say so and pass.
 //!
 //! A process is in one of them: each test runs itself again on the robot's host, and starts the router and the policy on theirs.
@@ -10,13 +10,15 @@ use std::{
     env, fs,
     future::Future,
     io::Read,
+    net::SocketAddr,
     process::{Command, Stdio},
     sync::{Arc, Mutex, MutexGuard},
     thread,
     time::{Duration, Instant},
 };
 
-use chiral_client::{PolicyClient, Timestamp};
+use chiral_client::{PolicyClient, Timestamp, ValueMap};
+use chiral_proto::{Message, Notice, Request, codec::msgpack, message::ActionMessage};
 use chiral_server::{Error, PolicyServer, ServerHandle, monotonic};
 use chiral_sim::{
     episode::percentile,
@@ -25,6 +27,7 @@ use chiral_sim::{
 use company::{GUARD, Process, Told, Watched, until, until_it_listens};
 use serde_json::{Value, json};
 use tokio::task::JoinHandle;
+use tokio_tungstenite::tungstenite;
 
 /// Set where a test runs in its namespace: for the policy's side it says where the robot is.
 const INSIDE: &str = "CHIRAL_TEST_NAMESPACE";
@@ -60,6 +63,11 @@ fn the_robots_link_is_cut_both_sides_know_and_a_new_session_works() {
 }
 
 #[test]
+fn the_cable_of_an_existing_client_is_pulled_the_robot_holds_and_is_free() {
+    within("the_cable_of_an_existing_client_is_pulled_the_robot_holds_and_is_free", check_pulled());
+}
+
+#[test]
 fn actions_are_quick_although_observations_fill_the_policys_link() {
     within("actions_are_quick_although_observations_fill_the_policys_link", check_slow(Link::Policy));
 }
@@ -91,6 +99,56 @@ async fn check_cut(link: Link) {
     assert_eq!(ends(), ["hold", "on_disconnect", "hold", "on_disconnect"]);
     println!("{link:?}'s link cut: both sides knew within {noticed:?}");
     lab.end().await;
+}
+
+/// An existing client may answer no pings for four times the silence limit, which is not waited for where its host is gone.
+async fn check_pulled() {
+    const ADDRESS: &str = "10.0.1.1:8765";
+    const SILENCE: Duration = Duration::from_secs(2);
+    let (robot, policy) = (Host(None), Host::another());
+    robot.connect(("robot", "10.0.1.1"), &policy, ("policy", "10.0.1.2"));
+    let (simulated, sensors) = start(SimConfig { width: 64, height: 48, ..SimConfig::default() }).unwrap();
+    let told: Arc<Mutex<Told>> = Arc::default();
+    let server = PolicyServer::builder(Watched { robot: simulated, told: Arc::clone(&told) }, sensors);
+    let server = server.bind(ADDRESS.parse::<SocketAddr>().unwrap()).silence_limit(SILENCE).build().unwrap();
+    let handle = server.handle();
+    let serving = tokio::spawn(server.serve());
+
+    for drives in 1..=2 {
+        let again = env::current_exe().unwrap();
+        let mut command = policy.command(again.to_str().unwrap());
+        command.args(["--exact", "existing_client", "--ignored", "--nocapture"]).env(INSIDE, format!("ws://{ADDRESS}"));
+        let _client = Process::spawn(command.stdout(Stdio::null()));
+        until("the client drives", || handle.stats().rows_applied == drives).await;
+        // It thinks, and answers pings.
+        tokio::time::sleep(2 * SILENCE).await;
+        assert_eq!(handle.stats().sessions, 1);
+        policy.ip("link set policy down");
+        let began = Instant::now();
+        let expected = ["hold", "on_disconnect"].repeat(drives as usize);
+        until("the robot holds", || told.lock().unwrap().ends == expected).await;
+        let noticed = began.elapsed();
+        assert!(noticed < 3 * SILENCE, "noticed after {noticed:?}");
+        println!("an existing client's cable pulled: noticed within {noticed:?}");
+        policy.ip("link set policy up");
+    }
+    handle.shutdown();
+    serving.await.unwrap().unwrap();
+}
+
+/// A client as they are in the field, which acts once and then only listens.
+#[test]
+#[ignore = "the others start it, in a namespace"]
+fn existing_client() {
+    let Ok(uri) = env::var(INSIDE) else { return };
+    let mut client = tungstenite::connect(uri).unwrap().0;
+    let frame = |said| msgpack::encode(&said, &ValueMap::new()).unwrap().into_bytes();
+    let reset = Request::Reset { seed: None, options: ValueMap::new() };
+    client.send(frame(Message::Request { id: msgpack::ID, request: reset }).into()).unwrap();
+    while !client.read().unwrap().is_binary() {}
+    let action = ActionMessage { session: 0, episode: 0, seq: 0, actions: [0.0; 7].into(), observation_seq: 0 };
+    client.send(frame(Message::Notice(Notice::Action(action))).into()).unwrap();
+    while client.read().is_ok() {}
 }
 
 async fn check_slow(link: Link) {
