@@ -1,5 +1,5 @@
 //! What the fuzzers do with their bytes: nothing may panic, and what is understood must be said again without loss. The fuzzers and the plain test
-//! `chiral-proto/tests/seeds.rs` share this file.
+//! `crates/chiral-proto/tests/seeds.rs` share this file.
 
 use bytes::Bytes;
 use chiral_proto::codec::msgpack::{self, Said};

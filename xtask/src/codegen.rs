@@ -76,7 +76,7 @@ fn generate(root: &Path) -> Result<Vec<(&'static str, Vec<u8>)>> {
     let modules = prost_build::Config::new().btree_map(["."]).bytes(["."]).generate(requests.collect())?;
     let rust = modules.into_values().next().context("the schema has one package")?;
     Ok(vec![
-        ("chiral-proto/src/codec/wire.rs", rust.into_bytes()),
+        ("crates/chiral-proto/src/codec/wire.rs", rust.into_bytes()),
         ("proto/chiral.binpb", prost::Message::encode_to_vec(&without_comments)),
     ])
 }

@@ -19,12 +19,12 @@ pub(crate) fn check() -> Result<()> {
 
     let frames = target.join("python-frames");
     make_empty(&frames)?;
-    let script = Path::new("chiral-proto/tests/golden.py");
+    let script = Path::new("crates/chiral-proto/tests/golden.py");
     command::run(
         Command::new(&python)
             .current_dir(command::root())
             .arg(script)
-            .args(["proto/chiral.binpb", "chiral-proto/tests/golden"])
+            .args(["proto/chiral.binpb", "crates/chiral-proto/tests/golden"])
             .arg(&frames),
     )?;
     // The whole workspace is named so that the features, and with them what is built already, are those of the other tests.
@@ -34,12 +34,12 @@ pub(crate) fn check() -> Result<()> {
 
 /// Fails if the committed frames of the msgpack wire are not those that Python's `msgpack` writes, as the tests of chiral-proto take them to be.
 fn check_msgpack(python: &Path, directory: &Path) -> Result<()> {
-    let script = "chiral-proto/tests/golden_msgpack.py";
+    let script = "crates/chiral-proto/tests/golden_msgpack.py";
     let [frames, seeds] = ["frames", "seeds"].map(|name| directory.join(name));
     make_empty(directory)?;
     command::run(Command::new(python).current_dir(command::root()).arg(script).args([&frames, &seeds]))?;
     // What fuzzers found lies beside these seeds.
-    for (written, committed) in [(frames, "chiral-proto/tests/msgpack"), (seeds, "fuzz/seeds/msgpack")] {
+    for (written, committed) in [(frames, "crates/chiral-proto/tests/msgpack"), (seeds, "fuzz/seeds/msgpack")] {
         for file in fs::read_dir(&written).with_context(|| format!("reading {}", written.display()))? {
             let file = file.context("listing what Python wrote")?;
             let committed = Path::new(committed).join(file.file_name());

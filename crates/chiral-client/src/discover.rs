@@ -1,0 +1,114 @@
+//! Which robots there are, without an address.
+
+use std::time::Duration;
+
+use bytes::Bytes;
+use chiral_transport::zenoh::{NetworkOptions, Search, Sighting};
+use chiral_proto::{CameraSpec, Codec, Frame, Message, Reply};
+
+use crate::{error::Error, zenoh::failed};
+
+/// A robot that was found on a Zenoh network. `PolicyClient::builder(&found.addresses[0]).robot(&found.name)` leads to it.
+#[derive(Clone, Debug, PartialEq)]
+#[non_exhaustive]
+pub struct DiscoveredRobot {
+    /// Its name, which is its own on its network.
+    pub name: String,
+    /// Its cameras: names, sizes, whether there is depth.
+    pub cameras: Vec<CameraSpec>,
+    /// The name of who controls it now, if anybody does.
+    pub controller: Option<String>,
+    /// Where it was reached just now, such as `tcp/10.0.0.7:7447`: at its own server or, if that lets nobody in, by a router. At least one.
+    pub addresses: Vec<String>,
+}
+
+/// The robots that answer within `duration`, in order of their names.
+pub(crate) async fn discover(options: &NetworkOptions, duration: Duration) -> Result<Vec<DiscoveredRobot>, Error> {
+    let mut search = Search::begin(options, duration).await.map_err(failed)?;
+    let mut sightings = Vec::new();
+    while let Some(sighting) = search.next().await {
+        sightings.push(sighting);
+    }
+    Ok(merge(sightings))
+}
+
+/// One of each name, with the addresses of its own server if there are any, and otherwise those of whoever leads to it.
+fn merge(mut sightings: Vec<Sighting>) -> Vec<DiscoveredRobot> {
+    sightings.sort_by(|a, b| (&a.robot, !a.is_own, &a.locator).cmp(&(&b.robot, !b.is_own, &b.locator)));
+    let mut robots: Vec<DiscoveredRobot> = Vec::new();
+    for same in sightings.chunk_by(|a, b| a.robot == b.robot) {
+        let [first, ..] = same else { continue };
+        let of_its_kind = same.iter().filter(|sighting| sighting.is_own == first.is_own);
+        let mut addresses: Vec<String> = of_its_kind.map(|sighting| sighting.locator.clone()).collect();
+        addresses.dedup();
+        // Who cannot say what he is, is no robot of ours.
+        let Some((cameras, controller)) = same.iter().find_map(|sighting| understand(&sighting.info)) else { continue };
+        robots.push(DiscoveredRobot { name: first.robot.clone(), cameras, controller, addresses });
+    }
+    robots
+}
+
+/// The cameras, and who controls the robot.
+fn understand(info: &[u8]) -> Option<(Vec<CameraSpec>, Option<String>)> {
+    match Codec::Protobuf.decode(Frame::from(Bytes::copy_from_slice(info))) {
+        Ok(Message::Reply { reply: Reply::Welcome(welcome), .. }) => {
+            let controller = Some(welcome.controller).filter(|name| !name.is_empty());
+            Some((welcome.robot.cameras, controller))
+        }
+        _ => None,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use chiral_proto::{
+        ActionSpec, PROTOCOL_VERSION,
+        message::{RobotInfo, Welcome},
+    };
+
+    use super::*;
+
+    #[test]
+    fn a_robot_is_listed_once_at_its_own_address_if_it_has_one() {
+        let info = |controller: &str| {
+            let robot = RobotInfo {
+                name: "whatever".to_owned(),
+                cameras: vec![CameraSpec::rgbd("eye", 4, 6)],
+                proprios: vec![],
+                action_spec: ActionSpec::joint_positions(2, 20.0),
+            };
+            let welcome = Welcome {
+                protocol: PROTOCOL_VERSION,
+                software: String::new(),
+                session: 0,
+                episode: 0,
+                robot,
+                attach_token: Bytes::new(),
+                controller: controller.to_owned(),
+            };
+            let frame = Codec::Protobuf.encode(&Message::Reply { id: 1, reply: Reply::Welcome(welcome.into()) }).unwrap();
+            frame.into_bytes().to_vec()
+        };
+        let seen = |robot: &str, locator: &str, is_own, info: &[u8]| Sighting {
+            robot: robot.to_owned(),
+            locator: locator.to_owned(),
+            is_own,
+            info: info.to_vec(),
+        };
+        let robots = merge(vec![
+            seen("leg", "tcp/router:1", false, &info("")),
+            seen("arm", "tcp/router:1", false, &info("me")),
+            seen("arm", "tcp/b:1", true, b"garbage"),
+            seen("arm", "tcp/a:1", true, &info("me")),
+            seen("stranger", "tcp/c:1", true, b"garbage"),
+            seen("leg", "tcp/router:1", false, &info("")),
+        ]);
+        let found = |name: &str, controller: Option<&str>, addresses: &[&str]| DiscoveredRobot {
+            name: name.to_owned(),
+            cameras: vec![CameraSpec::rgbd("eye", 4, 6)],
+            controller: controller.map(str::to_owned),
+            addresses: addresses.iter().map(|address| address.to_string()).collect(),
+        };
+        assert_eq!(robots, [found("arm", Some("me"), &["tcp/a:1", "tcp/b:1"]), found("leg", None, &["tcp/router:1"])]);
+    }
+}

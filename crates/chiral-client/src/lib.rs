@@ -1,0 +1,67 @@
+//! The policy's side of Chiral: a [`PolicyClient`] receives observations from a robot and sends it actions.
+//!
+//! ```no_run
+//! use std::time::Duration;
+//! use chiral_client::{PutMode, PolicyClient};
+//!
+//! # async fn run() -> Result<(), chiral_client::Error> {
+//! let env = PolicyClient::connect("ws://localhost:8765").await?; // waits until there is a server
+//! let (obs, _info) = env.reset().await?;
+//! println!("{} cameras, t = {}", obs.cameras.len(), obs.timestamp);
+//! env.start_obs_stream(30.0).await?;
+//! env.start_action_dispatch(10.0)?;
+//! loop {
+//!     let obs = env.next_obs(Duration::from_secs(1)).await?;
+//!     let k = obs["wrist_cam"].intrinsics; // fresh in every observation
+//!     let chunk = [0.0; 7]; // your policy's prediction from obs and k
+//!     env.put_chunk(chunk, PutMode::Replace).await?;
+//! }
+//! # }
+//! ```
+//!
+//! [`blocking::PolicyClient`] is the same without a runtime.
+
+#[cfg(any(feature = "websocket", feature = "zenoh"))]
+mod address;
+pub mod blocking;
+mod builder;
+mod client;
+#[cfg(feature = "zenoh")]
+mod discover;
+mod dispatch;
+mod dispatcher;
+mod error;
+mod existing;
+mod lane;
+mod owed;
+mod session;
+mod state;
+mod stats;
+#[cfg(feature = "websocket")]
+mod websocket;
+#[cfg(feature = "zenoh")]
+mod zenoh;
+
+/// The types and the protocol that both ends share.
+pub use chiral_proto as proto;
+pub use chiral_proto::{
+    ActionChunk, ActionMeaning, ActionSpec, Camera, CameraSpec, Code, Codec, Fault, Observation, Proprio, StepResult, Tensor,
+    Timestamp, Value, ValueMap, action, message::RobotInfo, value,
+};
+
+pub use builder::PolicyClientBuilder;
+pub use client::{PolicyClient, StreamOptions};
+#[cfg(feature = "zenoh")]
+pub use discover::DiscoveredRobot;
+pub use dispatch::PutMode;
+pub use error::Error;
+pub use stats::ClientStats;
+
+/// Locks; a panic elsewhere does not poison what this crate keeps behind locks, since no invariant is broken between two statements.
+pub(crate) fn lock<T>(mutex: &std::sync::Mutex<T>) -> std::sync::MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
+}
+
+#[cfg(all(doctest, feature = "websocket"))]
+#[doc = include_str!("../../../docs/client-guide.md")]
+struct ClientGuide;

@@ -1,0 +1,288 @@
+//! WebSocket by tungstenite's handshake: addresses, TLS, and attempts to connect. What comes after the handshake is `chiral-transport`'s.
+
+use std::{
+    error::Error as StdError,
+    io,
+    pin::Pin,
+    sync::Arc,
+    task::{Context, Poll, ready},
+    time::Duration,
+};
+
+use chiral_transport::{Courtesy, Patience, Role, SUBPROTOCOL, WebSocketOptions, WebSocketTransport, tune};
+use chiral_proto::{Codec, pool::Pool};
+use tokio::{
+    io::{AsyncRead, AsyncWrite, ReadBuf},
+    net::TcpStream,
+    time::timeout,
+};
+use tokio_rustls::{
+    TlsConnector,
+    client::TlsStream,
+    rustls::{
+        ClientConfig, RootCertStore,
+        crypto::ring,
+        pki_types::{CertificateDer, ServerName, pem::PemObject},
+    },
+};
+use tokio_tungstenite::{
+    client_async,
+    tungstenite::{
+        self,
+        client::IntoClientRequest,
+        error::{ProtocolError::SecWebSocketSubProtocolError, SubProtocolError},
+        http::{HeaderValue, StatusCode, Uri, header::SEC_WEBSOCKET_PROTOCOL},
+    },
+};
+
+use crate::{
+    builder::{Attempt, Means},
+    error::Error,
+    lane::Carries,
+};
+
+/// For the name, the connection, TLS and the upgrade together.
+const HANDSHAKE_LIMIT: Duration = Duration::from_secs(5);
+/// Of what a server that is none says, as much as an error should show.
+const MAX_HTTP_TEXT: usize = 200;
+
+/// A connection to a server.
+pub(crate) type Connection = WebSocketTransport<Stream>;
+
+/// How to reach a server at a `ws://` or `wss://` address.
+#[derive(Clone)]
+pub(crate) struct Server {
+    uri: Uri,
+    host: String,
+    port: u16,
+    tls: Option<TlsConnector>,
+    /// The wire that is asked for; without, ours, or else that of the peers before us.
+    codec: Option<Codec>,
+    patience: Patience,
+}
+
+impl Server {
+    pub(crate) fn parse(address: &str, means: &Means) -> Result<Server, Error> {
+        let refuse = |reason: String| Error::Address { uri: address.to_owned(), reason };
+        let uri: Uri = address.parse().map_err(|error| refuse(format!("{error}")))?;
+        let (is_tls, default_port) = match uri.scheme_str() {
+            Some("ws") => (false, 80),
+            Some("wss") => (true, 443),
+            Some(other) => return Err(refuse(format!("no transport for {other}://"))),
+            None => return Err(refuse("it does not begin with ws:// or wss://".to_owned())),
+        };
+        let host = uri.host().filter(|host| !host.is_empty()).ok_or_else(|| refuse("it names no host".to_owned()))?;
+        let host = host.trim_matches(['[', ']']).to_owned();
+        let tls = if is_tls { Some(tls(means.root_certificates.as_deref())?) } else { None };
+        let (codec, patience) = (means.codec, means.patience.clone());
+        Ok(Server { port: uri.port_u16().unwrap_or(default_port), host, tls, uri, codec, patience })
+    }
+}
+
+fn tls(root_certificates: Option<&[u8]>) -> Result<TlsConnector, Error> {
+    let tls = |error: Box<dyn StdError + Send + Sync>| Error::Tls(Arc::from(error));
+    let mut roots = RootCertStore::empty();
+    match root_certificates {
+        Some(pem) => {
+            for certificate in CertificateDer::pem_slice_iter(pem) {
+                roots.add(certificate.map_err(|error| tls(error.into()))?).map_err(|error| tls(error.into()))?;
+            }
+        }
+        None => {
+            let (added, _) = roots.add_parsable_certificates(rustls_native_certs::load_native_certs().certs);
+            tracing::debug!("trusting {added} certificates of the system");
+        }
+    }
+    let config = ClientConfig::builder_with_provider(Arc::new(ring::default_provider())).with_safe_default_protocol_versions();
+    let config = config.map_err(|error| tls(error.into()))?.with_root_certificates(roots).with_no_client_auth();
+    Ok(Arc::new(config).into())
+}
+
+/// A connection, secure or not. (A boxed trait object would do, if futures that hold one could be shown to be `Send`.)
+pub(crate) enum Stream {
+    Plain(TcpStream),
+    Tls(Box<TlsStream<TcpStream>>),
+}
+
+impl AsyncRead for Stream {
+    fn poll_read(self: Pin<&mut Self>, context: &mut Context<'_>, buffer: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
+        match self.get_mut() {
+            Stream::Plain(stream) => Pin::new(stream).poll_read(context, buffer),
+            Stream::Tls(stream) => Pin::new(stream).poll_read(context, buffer),
+        }
+    }
+}
+
+impl AsyncWrite for Stream {
+    fn poll_write(self: Pin<&mut Self>, context: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
+        match self.get_mut() {
+            Stream::Plain(stream) => Pin::new(stream).poll_write(context, bytes),
+            Stream::Tls(stream) => Pin::new(stream).poll_write(context, bytes),
+        }
+    }
+
+    fn poll_flush(self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {
+        match self.get_mut() {
+            Stream::Plain(stream) => Pin::new(stream).poll_flush(context),
+            Stream::Tls(stream) => Pin::new(stream).poll_flush(context),
+        }
+    }
+
+    fn poll_shutdown(self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {
+        match self.get_mut() {
+            Stream::Plain(stream) => Pin::new(stream).poll_shutdown(context),
+            Stream::Tls(stream) => Pin::new(stream).poll_shutdown(context),
+        }
+    }
+}
+
+/// One attempt to connect.
+pub(crate) async fn connect(
+    server: &Server,
+    carries: Carries,
+    max_message: usize,
+    pool: Pool,
+    courtesy: Courtesy,
+) -> Result<Connection, Attempt> {
+    let attempt = async {
+        // A session's second connection is one of ours, or none.
+        let codec = if carries == Carries::Observations { Some(Codec::Protobuf) } else { server.codec };
+        let (stream, codec) = agree(server, codec).await?;
+        let peer = server.uri.to_string();
+        let options = WebSocketOptions { role: Role::Client, max_message, pool, courtesy, codec, peer };
+        let transport = WebSocketTransport::new(stream, &[], options);
+        Ok(if codec == Codec::Msgpack { transport.pinging(server.patience.clone()) } else { transport })
+    };
+    match timeout(HANDSHAKE_LIMIT, attempt).await {
+        Ok(outcome) => outcome,
+        Err(_) => Err(Attempt::Absent(format!("no handshake within {} s", HANDSHAKE_LIMIT.as_secs()))),
+    }
+}
+
+/// A connection that was upgraded, and what is spoken on it. Existing servers know no subprotocol: they upgrade and choose none, or refuse the upgrade because
+/// of it, as some libraries do with everything that they were not told of. Then they are asked again without.
+async fn agree(server: &Server, codec: Option<Codec>) -> Result<(Stream, Codec), Attempt> {
+    let mut stream = open(server).await?;
+    if codec == Some(Codec::Msgpack) {
+        upgrade(server, &mut stream, None).await.map_err(judge)?;
+        return Ok((stream, Codec::Msgpack));
+    }
+    let Err(error) = upgrade(server, &mut stream, Some(SUBPROTOCOL)).await else { return Ok((stream, Codec::Protobuf)) };
+    let chose_none = matches!(error, tungstenite::Error::Protocol(SecWebSocketSubProtocolError(SubProtocolError::NoSubProtocol)));
+    let refused = matches!(&error, tungstenite::Error::Http(response) if response.status() == StatusCode::BAD_REQUEST);
+    match codec {
+        // All else of the handshake was good, and was checked before: this connection will do.
+        None if chose_none => {}
+        None if refused => {
+            stream = open(server).await?;
+            if upgrade(server, &mut stream, None).await.is_err() {
+                // It did not mind the subprotocol alone.
+                return Err(judge(error));
+            }
+        }
+        Some(Codec::Protobuf) if chose_none => return Err(Attempt::Failed(Error::NotProtobuf)),
+        _ => return Err(judge(error)),
+    }
+    tracing::info!("the server at {} knows no {SUBPROTOCOL}: taken for an existing one, of msgpack", server.uri);
+    Ok((stream, Codec::Msgpack))
+}
+
+/// The opening handshake, with this subprotocol offered.
+async fn upgrade(server: &Server, stream: &mut Stream, subprotocol: Option<&'static str>) -> Result<(), tungstenite::Error> {
+    let mut request = server.uri.clone().into_client_request()?;
+    if let Some(subprotocol) = subprotocol {
+        request.headers_mut().insert(SEC_WEBSOCKET_PROTOCOL, HeaderValue::from_static(subprotocol));
+    }
+    client_async(request, Frugal::new(stream)).await?;
+    Ok(())
+}
+
+async fn open(server: &Server) -> Result<Stream, Attempt> {
+    let absent = |error: io::Error| Attempt::Absent(error.to_string());
+    let stream = TcpStream::connect((server.host.as_str(), server.port)).await.map_err(absent)?;
+    tune(&stream, stream.peer_addr().map_err(absent)?);
+    let Some(tls) = &server.tls else { return Ok(Stream::Plain(stream)) };
+    let distrust = |error: Arc<dyn StdError + Send + Sync>| Attempt::Failed(Error::Tls(error));
+    let name = ServerName::try_from(server.host.clone()).map_err(|error| distrust(Arc::new(error)))?;
+    match tls.connect(name, stream).await {
+        Ok(stream) => Ok(Stream::Tls(Box::new(stream))),
+        Err(error) => Err(distrust(Arc::new(error))),
+    }
+}
+
+/// Whether a failed handshake is worth another attempt.
+fn judge(error: tungstenite::Error) -> Attempt {
+    use tungstenite::{Error::*, error::ProtocolError::HandshakeIncomplete};
+    match error {
+        Http(response) => {
+            let body = response.body().as_deref().unwrap_or_default();
+            let text = String::from_utf8_lossy(&body[..body.len().min(MAX_HTTP_TEXT)]).trim().to_owned();
+            Attempt::Failed(Error::Http { status: response.status().as_u16(), text })
+        }
+        // A server that is just stopping or starting.
+        Io(error) if matches!(error.kind(), io::ErrorKind::ConnectionReset | io::ErrorKind::ConnectionAborted) => {
+            Attempt::Absent(error.to_string())
+        }
+        Protocol(HandshakeIncomplete) => Attempt::Absent("the connection closed during the handshake".to_owned()),
+        error => Attempt::Failed(Error::Handshake(Arc::new(error))),
+    }
+}
+
+/// Reads no byte beyond the response's head, since what the handshake reads too much of would be lost with it; and hands the head over in one piece, since
+/// a handshake in small pieces is taken for an attack. A refusal may have a body, of which it gets what is there.
+struct Frugal<'a> {
+    stream: &'a mut Stream,
+    head: Vec<u8>,
+    is_complete: bool,
+    handed_over: usize,
+}
+
+impl<'a> Frugal<'a> {
+    const END: &'static [u8] = b"\r\n\r\n";
+    const MAX_HEAD: usize = 8 * 1024;
+    const STATUS: std::ops::Range<usize> = 9..12;
+
+    fn new(stream: &'a mut Stream) -> Frugal<'a> {
+        Frugal { stream, head: Vec::new(), is_complete: false, handed_over: 0 }
+    }
+
+    /// Reads up to `N` bytes more; none at the stream's end.
+    fn poll_more<const N: usize>(&mut self, context: &mut Context<'_>) -> Poll<io::Result<usize>> {
+        let mut bytes = [0; N];
+        let mut buffer = ReadBuf::new(&mut bytes);
+        ready!(Pin::new(&mut *self.stream).poll_read(context, &mut buffer))?;
+        self.head.extend_from_slice(buffer.filled());
+        Poll::Ready(Ok(buffer.filled().len()))
+    }
+}
+
+impl AsyncRead for Frugal<'_> {
+    fn poll_read(mut self: Pin<&mut Self>, context: &mut Context<'_>, buffer: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
+        while !self.is_complete {
+            let read = ready!(self.poll_more::<1>(context))?;
+            self.is_complete = read == 0 || self.head.ends_with(Self::END) || self.head.len() == Self::MAX_HEAD;
+            if self.is_complete && self.head.get(Self::STATUS).is_some_and(|status| status != b"101") {
+                let _ = self.poll_more::<1024>(context)?;
+            }
+        }
+        let rest = &self.head[self.handed_over..];
+        let taken = rest.len().min(buffer.remaining());
+        buffer.put_slice(&rest[..taken]);
+        self.handed_over += taken;
+        Poll::Ready(Ok(()))
+    }
+}
+
+impl AsyncWrite for Frugal<'_> {
+    fn poll_write(mut self: Pin<&mut Self>, context: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
+        Pin::new(&mut *self.stream).poll_write(context, bytes)
+    }
+
+    fn poll_flush(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut *self.stream).poll_flush(context)
+    }
+
+    fn poll_shutdown(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut *self.stream).poll_shutdown(context)
+    }
+}

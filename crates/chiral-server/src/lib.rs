@@ -1,0 +1,73 @@
+//! The robot's side of Chiral: a [`PolicyServer`] owns cameras and joints, streams observations to policies and carries out their actions.
+//!
+//! Mind the word: elsewhere a "policy server" serves the policy; this one serves the *robot*.
+//!
+//! ```no_run
+//! use chiral_server::{ActionContext, ActionSpec, PolicyServer, ProprioSpec, Robot, RobotError, Sensors, ValueMap, action::Action};
+//!
+//! struct Arm;
+//!
+//! impl Robot for Arm {
+//!     fn action_spec(&self) -> ActionSpec {
+//!         ActionSpec::joint_positions(7, 20.0)
+//!     }
+//!     fn reset(&mut self, _seed: Option<u64>, _options: &ValueMap) -> Result<ValueMap, RobotError> {
+//!         Ok(ValueMap::new()) // home the arm; this may block
+//!     }
+//!     fn apply_action(&mut self, action: &Action, _context: &ActionContext) -> Result<(), RobotError> {
+//!         println!("to {:?}", action.values);
+//!         Ok(())
+//!     }
+//! }
+//!
+//! let sensors = Sensors::new([], [ProprioSpec::new("joint_pos", 7, "rad")])?;
+//! let reader = sensors.clone();
+//! std::thread::spawn(move || loop {
+//!     reader.update_proprio("joint_pos", &[0.0; 7]).expect("it was declared so");
+//!     std::thread::sleep(std::time::Duration::from_millis(2));
+//! });
+//! PolicyServer::new(Arm, sensors)?.run()?; // ws://127.0.0.1:8765
+//! # Ok::<(), chiral_server::Error>(())
+//! ```
+
+mod control;
+mod error;
+mod existing;
+mod lane;
+mod lobby;
+mod observe;
+mod robot;
+mod seldom;
+mod sensors;
+#[cfg(any(feature = "websocket", feature = "zenoh"))]
+mod serve;
+mod server;
+mod session;
+mod stream;
+#[cfg_attr(not(feature = "zenoh"), allow(dead_code, reason = "keys that all share are Zenoh's"))]
+mod turns;
+#[cfg(feature = "websocket")]
+mod websocket;
+#[cfg(feature = "zenoh")]
+mod zenoh;
+
+/// The types and the protocol that both ends share.
+pub use chiral_proto as proto;
+pub use chiral_proto::{
+    ActionChunk, ActionMeaning, ActionSpec, CameraSpec, Clock, ProprioSpec, Timestamp, Value, ValueMap, action, value,
+};
+
+pub use chiral_transport::monotonic;
+pub use error::{Error, ObserveError, RobotError, SensorError};
+pub use robot::{ActionContext, Robot, StepOutcome};
+pub use sensors::{CameraFrame, CameraSensor, ObservationSource, Sensors};
+pub use server::{PolicyServer, PolicyServerBuilder, ServerHandle, ServerStats};
+
+/// Locks; a panic elsewhere does not poison what this crate keeps behind locks, since no invariant is broken between two statements.
+pub(crate) fn lock<T>(mutex: &std::sync::Mutex<T>) -> std::sync::MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
+}
+
+#[cfg(all(doctest, feature = "websocket", feature = "zenoh"))]
+#[doc = include_str!("../../../docs/server-guide.md")]
+struct ServerGuide;

@@ -1,0 +1,479 @@
+//! Latest-value slots that sensor threads write and sessions read. Nobody waits for anybody: a snapshot clones reference counts.
+
+use std::{
+    sync::{Arc, Condvar, Mutex, PoisonError},
+    time::{Duration, Instant},
+};
+
+use bytes::Bytes;
+use chiral_transport::monotonic;
+#[cfg(feature = "zenoh")]
+use chiral_transport::zenoh::SharedMemory;
+#[cfg(feature = "zenoh")]
+use chiral_proto::pool::ALIGNMENT;
+use chiral_proto::{
+    Camera, CameraSpec, Clock, DType, Observation, Proprio, ProprioSpec, Tensor, Timestamp, ValueMap,
+    error::UnknownName,
+    pool::{Buffer, Pool},
+};
+use nalgebra::{Matrix3, Matrix4};
+
+use crate::{
+    error::{ObserveError, SensorError},
+    lock,
+};
+
+/// Where observations come from. [`Sensors`] is one; a host that assembles observations itself gives its own to the server.
+///
+/// Asked on a thread that may block, apart from the [`Robot`](crate::Robot), so a robot that is busy does not stop the stream.
+pub trait ObservationSource: Send + Sync + 'static {
+    /// The newest observation; its `session`, `episode` and `seq` are the server's to fill in.
+    ///
+    /// With `after`, everything in it was captured later than that, which may take up to `timeout`.
+    ///
+    /// # Errors
+    /// [`ObserveError::Late`] names the sensor that published nothing in time.
+    fn observe(&self, after: Option<Timestamp>, timeout: Duration) -> Result<Observation, ObserveError>;
+}
+
+/// The robot's cameras and proprioception, each a slot that holds its latest value. A clone is the same sensors.
+///
+/// ```
+/// use chiral_server::{CameraFrame, CameraSpec, ProprioSpec, Sensors};
+///
+/// let sensors = Sensors::new([CameraSpec::rgb("wrist_cam", 480, 640)], [ProprioSpec::new("joint_pos", 7, "rad")])?;
+/// let camera = sensors.camera("wrist_cam")?;
+/// let mut image = camera.buffer(); // pooled memory: fill it in place, publishing copies nothing
+/// image.fill(128);
+/// camera.publish(CameraFrame { image: image.into(), ..CameraFrame::default() })?;
+/// sensors.update_proprio("joint_pos", &[0.0; 7])?;
+/// assert_eq!(sensors.snapshot().unwrap()["wrist_cam"].seq, 1);
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
+#[derive(Clone, Debug)]
+pub struct Sensors {
+    shared: Arc<Shared>,
+}
+
+#[derive(Debug)]
+struct Shared {
+    cameras: Vec<CameraSlot>,
+    proprios: Vec<ProprioSlot>,
+    application: Mutex<Application>,
+    published: Published,
+    pool: Pool,
+    clock: Clock,
+}
+
+/// What applications that keep their own time or add their own values set.
+#[derive(Debug, Default)]
+struct Application {
+    timestamp: Option<f64>,
+    extra: ValueMap,
+}
+
+#[derive(Debug)]
+struct CameraSlot {
+    spec: CameraSpec,
+    name: Arc<str>,
+    state: Mutex<CameraState>,
+}
+
+#[derive(Debug)]
+struct CameraState {
+    image: Option<(Tensor, Timestamp)>,
+    depth: Option<(Tensor, Timestamp)>,
+    intrinsics: Matrix3<f64>,
+    extrinsics: Matrix4<f64>,
+    seq: u64,
+    latest: Option<Arc<Camera>>,
+}
+
+#[derive(Debug)]
+struct ProprioSlot {
+    spec: ProprioSpec,
+    name: Arc<str>,
+    latest: Mutex<Option<Arc<Proprio>>>,
+}
+
+/// Wakes those who wait for a publication.
+#[derive(Debug, Default)]
+struct Published {
+    turn: Mutex<()>,
+    happened: Condvar,
+}
+
+impl Sensors {
+    /// Idle buffers kept for each camera's image and depth: one being written, one latest, one or two on their way to peers.
+    const IDLE_BUFFERS: usize = 8;
+
+    /// Sensors of these declarations, nothing published yet.
+    ///
+    /// # Errors
+    /// [`crate::Error::Declaration`] if a name is empty or stands twice.
+    pub fn new(
+        cameras: impl IntoIterator<Item = CameraSpec>,
+        proprios: impl IntoIterator<Item = ProprioSpec>,
+    ) -> Result<Sensors, crate::Error> {
+        Sensors::with_clock(cameras, proprios, monotonic())
+    }
+
+    /// The same, with a clock of the caller's.
+    ///
+    /// # Errors
+    /// As [`Sensors::new`].
+    pub fn with_clock(
+        cameras: impl IntoIterator<Item = CameraSpec>,
+        proprios: impl IntoIterator<Item = ProprioSpec>,
+        clock: Clock,
+    ) -> Result<Sensors, crate::Error> {
+        let cameras: Vec<_> = cameras.into_iter().map(CameraSlot::new).collect();
+        let proprios: Vec<_> = proprios.into_iter().map(ProprioSlot::new).collect();
+        unique("camera", cameras.iter().map(|slot| &*slot.name))?;
+        unique("proprio", proprios.iter().map(|slot| &*slot.name))?;
+        let pool = Pool::new(Self::IDLE_BUFFERS * cameras.len());
+        let application = Mutex::default();
+        let shared = Shared { cameras, proprios, application, published: Published::default(), pool, clock };
+        Ok(Sensors { shared: Arc::new(shared) })
+    }
+
+    /// From now on, the cameras' buffers lie in memory that other processes of this host may see, as long as what is returned is there. `None` without
+    /// cameras, or if there is no such memory to be had, as the log then says.
+    #[cfg(feature = "zenoh")]
+    pub(crate) fn share_memory(&self) -> Option<SharedMemory> {
+        let aligned = |len: usize| len.next_multiple_of(ALIGNMENT);
+        let depth = |slot: &CameraSlot| if slot.spec.has_depth { aligned(slot.depth_len()) } else { 0 };
+        let observation: usize = self.shared.cameras.iter().map(|slot| aligned(slot.image_len()) + depth(slot)).sum();
+        if observation == 0 {
+            return None;
+        }
+        // What the allocator needs for itself, and peers' probes, besides.
+        let len = Self::IDLE_BUFFERS * observation + (1 << 20);
+        match SharedMemory::new(len) {
+            Ok(memory) => {
+                self.shared.pool.supply(&memory.memory());
+                Some(memory)
+            }
+            Err(error) => {
+                let megabytes = len as f64 * 1e-6;
+                tracing::info!(
+                    "no {megabytes:.0} MB of shared memory (/dev/shm, ulimit -l), so observations travel by the network: {error}"
+                );
+                None
+            }
+        }
+    }
+
+    /// The cameras' declarations.
+    pub fn camera_specs(&self) -> impl Iterator<Item = &CameraSpec> {
+        self.shared.cameras.iter().map(|slot| &slot.spec)
+    }
+
+    /// The proprioception's declarations.
+    pub fn proprio_specs(&self) -> impl Iterator<Item = &ProprioSpec> {
+        self.shared.proprios.iter().map(|slot| &slot.spec)
+    }
+
+    /// The camera of this name, to publish its frames.
+    ///
+    /// # Errors
+    /// [`UnknownName`], which lists the names there are.
+    pub fn camera(&self, name: &str) -> Result<CameraSensor, UnknownName> {
+        let names = || self.shared.cameras.iter().map(|slot| &*slot.name);
+        let index = names().position(|known| known == name).ok_or_else(|| UnknownName::new("camera", name, names()))?;
+        Ok(CameraSensor { shared: Arc::clone(&self.shared), index })
+    }
+
+    /// Copies in an image (H, W, C) and says that it was captured now. Its matrices stay as they are: [`CameraSensor::publish`] swaps all at once.
+    ///
+    /// # Errors
+    /// [`SensorError`] if there is no such camera or the image is of another size.
+    pub fn update_image(&self, camera: &str, image: &[u8]) -> Result<(), SensorError> {
+        let camera = self.camera(camera)?;
+        let image = camera.slot().image(camera.copy(image))?;
+        camera.update(|state, now| state.image = Some((image, now)));
+        Ok(())
+    }
+
+    /// Copies in a depth image (H, W) in metres and says that it was captured now.
+    ///
+    /// # Errors
+    /// [`SensorError`] if there is no such camera, it was declared without depth, or the image is of another size.
+    pub fn update_depth(&self, camera: &str, depth: &[f32]) -> Result<(), SensorError> {
+        let camera = self.camera(camera)?;
+        let depth = camera.slot().depth(Some(camera.copy(bytemuck::cast_slice(depth))))?;
+        camera.update(|state, now| state.depth = depth.map(|depth| (depth, now)));
+        Ok(())
+    }
+
+    /// Sets a camera's matrix K.
+    ///
+    /// # Errors
+    /// [`SensorError::Unknown`] if there is no such camera.
+    pub fn update_intrinsics(&self, camera: &str, intrinsics: Matrix3<f64>) -> Result<(), SensorError> {
+        self.camera(camera)?.update(|state, _| state.intrinsics = intrinsics);
+        Ok(())
+    }
+
+    /// Sets a camera's pose T, camera to world.
+    ///
+    /// # Errors
+    /// [`SensorError::Unknown`] if there is no such camera.
+    pub fn update_extrinsics(&self, camera: &str, extrinsics: Matrix4<f64>) -> Result<(), SensorError> {
+        self.camera(camera)?.update(|state, _| state.extrinsics = extrinsics);
+        Ok(())
+    }
+
+    /// Copies in proprioception and says that it was captured now.
+    ///
+    /// # Errors
+    /// [`SensorError`] if there is no such proprio, or there are more or fewer values than declared.
+    pub fn update_proprio(&self, name: &str, values: &[f32]) -> Result<(), SensorError> {
+        self.publish_proprio(name, values, self.shared.clock.now())
+    }
+
+    /// Copies in proprioception that was captured at this time.
+    ///
+    /// # Errors
+    /// As [`Sensors::update_proprio`].
+    pub fn publish_proprio(&self, name: &str, values: &[f32], captured_at: Timestamp) -> Result<(), SensorError> {
+        let slots = &self.shared.proprios;
+        let names = || slots.iter().map(|slot| &*slot.name);
+        let slot = slots.iter().find(|slot| &*slot.name == name).ok_or_else(|| UnknownName::new("proprio", name, names()))?;
+        let data = Tensor::from_vec([slot.spec.size], values.to_vec())
+            .map_err(|source| SensorError::Shape { sensor: format!("proprio {name}"), source })?;
+        *lock(&slot.latest) = Some(Arc::new(Proprio { name: Arc::clone(&slot.name), captured_at, data }));
+        self.shared.published.notify();
+        Ok(())
+    }
+
+    /// Sets what observations carry as `timestamp`, for an application that keeps its own time. Without, it is the monotonic clock's seconds.
+    pub fn set_timestamp(&self, seconds: f64) {
+        lock(&self.shared.application).timestamp = Some(seconds);
+    }
+
+    /// Sets what observations carry as `extra`.
+    pub fn set_extra(&self, extra: ValueMap) {
+        lock(&self.shared.application).extra = extra;
+    }
+
+    /// The latest of every sensor; `None` until each has published once.
+    pub fn snapshot(&self) -> Option<Observation> {
+        self.try_observe(None).ok()
+    }
+
+    /// The latest of every sensor, or the name of the first that published nothing later than `after`.
+    fn try_observe(&self, after: Option<Timestamp>) -> Result<Observation, String> {
+        let fresh = |captured_at: Timestamp| after.is_none_or(|after| captured_at > after);
+        let Shared { cameras, proprios, application, clock, .. } = &*self.shared;
+        let camera = |slot: &CameraSlot| {
+            let latest = lock(&slot.state).latest.clone();
+            latest.filter(|camera| fresh(camera.captured_at)).ok_or_else(|| format!("camera {}", slot.name))
+        };
+        let proprio = |slot: &ProprioSlot| {
+            let latest = lock(&slot.latest).clone();
+            latest.filter(|proprio| fresh(proprio.captured_at)).ok_or_else(|| format!("proprio {}", slot.name))
+        };
+        let cameras = cameras.iter().map(camera).collect::<Result<_, _>>()?;
+        let proprios = proprios.iter().map(proprio).collect::<Result<_, _>>()?;
+        let application = lock(application);
+        Ok(Observation {
+            timestamp: application.timestamp.unwrap_or_else(|| clock.now().as_secs_f64()),
+            cameras,
+            proprios,
+            extra: application.extra.clone(),
+            ..Observation::default()
+        })
+    }
+}
+
+impl ObservationSource for Sensors {
+    fn observe(&self, after: Option<Timestamp>, timeout: Duration) -> Result<Observation, ObserveError> {
+        let deadline = Instant::now() + timeout;
+        let Published { turn, happened } = &self.shared.published;
+        let mut held = lock(turn);
+        loop {
+            // The turn is held, so no publication is missed between this look and the wait.
+            let late = match self.try_observe(after) {
+                Ok(observation) => return Ok(observation),
+                Err(late) => late,
+            };
+            let left = deadline.saturating_duration_since(Instant::now());
+            if left.is_zero() {
+                return Err(ObserveError::Late { sensor: late, waited: timeout });
+            }
+            held = happened.wait_timeout(held, left).unwrap_or_else(PoisonError::into_inner).0;
+        }
+    }
+}
+
+/// One instant of one camera, to be published at once: what belongs together cannot be torn apart.
+#[derive(Clone, Debug)]
+pub struct CameraFrame {
+    /// (H, W, C) as declared, row-major.
+    pub image: Bytes,
+    /// (H, W) of little-endian `f32` in metres, where the camera was declared with depth.
+    pub depth: Option<Bytes>,
+    /// The camera matrix K, in pixels.
+    pub intrinsics: Matrix3<f64>,
+    /// The pose T, camera to world, in metres.
+    pub extrinsics: Matrix4<f64>,
+    /// When it was captured; now, where not given.
+    pub captured_at: Option<Timestamp>,
+}
+
+impl Default for CameraFrame {
+    /// No pixels, and identity matrices.
+    fn default() -> CameraFrame {
+        CameraFrame {
+            image: Bytes::new(),
+            depth: None,
+            intrinsics: Matrix3::identity(),
+            extrinsics: Matrix4::identity(),
+            captured_at: None,
+        }
+    }
+}
+
+/// The writing end of one camera. A clone is the same camera.
+#[derive(Clone, Debug)]
+pub struct CameraSensor {
+    shared: Arc<Shared>,
+    index: usize,
+}
+
+impl CameraSensor {
+    /// What was declared.
+    pub fn spec(&self) -> &CameraSpec {
+        &self.slot().spec
+    }
+
+    /// Memory for one image, whatever it held last; pooled, aligned, never waited for.
+    pub fn buffer(&self) -> Buffer {
+        self.shared.pool.take(self.slot().image_len())
+    }
+
+    /// Memory for one depth image, as [`CameraSensor::buffer`]; written as `depth_buffer().values_mut::<f32>()`.
+    pub fn depth_buffer(&self) -> Buffer {
+        self.shared.pool.take(self.slot().depth_len())
+    }
+
+    /// Swaps image, depth, K, T and time in, all at once. Nothing is copied: the memory is shared until the last reader is done with it.
+    ///
+    /// # Errors
+    /// [`SensorError`] if the image or the depth is not of the declared size, or there is depth where none was declared, or none where it was.
+    pub fn publish(&self, frame: CameraFrame) -> Result<(), SensorError> {
+        let image = self.slot().image(frame.image)?;
+        let depth = self.slot().depth(frame.depth)?;
+        self.update(|state, now| {
+            let captured_at = frame.captured_at.unwrap_or(now);
+            state.image = Some((image, captured_at));
+            state.depth = depth.map(|depth| (depth, captured_at));
+            state.intrinsics = frame.intrinsics;
+            state.extrinsics = frame.extrinsics;
+        });
+        Ok(())
+    }
+
+    fn slot(&self) -> &CameraSlot {
+        &self.shared.cameras[self.index]
+    }
+
+    fn copy(&self, data: &[u8]) -> Bytes {
+        let mut buffer = self.shared.pool.take(data.len());
+        buffer.copy_from_slice(data);
+        buffer.freeze()
+    }
+
+    fn update(&self, change: impl FnOnce(&mut CameraState, Timestamp)) {
+        let now = self.shared.clock.now();
+        let slot = self.slot();
+        let mut state = lock(&slot.state);
+        change(&mut state, now);
+        state.assemble(slot);
+        drop(state);
+        self.shared.published.notify();
+    }
+}
+
+impl CameraSlot {
+    fn new(spec: CameraSpec) -> CameraSlot {
+        let state = CameraState {
+            image: None,
+            depth: None,
+            intrinsics: Matrix3::identity(),
+            extrinsics: Matrix4::identity(),
+            seq: 0,
+            latest: None,
+        };
+        CameraSlot { name: spec.name.as_str().into(), spec, state: Mutex::new(state) }
+    }
+
+    fn image_len(&self) -> usize {
+        self.spec.image_shape.iter().product::<usize>() * self.spec.image_dtype.size()
+    }
+
+    fn depth_len(&self) -> usize {
+        let [height, width] = self.spec.depth_shape();
+        height * width * size_of::<f32>()
+    }
+
+    fn image(&self, data: Bytes) -> Result<Tensor, SensorError> {
+        Tensor::new(self.spec.image_dtype, self.spec.image_shape, data)
+            .map_err(|source| SensorError::Shape { sensor: format!("camera {}, image", self.name), source })
+    }
+
+    fn depth(&self, data: Option<Bytes>) -> Result<Option<Tensor>, SensorError> {
+        if data.is_some() != self.spec.has_depth {
+            return Err(SensorError::Depth { camera: self.spec.name.clone(), declared: self.spec.has_depth });
+        }
+        let tensor = data.map(|data| Tensor::new(DType::F32, self.spec.depth_shape(), data)).transpose();
+        tensor.map_err(|source| SensorError::Shape { sensor: format!("camera {}, depth", self.name), source })
+    }
+}
+
+impl CameraState {
+    /// Makes the parts one camera, once all that was declared is there.
+    fn assemble(&mut self, slot: &CameraSlot) {
+        let Some((image, image_at)) = self.image.clone() else { return };
+        let depth = self.depth.clone();
+        if slot.spec.has_depth && depth.is_none() {
+            return;
+        }
+        self.seq += 1;
+        self.latest = Some(Arc::new(Camera {
+            name: Arc::clone(&slot.name),
+            seq: self.seq,
+            captured_at: depth.as_ref().map_or(image_at, |(_, depth_at)| image_at.min(*depth_at)),
+            image,
+            depth: depth.map(|(depth, _)| depth),
+            intrinsics: self.intrinsics,
+            extrinsics: self.extrinsics,
+        }));
+    }
+}
+
+impl ProprioSlot {
+    fn new(spec: ProprioSpec) -> ProprioSlot {
+        ProprioSlot { name: spec.name.as_str().into(), spec, latest: Mutex::default() }
+    }
+}
+
+impl Published {
+    fn notify(&self) {
+        drop(lock(&self.turn));
+        self.happened.notify_all();
+    }
+}
+
+fn unique<'a>(kind: &str, names: impl Iterator<Item = &'a str>) -> Result<(), crate::Error> {
+    let mut seen = std::collections::BTreeSet::new();
+    for name in names {
+        if name.is_empty() || !seen.insert(name) {
+            return Err(crate::Error::Declaration(format!(
+                "expected {kind} names that are different and not empty, found {name:?}"
+            )));
+        }
+    }
+    Ok(())
+}

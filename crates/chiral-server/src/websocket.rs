@@ -1,0 +1,166 @@
+//! WebSocket by axum and tungstenite's handshake: the route and the listener around it. What comes after the handshake is `chiral-transport`'s.
+
+use std::{future::IntoFuture, net::SocketAddr, sync::Arc};
+
+use axum::{
+    Router,
+    body::Body,
+    extract::{ConnectInfo, Request},
+    http::{
+        HeaderValue, StatusCode,
+        header::{SEC_WEBSOCKET_PROTOCOL, UPGRADE},
+    },
+    response::{IntoResponse, Response},
+    routing::get,
+};
+use chiral_transport::{Host, Patience, Role, SUBPROTOCOL, WebSocketOptions, WebSocketTransport, lose_after, tune};
+use chiral_proto::{Codec, pool::Pool};
+use hyper::upgrade::Upgraded;
+use hyper_util::{
+    rt::TokioIo,
+    server::conn::auto::upgrade::{Parts, downcast},
+};
+use tokio::{
+    io::{AsyncRead, AsyncWrite},
+    net::{TcpListener, TcpStream},
+};
+use tungstenite::handshake::server::create_response_with_body;
+
+use crate::{
+    error::Error,
+    server::{Inner, PolicyServer},
+    session,
+};
+
+impl PolicyServer {
+    /// Serves at `/`, and `/healthz`, until the server is shut down.
+    pub(crate) async fn serve_websocket(self, listener: TcpListener) -> Result<(), Error> {
+        let address = listener.local_addr().map_err(Error::Listener)?;
+        tracing::info!("serving robot {:?} at ws://{address}", self.inner.robot.name);
+        if !address.ip().is_loopback() {
+            tracing::warn!("listening on {address}: whoever reaches it can move the robot, for there is no authentication yet");
+        }
+        let inner = Arc::clone(&self.inner);
+        let app = self.health_router().merge(self.into_router());
+        let stopping = Arc::clone(&inner);
+        let serving = axum::serve(listener, app.into_make_service_with_connect_info::<SocketAddr>())
+            .with_graceful_shutdown(async move { stopping.stopping().await })
+            .into_future();
+        let stopped = async {
+            inner.stopping().await;
+            inner.wind_down().await;
+        };
+        // A connection that never became a session must not keep a stopping server alive.
+        tokio::select! {
+            served = serving => {
+                served.map_err(Error::Listener)?;
+                inner.wind_down().await;
+            }
+            () = stopped => {}
+        }
+        Ok(())
+    }
+
+    /// The WebSocket route alone, at `/`, for a host to merge or to nest under any path. The server lives as long as the router and its sessions.
+    pub fn into_router(self) -> Router {
+        let inner = self.inner;
+        Router::new().route("/", get(move |request| upgrade_or_explain(inner, request)))
+    }
+
+    /// `GET /healthz`: 200 while the robot is in service, 503 and the reason when it is not.
+    pub fn health_router(&self) -> Router {
+        let inner = Arc::clone(&self.inner);
+        let health = move || async move {
+            match inner.control.out_of_service() {
+                None => (StatusCode::OK, "ok\n".to_owned()),
+                Some(fault) => (StatusCode::SERVICE_UNAVAILABLE, format!("{fault}\n")),
+            }
+        };
+        Router::new().route("/healthz", get(health))
+    }
+}
+
+/// So many times the silence limit an existing client may answer no ping: one may be busy with its model, or read only what it has asked for. That its host is
+/// gone shows in TCP, after the limit itself.
+const BUSY_FACTOR: u32 = 4;
+
+/// Does the handshake by hand, since axum's own WebSocket keeps its byte stream to itself.
+async fn upgrade_or_explain(inner: Arc<Inner>, mut request: Request) -> Response {
+    let offered = request.headers().get_all(SEC_WEBSOCKET_PROTOCOL).iter().filter_map(|value| value.to_str().ok());
+    // Existing clients offer none.
+    let codec = match offered.flat_map(|names| names.split(',')).any(|name| name.trim() == SUBPROTOCOL) {
+        true => Some(Codec::Protobuf),
+        false => (!request.headers().contains_key(SEC_WEBSOCKET_PROTOCOL)).then_some(Codec::Msgpack),
+    };
+    let mut response = match create_response_with_body(&request, Body::empty) {
+        Ok(response) => response,
+        Err(error) => {
+            let text = format!("this is a Chiral policy server: connect with a PolicyClient ({error})\n");
+            return (StatusCode::UPGRADE_REQUIRED, [(UPGRADE, "websocket")], text).into_response();
+        }
+    };
+    let Some(codec) = codec else {
+        let text = format!("expected WebSocket subprotocol {SUBPROTOCOL}, found none that this server speaks\n");
+        return (StatusCode::BAD_REQUEST, text).into_response();
+    };
+    if codec == Codec::Protobuf {
+        response.headers_mut().insert(SEC_WEBSOCKET_PROTOCOL, HeaderValue::from_static(SUBPROTOCOL));
+    }
+    let peer = request.extensions().get::<ConnectInfo<SocketAddr>>();
+    let peer = peer.map_or_else(|| "a peer of the host's".to_owned(), |ConnectInfo(address)| address.to_string());
+    let upgrading = hyper::upgrade::on(&mut request);
+    tokio::spawn(async move {
+        match upgrading.await {
+            Ok(upgraded) => serve_upgraded(inner, upgraded, codec, peer).await,
+            Err(error) => tracing::debug!(peer, "no WebSocket: {error}"),
+        }
+    });
+    response
+}
+
+/// Serves a connection by a thread of its own, where there is a TCP socket beneath. A host's own listener may have wrapped it, say in TLS: then by the
+/// runtime that it is on.
+async fn serve_upgraded(inner: Arc<Inner>, upgraded: Upgraded, codec: Codec, peer: String) {
+    let max_message = inner.options.max_frame;
+    // What a client says is small.
+    let (pool, courtesy) = (Pool::new(0), inner.courtesy.clone());
+    let options = WebSocketOptions { role: Role::Server, max_message, pool, courtesy, codec, peer };
+    let (stream, read_already) = match downcast::<TokioIo<TcpStream>>(upgraded) {
+        Ok(Parts { io, read_buf, .. }) => (io.into_inner(), read_buf),
+        Err(upgraded) => {
+            inner
+                .says_once
+                .call_once(|| tracing::info!("connections are served by the host's runtime: they are no bare TCP sockets"));
+            return serve_stream(&inner, TokioIo::new(upgraded), &[], options).await;
+        }
+    };
+    if let Ok(address) = stream.peer_addr() {
+        tune(&stream, address);
+    }
+    if codec == Codec::Msgpack {
+        lose_after(&stream, inner.options.silence_limit);
+    }
+    let host = Host::thread("chiral-connection").unwrap_or_else(|error| {
+        tracing::warn!("no thread for a connection: {error}");
+        Host::current()
+    });
+    let stream = stream.into_std();
+    host.spawn(async move {
+        match stream.and_then(TcpStream::from_std) {
+            Ok(stream) => serve_stream(&inner, stream, &read_already, options).await,
+            Err(error) => tracing::warn!(peer = options.peer, "the connection cannot be moved to its thread: {error}"),
+        }
+    });
+}
+
+async fn serve_stream<S>(inner: &Arc<Inner>, stream: S, read_already: &[u8], options: WebSocketOptions)
+where
+    S: AsyncRead + AsyncWrite + Send + 'static,
+{
+    let codec = options.codec;
+    let transport = WebSocketTransport::new(stream, read_already, options);
+    // Our own clients say something every second; existing ones think for as long as they like.
+    let patience = Patience::new(inner.options.silence_limit.saturating_mul(BUSY_FACTOR));
+    let transport = if codec == Codec::Msgpack { transport.pinging(patience) } else { transport };
+    session::serve(inner, transport).await;
+}

@@ -1,0 +1,41 @@
+//! A simulated robot, a policy that drives it from pixels, and the tests and bench peers that need both ends.
+//!
+//! Its data is consistent: every camera sees one instant of one scene, so that a wrong matrix, a torn frame or a swapped channel is caught
+//! by geometry.
+//!
+//! ```
+//! use chiral_server::PolicyServer;
+//! use chiral_sim::robot::{self, SimConfig};
+//!
+//! let (robot, sensors) = robot::start(SimConfig { width: 64, height: 48, ..SimConfig::default() })?;
+//! let obs = sensors.snapshot().expect("every sensor has published");
+//! assert_eq!(obs["wrist_cam"].image.shape(), [48, 64, 3]);
+//! let server = PolicyServer::new(robot, sensors)?; // `server.run()` serves it at ws://127.0.0.1:8765
+//! # Ok::<(), chiral_server::Error>(())
+//! ```
+
+pub mod arm;
+pub mod camera;
+mod cameras;
+mod canvas;
+pub mod episode;
+pub mod face;
+pub mod link;
+pub mod policy;
+pub mod render;
+pub mod robot;
+pub mod scene;
+mod shade;
+pub mod shape;
+pub mod sheet;
+pub mod task;
+mod world;
+
+/// Locks; a panic elsewhere breaks no invariant of what this crate keeps behind locks.
+pub(crate) fn lock<T>(mutex: &std::sync::Mutex<T>) -> std::sync::MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
+}
+
+#[cfg(doctest)]
+#[doc = include_str!("../../../README.md")]
+struct Readme;
