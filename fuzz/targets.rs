@@ -1,5 +1,5 @@
-//! What the fuzzers do with their bytes: nothing may panic, and what is understood must be said again without loss. The fuzzers and the plain test
-//! `crates/chiral-proto/tests/seeds.rs` share this file.
+//! What the fuzzers do with their bytes: nothing may panic, and what is understood must be said again without
+//! loss. The fuzzers and the plain test `crates/chiral-proto/tests/seeds.rs` share this file.
 
 use bytes::Bytes;
 use chiral_proto::codec::msgpack::{self, Said};
@@ -11,7 +11,8 @@ pub(crate) fn frame(data: &[u8]) {
     drop(check(Frame::from(Bytes::copy_from_slice(data))));
 }
 
-/// Takes the bytes for a frame's header, before a payload that is there already: a frame's own lengths are hard to guess.
+/// Takes the bytes for a frame's header, before a payload that is there already: a frame's own lengths are
+/// hard to guess.
 pub(crate) fn header(data: &[u8]) {
     let mut frame = (data.len() as u32).to_le_bytes().to_vec();
     frame.extend_from_slice(data);
@@ -20,8 +21,8 @@ pub(crate) fn header(data: &[u8]) {
     drop(check(Frame::from(Bytes::from(frame))));
 }
 
-/// Takes the first byte for a number of cuts, as many pairs of bytes for where they are, and the rest for a frame: in pieces it must say what it says
-/// in one.
+/// Takes the first byte for a number of cuts, as many pairs of bytes for where they are, and the rest for a
+/// frame: in pieces it must say what it says in one.
 pub(crate) fn segments(data: &[u8]) {
     let Some((&count, rest)) = data.split_first() else { return };
     let Some((cuts, frame)) = rest.split_at_checked(2 * usize::from(count)) else { return };
@@ -45,8 +46,9 @@ pub(crate) fn segments(data: &[u8]) {
     }
 }
 
-/// Takes the bytes for a frame of the msgpack wire: in pieces it must say what it says in one. That is written in bytes that are read and written again as
-/// they are: only the first reading may round a camera's time.
+/// Takes the bytes for a frame of the msgpack wire: in pieces it must say what it says in one. That is
+/// written in bytes that are read and written again as they are: only the first reading may round a camera's
+/// time.
 pub(crate) fn msgpack(data: &[u8]) {
     let said = msgpack::decode(Frame::from(Bytes::copy_from_slice(data)));
     let pieces: Vec<Bytes> = data.chunks(7).map(Bytes::copy_from_slice).collect();
@@ -56,8 +58,9 @@ pub(crate) fn msgpack(data: &[u8]) {
     if said.message == (Message::Unknown { id: 0 }) {
         return;
     }
-    let write =
-        |said: &Said| msgpack::encode(&said.message, &said.capture_times).expect("what was decoded is encoded").into_bytes();
+    let write = |said: &Said| {
+        msgpack::encode(&said.message, &said.capture_times).expect("what was decoded is encoded").into_bytes()
+    };
     let ours = write(&said);
     let again = msgpack::decode(Frame::from(ours.clone())).expect("what was encoded is decoded");
     assert_eq!(write(&again), ours);
@@ -83,8 +86,8 @@ fn check(frame: Frame) -> Result<Message, DecodeError> {
     Ok(message)
 }
 
-/// What is written of both is the same bit for bit, NaN and all, and what is read of both is the same: only the sign of a zero may be lost, since proto3
-/// may leave out -0 as if it were 0.
+/// What is written of both is the same bit for bit, NaN and all, and what is read of both is the same: only
+/// the sign of a zero may be lost, since proto3 may leave out -0 as if it were 0.
 fn assert_same(one: &Message, other: &Message) {
     let written = |message| Codec::Protobuf.encode(message).map(Frame::into_bytes);
     assert_eq!(written(one), written(other));

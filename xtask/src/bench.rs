@@ -1,5 +1,5 @@
-//! How fast it is, beside raw TCP and beside what one writes first. What is measured is in chiral-sim's `chiral-bench`; here it is built, started,
-//! pinned and put in order.
+//! How fast it is, beside raw TCP and beside what one writes first. What is measured is in chiral-sim's
+//! `chiral-bench`; here it is built, started, pinned and put in order.
 
 mod figures;
 mod machine;
@@ -21,7 +21,8 @@ use crate::command::{self, cargo};
 
 /// Measure Chiral beside raw TCP and beside a naive WebSocket, and hold it against its targets.
 ///
-/// Takes minutes and both cores: let nothing else run. A target that is missed is shown and is no failure of the command.
+/// Takes minutes and both cores: let nothing else run. A target that is missed is shown and is no failure of
+/// the command.
 #[derive(clap::Args)]
 pub(crate) struct Arguments {
     /// Write the figures to this file, too.
@@ -30,7 +31,8 @@ pub(crate) struct Arguments {
     /// Fewer rounds: a few minutes.
     #[arg(long)]
     quick: bool,
-    /// Only stream 17.2 MB at 30 Hz over Zenoh, by the network and by shared memory, for so long each (300 s): whether memory grows.
+    /// Only stream 17.2 MB at 30 Hz over Zenoh, by the network and by shared memory, for so long each (300
+    /// s): whether memory grows.
     #[arg(long, value_name = "SECONDS", num_args = 0..=1, default_missing_value = "300", conflicts_with_all = ["quick", "plot"])]
     soak: Option<u64>,
     /// Also measure get_obs by the observation's size, 1 kB to 64 MB, and draw it (SVG).
@@ -73,7 +75,8 @@ pub(crate) fn run(arguments: &Arguments) -> Result<()> {
 
     println!("\n{}", report::tables(&rows));
     println!("{}", before.since_then(&Machine::look()?));
-    let extent = arguments.soak.map_or_else(|| format!("{rounds} rounds"), |seconds| format!("{seconds} s each"));
+    let extent =
+        arguments.soak.map_or_else(|| format!("{rounds} rounds"), |seconds| format!("{seconds} s each"));
     println!("{extent}, {:.0} s", began.elapsed().as_secs_f64());
     if let (Some(path), Some(curve)) = (&arguments.plot, curve) {
         write(path, &plot::svg(&curve))?;
@@ -87,12 +90,15 @@ pub(crate) fn run(arguments: &Arguments) -> Result<()> {
 /// The rows, the most important first, so that what goes wrong late spoils little.
 fn measure(peers: &mut Peers, rounds: usize) -> Result<Figures> {
     let mut figures = Figures::default();
-    for (workload, cores) in [("L", Cores::Two), ("M", Cores::Two), ("S", Cores::Two), ("M", Cores::One), ("S", Cores::One)] {
+    for (workload, cores) in
+        [("L", Cores::Two), ("M", Cores::Two), ("S", Cores::Two), ("M", Cores::One), ("S", Cores::One)]
+    {
         let mut server = peers.serve(workload)?;
         figures.add(cores, peers.measure(&mut server, "get-obs", cores, 2 * rounds)?);
     }
     let mut server = peers.serve("L")?;
-    for (what, rounds) in [("stream", rounds.min(9)), ("actions", rounds), ("dispatch", 5), ("held", rounds)] {
+    for (what, rounds) in [("stream", rounds.min(9)), ("actions", rounds), ("dispatch", 5), ("held", rounds)]
+    {
         figures.add(Cores::Two, peers.measure(&mut server, what, Cores::Two, rounds)?);
     }
     drop(server);

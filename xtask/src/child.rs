@@ -1,4 +1,5 @@
-//! Programs that run beside us: each writes its log to a file, is waited for with a limit, and never outlives its guard.
+//! Programs that run beside us: each writes its log to a file, is waited for with a limit, and never outlives
+//! its guard.
 
 use std::fs::File;
 use std::io::ErrorKind;
@@ -27,8 +28,14 @@ pub(crate) struct Running {
 }
 
 impl Running {
-    /// Starts a program that writes to `log`, which the output begins with what was typed. With `answer`, what it prints on stdout goes there instead.
-    pub(crate) fn start(name: &'static str, command: &mut Command, log: &Path, answer: Option<&Path>) -> Result<Running> {
+    /// Starts a program that writes to `log`, which the output begins with what was typed. With `answer`,
+    /// what it prints on stdout goes there instead.
+    pub(crate) fn start(
+        name: &'static str,
+        command: &mut Command,
+        log: &Path,
+        answer: Option<&Path>,
+    ) -> Result<Running> {
         let create = |path: &Path| File::create(path).with_context(|| format!("creating {}", path.display()));
         let errors = create(log)?;
         let output = match answer {

@@ -1,4 +1,5 @@
-//! Generates what is committed of the schema: the prost types and the descriptor set, without a protoc. `--bless` rewrites the golden frames too.
+//! Generates what is committed of the schema: the prost types and the descriptor set, without a protoc.
+//! `--bless` rewrites the golden frames too.
 
 use std::path::Path;
 
@@ -15,8 +16,8 @@ pub(crate) struct Arguments {
     /// Write nothing: fail, naming the file, if a committed one is not what the schema gives.
     #[arg(long)]
     check: bool,
-    /// Rewrite the golden frames and the fuzz seeds too. Do so only when the protocol was meant to change, and read the diff: old peers speak the
-    /// old frames.
+    /// Rewrite the golden frames and the fuzz seeds too. Do so only when the protocol was meant to change,
+    /// and read the diff: old peers speak the old frames.
     #[arg(long, conflicts_with = "check")]
     bless: bool,
 }

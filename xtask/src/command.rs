@@ -1,4 +1,5 @@
-//! Programs run to their end, cargo above all, and where things lie. Programs that run beside us are in `child`.
+//! Programs run to their end, cargo above all, and where things lie. Programs that run beside us are in
+//! `child`.
 
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -15,10 +16,14 @@ pub(crate) fn cargo<'a>(arguments: impl IntoIterator<Item = &'a str>) -> Command
     let program = std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
     let mut command = Command::new(program);
     command.current_dir(root()).args(arguments);
-    // What cargo told us of ourselves would be taken for the environment's, and build scripts that look at it (ring's) would run, and build all that is
-    // upon them, again whenever cargo is called by us after it was called by a person.
+    // What cargo told us of ourselves would be taken for the environment's, and build scripts that look at it
+    // (ring's) would run, and build all that is upon them, again whenever cargo is called by us after it was
+    // called by a person.
     for (name, _) in std::env::vars_os() {
-        if name.to_str().is_some_and(|name| name.starts_with("CARGO_PKG_") || name.starts_with("CARGO_MANIFEST_")) {
+        if name
+            .to_str()
+            .is_some_and(|name| name.starts_with("CARGO_PKG_") || name.starts_with("CARGO_MANIFEST_"))
+        {
             command.env_remove(name);
         }
     }
@@ -48,7 +53,11 @@ pub(crate) fn output(command: &mut Command) -> Result<String> {
 pub(crate) fn shown(command: &Command) -> String {
     let program = Path::new(command.get_program());
     let name = program.file_name().unwrap_or(program.as_os_str());
-    std::iter::once(name).chain(command.get_args()).map(|word| word.to_string_lossy()).collect::<Vec<_>>().join(" ")
+    std::iter::once(name)
+        .chain(command.get_args())
+        .map(|word| word.to_string_lossy())
+        .collect::<Vec<_>>()
+        .join(" ")
 }
 
 /// Cargo's target directory, wherever the environment puts it.
@@ -66,10 +75,11 @@ pub(crate) enum Profile {
     Release,
 }
 
-/// Builds every binary and example, and returns the directory that holds the binaries (the examples lie in its `examples`).
+/// Builds every binary and example, and returns the directory that holds the binaries (the examples lie in
+/// its `examples`).
 ///
-/// The whole workspace is named, and with its examples, so that cargo settles on the features it uses for the tests too: whatever
-/// `cargo xtask test` has built is not built again.
+/// The whole workspace is named, and with its examples, so that cargo settles on the features it uses for the
+/// tests too: whatever `cargo xtask test` has built is not built again.
 pub(crate) fn build(profile: Profile) -> Result<PathBuf> {
     let mut command = cargo(["build", "--workspace", "--bins", "--examples"]);
     if profile == Profile::Release {

@@ -13,8 +13,8 @@ const START: Duration = Duration::from_secs(30);
 
 /// Watch a policy drive the simulated robot from pixels: three episodes, about half a minute after the build.
 ///
-/// The robot serves on a free port of this machine, the policy knows only what comes over the wire, and a picture of what the cameras saw is
-/// written to target/demo.
+/// The robot serves on a free port of this machine, the policy knows only what comes over the wire, and a
+/// picture of what the cameras saw is written to target/demo.
 #[derive(clap::Args)]
 pub(crate) struct Arguments {
     /// Episodes to play.

@@ -1,4 +1,5 @@
-//! What may be in the dependency tree, and how much of it. `deny.toml` says the same, and more, for who has cargo-deny.
+//! What may be in the dependency tree, and how much of it. `deny.toml` says the same, and more, for who has
+//! cargo-deny.
 
 use std::collections::BTreeMap;
 
@@ -6,11 +7,14 @@ use anyhow::{Context, Result, bail};
 
 use crate::command::{self, cargo};
 
-/// Never in the tree: TLS is rustls on ring, which needs no C toolchain beyond what ring brings, and no system library.
-const BANNED: &[&str] = &["aws-lc-fips-sys", "aws-lc-rs", "aws-lc-sys", "native-tls", "openssl", "openssl-sys"];
+/// Never in the tree: TLS is rustls on ring, which needs no C toolchain beyond what ring brings, and no
+/// system library.
+const BANNED: &[&str] =
+    &["aws-lc-fips-sys", "aws-lc-rs", "aws-lc-sys", "native-tls", "openssl", "openssl-sys"];
 
 /// In the tree exactly once: a second copy would be built as well, and its types would not fit ours.
-const SINGLE: &[&str] = &["axum", "bytes", "nalgebra", "ndarray", "prost", "rustls", "tokio", "tokio-tungstenite", "tungstenite"];
+const SINGLE: &[&str] =
+    &["axum", "bytes", "nalgebra", "ndarray", "prost", "rustls", "tokio", "tokio-tungstenite", "tungstenite"];
 
 /// What a robot host that embeds the server takes in, at most, our own crates among it.
 const BUDGET: usize = 130;
@@ -22,7 +26,9 @@ pub(crate) fn check_banned() -> Result<()> {
     let copies = copies(&lock);
     for name in BANNED {
         if copies.contains_key(name) {
-            bail!("the banned crate {name} is in the tree: `cargo tree --target all --invert {name}` tells who wants it");
+            bail!(
+                "the banned crate {name} is in the tree: `cargo tree --target all --invert {name}` tells who wants it"
+            );
         }
     }
     for name in SINGLE {

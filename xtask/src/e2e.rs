@@ -1,4 +1,5 @@
-//! Robot and policy as separate processes, over real sockets: every transport, codec, robot, client and mode, as rows of data here.
+//! Robot and policy as separate processes, over real sockets: every transport, codec, robot, client and mode,
+//! as rows of data here.
 
 mod pair;
 mod report;
@@ -19,14 +20,15 @@ use report::{Asked, Report};
 
 /// Run robot and policy as separate processes, in every combination, and tabulate how they did.
 ///
-/// In half of the rows the policy is started first and waits for its robot. A failed episode fails the run and shows all logs, which are
-/// kept under target/e2e.
+/// In half of the rows the policy is started first and waits for its robot. A failed episode fails the run
+/// and shows all logs, which are kept under target/e2e.
 #[derive(clap::Args)]
 pub(crate) struct Arguments {
     /// Episodes a row, with the same seeds in every row.
     #[arg(long, default_value_t = 10, value_name = "N")]
     episodes: u32,
-    /// Only rows whose name contains this, such as msgpack or zenoh-tcp-protobuf-rust-async-step; of the guide, too.
+    /// Only rows whose name contains this, such as msgpack or zenoh-tcp-protobuf-rust-async-step; of the
+    /// guide, too.
     #[arg(long, default_value = "", value_name = "WORDS")]
     only: String,
     /// Write the figures as {"rows": [...]}, also when a row failed.
@@ -92,11 +94,29 @@ const ROWS: &[Rows] = &[
         clients: &[&ASYNC, &BLOCKING],
         modes: &["stream", "step"],
     },
-    Rows { codec: "msgpack", links: &[&WEBSOCKET, &ZENOH_TCP], robot: &RUST, clients: &[&PYTHON], modes: &["stream", "step"] },
+    Rows {
+        codec: "msgpack",
+        links: &[&WEBSOCKET, &ZENOH_TCP],
+        robot: &RUST,
+        clients: &[&PYTHON],
+        modes: &["stream", "step"],
+    },
     // Neither end nor router gives up a reset because it takes long.
-    Rows { codec: "protobuf", links: &[&ZENOH_ROUTER], robot: &RUST_HOMING_FOR_LONG, clients: &[&BLOCKING], modes: &["step"] },
+    Rows {
+        codec: "protobuf",
+        links: &[&ZENOH_ROUTER],
+        robot: &RUST_HOMING_FOR_LONG,
+        clients: &[&BLOCKING],
+        modes: &["step"],
+    },
     // Pings must be answered while the robot homes.
-    Rows { codec: "msgpack", links: &[&WEBSOCKET], robot: &RUST_HOMING_FOR_LONGER, clients: &[&PYTHON], modes: &["step"] },
+    Rows {
+        codec: "msgpack",
+        links: &[&WEBSOCKET],
+        robot: &RUST_HOMING_FOR_LONGER,
+        clients: &[&PYTHON],
+        modes: &["step"],
+    },
     // There, steps are emulated.
     Rows {
         codec: "msgpack",
@@ -130,7 +150,12 @@ const ZENOH_TCP: Link = Link {
     is_routed: false,
     logged: None,
     serve: |address| {
-        vec!["--zenoh".to_owned(), format!("tcp/{address}"), "--no-discovery".to_owned(), "--no-shared-memory".to_owned()]
+        vec![
+            "--zenoh".to_owned(),
+            format!("tcp/{address}"),
+            "--no-discovery".to_owned(),
+            "--no-shared-memory".to_owned(),
+        ]
     },
     uri: |address| format!("tcp/{address}"),
 };
@@ -153,7 +178,11 @@ const ZENOH_ROUTER: Link = Link {
     uri: |address| format!("tcp/{address}"),
 };
 
-const RUST: Robot = Robot { name: "rust", homing: 0, command: |programs, link, address| robot(programs, (link.serve)(address)) };
+const RUST: Robot = Robot {
+    name: "rust",
+    homing: 0,
+    command: |programs, link, address| robot(programs, (link.serve)(address)),
+};
 const RUST_HOMING_FOR_LONG: Robot = Robot {
     name: "rust-homing",
     homing: LONG,
@@ -248,7 +277,8 @@ fn play_all(profile: Profile, episodes: u32, only: &str) -> Result<Outcome> {
                     if !asked.name().contains(only) {
                         continue;
                     }
-                    // Every other row, and the other ones over the next link and in the next mode, so that each client is first somewhere.
+                    // Every other row, and the other ones over the next link and in the next mode, so that
+                    // each client is first somewhere.
                     let client_first = (i + j + k) % 2 == 1;
                     let row = play_row(&programs, &logs, link, these.robot, client, asked, client_first)?;
                     say(&row.asked.name(), &row.result);
@@ -288,7 +318,14 @@ fn play_row(
 ) -> Result<Played> {
     let address = child::free_address()?;
     let mut policy = (client.command)(programs, &(link.uri)(address), &asked);
-    policy.args(["--episodes", &asked.episodes.to_string(), "--seed", &SEED.to_string(), "--json", "--quiet"]);
+    policy.args([
+        "--episodes",
+        &asked.episodes.to_string(),
+        "--seed",
+        &SEED.to_string(),
+        "--json",
+        "--quiet",
+    ]);
     let logs = logs.join(asked.name());
     let pair = Pair {
         router: link.is_routed.then(|| router(programs, address)),
@@ -303,7 +340,8 @@ fn play_row(
     let report = Report::read(&answer);
     // A policy that fails tells most itself; its report, if there is one, goes into the table all the same.
     let result = result.and_then(|()| report.as_ref().map_err(|error| anyhow!("{error:#}"))?.check(&asked));
-    let result = result.and_then(|()| link.logged.map_or(Ok(()), |words| pair::check_robots_log(&logs, words)));
+    let result =
+        result.and_then(|()| link.logged.map_or(Ok(()), |words| pair::check_robots_log(&logs, words)));
     Ok(Played { asked, client_first, report: report.ok(), result })
 }
 
@@ -328,7 +366,11 @@ fn play_guide(programs: &Programs, logs: &Path, name: &str) -> Result<Duration> 
 fn robot(programs: &Programs, link: Vec<String>) -> Command {
     let mut command = Command::new(programs.built.join("chiral-sim"));
     // Which way observations take is told at this level.
-    command.arg("serve").args(link).args(["--width", "160", "--height", "120"]).env("RUST_LOG", "info,zenoh=error");
+    command
+        .arg("serve")
+        .args(link)
+        .args(["--width", "160", "--height", "120"])
+        .env("RUST_LOG", "info,zenoh=error");
     command
 }
 
@@ -387,7 +429,11 @@ impl Outcome {
         let rows = self.rows.iter().filter(|row| row.result.is_err()).count();
         let guides = self.guides.iter().filter(|(_, result)| result.is_err()).count();
         if rows + guides > 0 {
-            bail!("{rows} of {} rows and {guides} of {} guides failed: see above", self.rows.len(), self.guides.len());
+            bail!(
+                "{rows} of {} rows and {guides} of {} guides failed: see above",
+                self.rows.len(),
+                self.guides.len()
+            );
         }
         Ok(())
     }
@@ -405,7 +451,9 @@ impl Played {
         let asked = &self.asked;
         let first = if self.client_first { "client" } else { "robot" };
         let report = self.report.as_ref();
-        let mut cells = [asked.transport, asked.codec, asked.robot, asked.client, asked.mode, first].map(str::to_owned).to_vec();
+        let mut cells = [asked.transport, asked.codec, asked.robot, asked.client, asked.mode, first]
+            .map(str::to_owned)
+            .to_vec();
         cells.push(asked.episodes.to_string());
         cells.push(report.map_or("-".to_owned(), |report| report.successes.to_string()));
         let figures = [

@@ -1,5 +1,5 @@
-//! `cargo xtask`: the one door to everything that is done with this repository. One file per command; what they share is in `command` (programs run
-//! to their end) and `child` (programs that run beside us).
+//! `cargo xtask`: the one door to everything that is done with this repository. One file per command; what
+//! they share is in `command` (programs run to their end) and `child` (programs that run beside us).
 
 mod bench;
 mod child;
@@ -19,7 +19,8 @@ use clap::{Parser, Subcommand};
 
 /// The one door: see it run, test it, generate what is generated.
 ///
-/// A newcomer types `cargo xtask demo`; before a commit everyone types `cargo xtask test`, which is exactly what CI runs.
+/// A newcomer types `cargo xtask demo`; before a commit everyone types `cargo xtask test`, which is exactly
+/// what CI runs.
 #[derive(Parser)]
 #[command(name = "cargo xtask", bin_name = "cargo xtask")]
 struct Arguments {

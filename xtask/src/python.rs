@@ -1,4 +1,5 @@
-//! What is said in Python: golden frames that its packages read and write, and the environment that the peers of `tests/peers` run in.
+//! What is said in Python: golden frames that its packages read and write, and the environment that the peers
+//! of `tests/peers` run in.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -9,9 +10,11 @@ use anyhow::{Context, Result, bail};
 use crate::command::{self, cargo};
 
 /// All that anything here needs of Python; pinned, so that results are the code's alone.
-const PACKAGES: &[&str] = &["protobuf==6.33.6", "msgpack==1.2.4", "websockets==17.4", "eclipse-zenoh==1.10.2", "numpy==2.4.6"];
+const PACKAGES: &[&str] =
+    &["protobuf==6.33.6", "msgpack==1.2.4", "websockets==17.4", "eclipse-zenoh==1.10.2", "numpy==2.4.6"];
 
-/// Lets Python read every golden frame and write frames of its own, which a test of chiral-proto then reads; and write the msgpack wire's anew.
+/// Lets Python read every golden frame and write frames of its own, which a test of chiral-proto then reads;
+/// and write the msgpack wire's anew.
 pub(crate) fn check() -> Result<()> {
     let python = interpreter()?;
     let target = command::target()?;
@@ -27,23 +30,27 @@ pub(crate) fn check() -> Result<()> {
             .args(["proto/chiral.binpb", "crates/chiral-proto/tests/golden"])
             .arg(&frames),
     )?;
-    // The whole workspace is named so that the features, and with them what is built already, are those of the other tests.
+    // The whole workspace is named so that the features, and with them what is built already, are those of
+    // the other tests.
     let test = ["test", "--workspace", "--test", "golden", "--", "--nocapture", "python"];
     command::run(cargo(test).env("CHIRAL_PYTHON_FRAMES", &frames))
 }
 
-/// Fails if the committed frames of the msgpack wire are not those that Python's `msgpack` writes, as the tests of chiral-proto take them to be.
+/// Fails if the committed frames of the msgpack wire are not those that Python's `msgpack` writes, as the
+/// tests of chiral-proto take them to be.
 fn check_msgpack(python: &Path, directory: &Path) -> Result<()> {
     let script = "crates/chiral-proto/tests/golden_msgpack.py";
     let [frames, seeds] = ["frames", "seeds"].map(|name| directory.join(name));
     make_empty(directory)?;
     command::run(Command::new(python).current_dir(command::root()).arg(script).args([&frames, &seeds]))?;
     // What fuzzers found lies beside these seeds.
-    for (written, committed) in [(frames, "crates/chiral-proto/tests/msgpack"), (seeds, "fuzz/seeds/msgpack")] {
+    for (written, committed) in [(frames, "crates/chiral-proto/tests/msgpack"), (seeds, "fuzz/seeds/msgpack")]
+    {
         for file in fs::read_dir(&written).with_context(|| format!("reading {}", written.display()))? {
             let file = file.context("listing what Python wrote")?;
             let committed = Path::new(committed).join(file.file_name());
-            let wanted = fs::read(file.path()).with_context(|| format!("reading {}", file.path().display()))?;
+            let wanted =
+                fs::read(file.path()).with_context(|| format!("reading {}", file.path().display()))?;
             if !fs::read(command::root().join(&committed)).is_ok_and(|found| found == wanted) {
                 bail!("{} is not what {script} writes: run it and commit the result", committed.display());
             }
@@ -61,7 +68,8 @@ fn make_empty(directory: &Path) -> Result<()> {
     fs::create_dir_all(directory).with_context(|| format!("creating {}", directory.display()))
 }
 
-/// The interpreter of a virtual environment with all packages in it, made anew only if there is none that is good.
+/// The interpreter of a virtual environment with all packages in it, made anew only if there is none that is
+/// good.
 pub(crate) fn interpreter() -> Result<PathBuf> {
     let directory = command::target()?.join("python");
     let python = directory.join("bin/python");

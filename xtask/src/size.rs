@@ -13,7 +13,8 @@ pub(crate) struct Arguments {}
 
 pub(crate) fn run(_: &Arguments) -> Result<()> {
     let example = "minimal_server";
-    // Stripped by the linker, so that no tool is needed, and in a directory of its own, since another setting would build everything anew each time.
+    // Stripped by the linker, so that no tool is needed, and in a directory of its own, since another setting
+    // would build everything anew each time.
     let directory = command::target()?.join("size");
     command::run(
         cargo(["build", "--release", "-p", "chiral-server", "--no-default-features"])

@@ -30,14 +30,18 @@ mod tests {
     use super::table;
 
     fn check(rows: &[&[&str]], expected: &str) {
-        let rows: Vec<Vec<String>> = rows.iter().map(|row| row.iter().map(|&cell| cell.to_owned()).collect()).collect();
+        let rows: Vec<Vec<String>> =
+            rows.iter().map(|row| row.iter().map(|&cell| cell.to_owned()).collect()).collect();
         assert_eq!(table(&rows), expected);
     }
 
     #[test]
     fn words_to_the_left_numbers_to_the_right() {
         check(&[], "");
-        check(&[&["part", "s"], &["fmt", "0.5"], &["clippy", "12.0"]], "part    s\nfmt      0.5\nclippy  12.0\n");
+        check(
+            &[&["part", "s"], &["fmt", "0.5"], &["clippy", "12.0"]],
+            "part    s\nfmt      0.5\nclippy  12.0\n",
+        );
         check(&[&["a", "b"], &["-", "long"]], "a  b\n-  long\n");
     }
 }

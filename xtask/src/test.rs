@@ -39,7 +39,8 @@ const PARTS: &[Part] = &[
 ];
 
 pub(crate) fn run(arguments: &Arguments) -> Result<()> {
-    let wanted = |part: &&Part| arguments.parts.is_empty() || arguments.parts.iter().any(|name| name == part.name);
+    let wanted =
+        |part: &&Part| arguments.parts.is_empty() || arguments.parts.iter().any(|name| name == part.name);
     let start = Instant::now();
     let mut rows = vec![row("part", "result", "seconds")];
     for part in PARTS.iter().filter(wanted) {
@@ -50,7 +51,8 @@ pub(crate) fn run(arguments: &Arguments) -> Result<()> {
         rows.push(row(part.name, word, &seconds(start.elapsed())));
         if result.is_err() {
             println!("\n{}", table(&rows));
-            return result.with_context(|| format!("`cargo xtask test` stopped at its part \"{}\"", part.name));
+            return result
+                .with_context(|| format!("`cargo xtask test` stopped at its part \"{}\"", part.name));
         }
     }
     rows.push(row("together", "ok", &seconds(start.elapsed())));
@@ -81,8 +83,8 @@ fn clippy() -> Result<()> {
     Ok(())
 }
 
-/// With nextest where it is installed: it runs the tests of all crates side by side and names a hanging one. Both build the same, the
-/// binaries and examples of the part `e2e` included.
+/// With nextest where it is installed: it runs the tests of all crates side by side and names a hanging one.
+/// Both build the same, the binaries and examples of the part `e2e` included.
 fn tests() -> Result<()> {
     if has_nextest() {
         command::run(&mut cargo(["nextest", "run", "--workspace", "--no-fail-fast"]))
@@ -93,7 +95,11 @@ fn tests() -> Result<()> {
 }
 
 fn has_nextest() -> bool {
-    cargo(["nextest", "--version"]).stdout(Stdio::null()).stderr(Stdio::null()).status().is_ok_and(|status| status.success())
+    cargo(["nextest", "--version"])
+        .stdout(Stdio::null())
+        .stderr(Stdio::null())
+        .status()
+        .is_ok_and(|status| status.success())
 }
 
 fn doctests() -> Result<()> {

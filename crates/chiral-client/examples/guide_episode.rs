@@ -1,4 +1,5 @@
-//! One episode in lock-step: look, decide, `step`, until the robot says that it is over or fifty steps were taken.
+//! One episode in lock-step: look, decide, `step`, until the robot says that it is over or fifty steps were
+//! taken.
 //!
 //! ```text
 //! cargo run -p chiral-client --example guide_episode [URI]

@@ -1,5 +1,5 @@
-//! Three things at once, each at its own rate: observations arrive 30 times a second, a thread of ours predicts chunks of ten actions, and the client
-//! sends one of them every 100 ms. Stops after five seconds.
+//! Three things at once, each at its own rate: observations arrive 30 times a second, a thread of ours
+//! predicts chunks of ten actions, and the client sends one of them every 100 ms. Stops after five seconds.
 //!
 //! ```text
 //! cargo run -p chiral-client --example guide_streaming [URI]
@@ -21,7 +21,8 @@ const RUN_FOR: Duration = Duration::from_secs(5);
 
 fn main() -> anyhow::Result<()> {
     let uri = env::args().nth(1).unwrap_or_else(|| "ws://localhost:8765".to_owned());
-    // A queue of two chunks: while one is carried out the next is predicted, and no action is older than that.
+    // A queue of two chunks: while one is carried out the next is predicted, and no action is older than
+    // that.
     let env = PolicyClient::builder(&uri).queue_capacity(2 * CHUNK_SIZE).connect_blocking()?;
 
     let metadata: Vec<String> = env.get_metadata()?.into_keys().collect();
@@ -45,8 +46,14 @@ fn main() -> anyhow::Result<()> {
     let stats = env.stats();
     env.stop_obs_stream()?;
     let age_ms = stats.observation_age_p50.map_or(f64::NAN, |age| age.as_secs_f64() * 1e3);
-    println!("Observations: {} at {:.1} Hz, age {age_ms:.1} ms (median)", stats.observations, stats.observation_hz);
-    println!("Actions: {chunks} chunks predicted, {} rows sent, {} refused", stats.actions_sent, stats.actions_refused);
+    println!(
+        "Observations: {} at {:.1} Hz, age {age_ms:.1} ms (median)",
+        stats.observations, stats.observation_hz
+    );
+    println!(
+        "Actions: {chunks} chunks predicted, {} rows sent, {} refused",
+        stats.actions_sent, stats.actions_refused
+    );
     env.close()?;
     Ok(())
 }

@@ -2,8 +2,8 @@
 
 use std::time::Duration;
 
-use chiral_transport::Courtesy;
 use chiral_proto::{Codec, Frame, Transport, TransportError, pool::Pool};
+use chiral_transport::Courtesy;
 
 #[cfg(feature = "websocket")]
 use crate::websocket;
@@ -16,8 +16,19 @@ use crate::{
 };
 
 /// Beginnings of addresses of Zenoh's, those among them that this client was not built for.
-const ZENOHS: &[&str] =
-    &["tcp/", "tls/", "quic/", "unixsock-stream/", "zenoh:", "udp/", "ws/", "wss/", "serial/", "vsock/", "unixpipe/"];
+const ZENOHS: &[&str] = &[
+    "tcp/",
+    "tls/",
+    "quic/",
+    "unixsock-stream/",
+    "zenoh:",
+    "udp/",
+    "ws/",
+    "wss/",
+    "serial/",
+    "vsock/",
+    "unixpipe/",
+];
 
 /// How to reach a server. A clone is the same server.
 #[derive(Clone)]
@@ -90,9 +101,9 @@ impl Server {
     ) -> Result<Connection, Attempt> {
         match self {
             #[cfg(feature = "websocket")]
-            Server::WebSocket(server) => {
-                Ok(Connection::WebSocket(Box::new(websocket::connect(server, carries, max_frame, pool, courtesy).await?)))
-            }
+            Server::WebSocket(server) => Ok(Connection::WebSocket(Box::new(
+                websocket::connect(server, carries, max_frame, pool, courtesy).await?,
+            ))),
             #[cfg(feature = "zenoh")]
             Server::Zenoh(server) => server.connect(carries, max_frame, pool).await,
         }
@@ -100,7 +111,8 @@ impl Server {
 }
 
 impl Connection {
-    /// How often an existing server was asked before it answered, on a network where questions may be lost; 0 elsewhere.
+    /// How often an existing server was asked before it answered, on a network where questions may be lost; 0
+    /// elsewhere.
     pub(crate) fn probes(&self) -> u64 {
         match self {
             #[cfg(feature = "websocket")]

@@ -2,8 +2,10 @@
 
 use std::{fmt, future::Future, sync::Arc, time::Duration};
 
+use chiral_proto::{
+    ActionChunk, Codec, Observation, StepResult, Timestamp, ValueMap, action::Action, message::RobotInfo,
+};
 use chiral_transport::Host;
-use chiral_proto::{ActionChunk, Codec, Observation, StepResult, Timestamp, ValueMap, action::Action, message::RobotInfo};
 use tokio::{runtime::Handle, time::timeout};
 
 use crate::{ClientStats, PolicyClientBuilder, PutMode, StreamOptions, client, error::Error};
@@ -13,7 +15,8 @@ const PARTING_LIMIT: Duration = Duration::from_millis(500);
 
 type Result<T, E = Error> = std::result::Result<T, E>;
 
-/// The policy's end of a connection to a robot; see [`crate::PolicyClient`], call by call. Not to be used within a tokio runtime.
+/// The policy's end of a connection to a robot; see [`crate::PolicyClient`], call by call. Not to be used
+/// within a tokio runtime.
 #[derive(Clone)]
 pub struct PolicyClient {
     connection: Arc<Connection>,
@@ -27,7 +30,8 @@ struct Connection {
 
 impl Drop for Connection {
     fn drop(&mut self) {
-        // Within a runtime nothing may block; the goodbye is then said by the connections' own threads, if the process lets them.
+        // Within a runtime nothing may block; the goodbye is then said by the connections' own threads, if
+        // the process lets them.
         if Handle::try_current().is_err() {
             let _ = self.host.block_on(async { timeout(PARTING_LIMIT, self.client.close()).await });
         }
@@ -35,7 +39,8 @@ impl Drop for Connection {
 }
 
 impl PolicyClient {
-    /// Connects to the robot at `uri`, such as `ws://localhost:8765` or, over Zenoh, `tcp/localhost:7447`, waiting until there is a server.
+    /// Connects to the robot at `uri`, such as `ws://localhost:8765` or, over Zenoh, `tcp/localhost:7447`,
+    /// waiting until there is a server.
     ///
     /// # Errors
     /// See [`PolicyClientBuilder::connect`].

@@ -8,12 +8,12 @@ use std::{
 };
 
 use bytes::Bytes;
-use chiral_transport::{Courtesy, Host, Patience, monotonic};
 use chiral_proto::{
     ActionMeaning, ActionSpec, Clock, Codec, PROTOCOL_VERSION, Timestamp, Transport,
     message::{RobotInfo, Role, Welcome},
     pool::Pool,
 };
+use chiral_transport::{Courtesy, Host, Patience, monotonic};
 use tokio::{
     sync::{Notify, watch},
     time::{sleep, timeout},
@@ -36,7 +36,8 @@ use crate::{
 /// For the second connection, its hello included.
 #[cfg(any(feature = "websocket", feature = "zenoh"))]
 const ATTACH_LIMIT: Duration = Duration::from_secs(5);
-/// Large frames that nobody looks at any more, kept for the next ones: the latest, one that arrives, and one that a policy has just let go.
+/// Large frames that nobody looks at any more, kept for the next ones: the latest, one that arrives, and one
+/// that a policy has just let go.
 const IDLE_BUFFERS: usize = 3;
 
 /// Makes a [`PolicyClient`].
@@ -81,7 +82,10 @@ pub(crate) struct Means {
 }
 
 /// What became of one attempt to connect.
-#[cfg_attr(not(any(feature = "websocket", feature = "zenoh")), expect(dead_code, reason = "transports make them"))]
+#[cfg_attr(
+    not(any(feature = "websocket", feature = "zenoh")),
+    expect(dead_code, reason = "transports make them")
+)]
 pub(crate) enum Attempt {
     /// Nobody is there yet; it is worth trying again.
     Absent(String),
@@ -110,30 +114,34 @@ impl PolicyClientBuilder {
         }
     }
 
-    /// Connects to watch and not to move: any number of observers may. By default the client is the robot's one controller.
+    /// Connects to watch and not to move: any number of observers may. By default the client is the robot's
+    /// one controller.
     #[must_use]
     pub fn observer(mut self) -> Self {
         self.identity.role = Role::Observer;
         self
     }
 
-    /// Who this is, for people: told to others who find the robot taken. By default the program's name and process id.
+    /// Who this is, for people: told to others who find the robot taken. By default the program's name and
+    /// process id.
     #[must_use]
     pub fn name(mut self, name: impl Into<String>) -> Self {
         self.identity.name = name.into();
         self
     }
 
-    /// Which robot, where an address leads to a Zenoh network of several. Other addresses lead to one robot: asking for one there is an error.
+    /// Which robot, where an address leads to a Zenoh network of several. Other addresses lead to one robot:
+    /// asking for one there is an error.
     #[must_use]
     pub fn robot(mut self, name: impl Into<String>) -> Self {
         self.means.robot = Some(name.into());
         self
     }
 
-    /// Reaches the robot as this configuration file of Zenoh's says (JSON5, JSON or YAML): TLS, user and password, whatever else it says stands. The
-    /// client's address is added to those that the file connects to; with the address `zenoh:<robot>` they are all there are. Other addresses than
-    /// Zenoh's have no use for it, and are refused.
+    /// Reaches the robot as this configuration file of Zenoh's says (JSON5, JSON or YAML): TLS, user and
+    /// password, whatever else it says stands. The client's address is added to those that the file connects
+    /// to; with the address `zenoh:<robot>` they are all there are. Other addresses than Zenoh's have no use
+    /// for it, and are refused.
     #[cfg(feature = "zenoh")]
     #[must_use]
     pub fn zenoh_config(mut self, file: impl Into<PathBuf>) -> Self {
@@ -141,7 +149,8 @@ impl PolicyClientBuilder {
         self
     }
 
-    /// Whether observations are read from memory that the server shares, where that is on the same host and the address is Zenoh's; they are by default.
+    /// Whether observations are read from memory that the server shares, where that is on the same host and
+    /// the address is Zenoh's; they are by default.
     #[cfg(feature = "zenoh")]
     #[must_use]
     pub fn shared_memory(mut self, is_wanted: bool) -> Self {
@@ -170,31 +179,35 @@ impl PolicyClientBuilder {
         self
     }
 
-    /// Speaks by this codec only: [`Codec::Protobuf`] with servers of ours, [`Codec::Msgpack`] as existing clients do, to whatever server takes them. By default
-    /// it is the former, or else, where a WebSocket server chooses no subprotocol, the latter.
+    /// Speaks by this codec only: [`Codec::Protobuf`] with servers of ours, [`Codec::Msgpack`] as existing
+    /// clients do, to whatever server takes them. By default it is the former, or else, where a WebSocket
+    /// server chooses no subprotocol, the latter.
     #[must_use]
     pub fn codec(mut self, codec: Codec) -> Self {
         self.means.codec = Some(codec);
         self
     }
 
-    /// How long an existing server may take for a `reset`, a `step` or a gym-like one's action, and for how long it may answer no pings meanwhile; 60 s by
-    /// default. One that drops a request says nothing of it, so that there must be some limit.
+    /// How long an existing server may take for a `reset`, a `step` or a gym-like one's action, and for how
+    /// long it may answer no pings meanwhile; 60 s by default. One that drops a request says nothing of it,
+    /// so that there must be some limit.
     #[must_use]
     pub fn reply_limit(mut self, limit: Duration) -> Self {
         self.reply_limit = limit;
         self
     }
 
-    /// How long `get_metadata`, `get_obs` and the stream's start and stop may take; 5 s by default. `reset` and `step` have no limit.
+    /// How long `get_metadata`, `get_obs` and the stream's start and stop may take; 5 s by default. `reset`
+    /// and `step` have no limit.
     #[must_use]
     pub fn request_timeout(mut self, timeout: Duration) -> Self {
         self.request_timeout = timeout;
         self
     }
 
-    /// After how long without a word the server counts as lost; 10 s by default. An observation that is still arriving is no word yet: raise this for a
-    /// link on which one takes longer. Of an existing server every byte is one, pongs among them: raise this for one that answers no pings while it resets.
+    /// After how long without a word the server counts as lost; 10 s by default. An observation that is still
+    /// arriving is no word yet: raise this for a link on which one takes longer. Of an existing server every
+    /// byte is one, pongs among them: raise this for one that answers no pings while it resets.
     #[must_use]
     pub fn silence_limit(mut self, limit: Duration) -> Self {
         self.silence_limit = limit;
@@ -222,34 +235,41 @@ impl PolicyClientBuilder {
         self
     }
 
-    /// Over how much of the time before each tick dispatch's thread spins, in place of sleeping on: 300 µs by default, which costs so much of a core's time
-    /// a tick. A sleeping thread is woken 50 µs to 1 ms late; with 0, so late are the actions.
+    /// Over how much of the time before each tick dispatch's thread spins, in place of sleeping on: 300 µs by
+    /// default, which costs so much of a core's time a tick. A sleeping thread is woken 50 µs to 1 ms late;
+    /// with 0, so late are the actions.
     #[must_use]
     pub fn dispatch_spin(mut self, spin: Duration) -> Self {
         self.dispatch_spin = spin;
         self
     }
 
-    /// Makes do with one connection, so that an action may have to wait for an observation. By default observations have a second one.
+    /// Makes do with one connection, so that an action may have to wait for an observation. By default
+    /// observations have a second one.
     #[must_use]
     pub fn one_connection(mut self) -> Self {
         self.one_connection = true;
         self
     }
 
-    /// The clock that actions are timed by and ages measured with; CLOCK_MONOTONIC by default. Ticks of another are waited for by the runtime's timers.
+    /// The clock that actions are timed by and ages measured with; CLOCK_MONOTONIC by default. Ticks of
+    /// another are waited for by the runtime's timers.
     #[must_use]
     pub fn clock(mut self, clock: Clock) -> Self {
         self.clock = Some(clock);
         self
     }
 
-    /// Connects, waiting until there is a server: while nobody listens, the name does not resolve or the handshake times out, it tries again every 100 ms
-    /// (on Zenoh every 500 ms, also while no robot is alive) and says so on stderr, after 5 s also why. The session's two connections live on threads of their own; if only the second cannot be had, the first carries everything.
+    /// Connects, waiting until there is a server: while nobody listens, the name does not resolve or the
+    /// handshake times out, it tries again every 100 ms (on Zenoh every 500 ms, also while no robot is alive)
+    /// and says so on stderr, after 5 s also why. The session's two connections live on threads of their own;
+    /// if only the second cannot be had, the first carries everything.
     ///
     /// # Errors
-    /// At once: [`Error::Address`], [`Error::Busy`] naming the holder, [`Error::VersionMismatch`], [`Error::NotProtobuf`], [`Error::Http`], [`Error::Tls`], [`Error::Handshake`],
-    /// [`Error::Thread`]; on Zenoh [`Error::SeveralRobots`], [`Error::ZenohConfig`] and [`Error::Zenoh`]. [`Error::NoServer`] after the deadline, if one was set.
+    /// At once: [`Error::Address`], [`Error::Busy`] naming the holder, [`Error::VersionMismatch`],
+    /// [`Error::NotProtobuf`], [`Error::Http`], [`Error::Tls`], [`Error::Handshake`], [`Error::Thread`]; on
+    /// Zenoh [`Error::SeveralRobots`], [`Error::ZenohConfig`] and [`Error::Zenoh`]. [`Error::NoServer`] after
+    /// the deadline, if one was set.
     #[cfg(any(feature = "websocket", feature = "zenoh"))]
     pub async fn connect(self) -> Result<PolicyClient, Error> {
         let control = thread("chiral-client")?;
@@ -267,7 +287,8 @@ impl PolicyClientBuilder {
         Ok(crate::blocking::PolicyClient::new(client, control))
     }
 
-    /// As [`PolicyClient::discover`], and wherever the configuration file connects to. Of the options only that file counts, and not the address.
+    /// As [`PolicyClient::discover`], and wherever the configuration file connects to. Of the options only
+    /// that file counts, and not the address.
     ///
     /// # Errors
     /// [`Error::ZenohConfig`], [`Error::Zenoh`] if multicast cannot be used, [`Error::Thread`].
@@ -303,7 +324,11 @@ impl PolicyClientBuilder {
     ///
     /// # Errors
     /// As [`PolicyClientBuilder::connect_over`]; also if the server joins no second connection to a session.
-    pub async fn connect_over_two<T: Transport>(self, control: T, observations: T) -> Result<PolicyClient, Error> {
+    pub async fn connect_over_two<T: Transport>(
+        self,
+        control: T,
+        observations: T,
+    ) -> Result<PolicyClient, Error> {
         let began = self.now();
         let welcome = session::greet(&control, &self.identity, Bytes::new()).await?;
         if welcome.attach_token.is_empty() {
@@ -319,7 +344,8 @@ impl PolicyClientBuilder {
         (self.pool, self.courtesy) = (Pool::new(IDLE_BUFFERS), Courtesy::default());
         self.means.patience = Patience::new(self.silence_limit);
         let server = Server::parse(&self.uri, &self.means)?;
-        let control = self.wait_for(server.retry_period(), || self.attempt(&server, Carries::Control, &host)).await?;
+        let control =
+            self.wait_for(server.retry_period(), || self.attempt(&server, Carries::Control, &host)).await?;
         if control.codec() == Codec::Msgpack {
             let probes = control.probes();
             return self.begin_existing((control, host), probes).await;
@@ -340,7 +366,10 @@ impl PolicyClientBuilder {
 
     #[cfg(any(feature = "websocket", feature = "zenoh"))]
     fn alone<T>(&self, why: &dyn std::fmt::Display) -> Option<T> {
-        tracing::warn!("no second connection to {}, so that actions may have to wait for observations: {why}", self.uri);
+        tracing::warn!(
+            "no second connection to {}, so that actions may have to wait for observations: {why}",
+            self.uri
+        );
         None
     }
 
@@ -348,10 +377,11 @@ impl PolicyClientBuilder {
     #[cfg(any(feature = "websocket", feature = "zenoh"))]
     async fn attach(&self, server: &Server, welcome: &Welcome) -> Result<(Connection, Host), Error> {
         let host = thread("chiral-client-o")?;
-        let observations = self.attempt(server, Carries::Observations, &host).await.map_err(|attempt| match attempt {
-            Attempt::Failed(error) => error,
-            Attempt::Absent(reason) => Error::Disconnected { reason, cause: None },
-        })?;
+        let observations =
+            self.attempt(server, Carries::Observations, &host).await.map_err(|attempt| match attempt {
+                Attempt::Failed(error) => error,
+                Attempt::Absent(reason) => Error::Disconnected { reason, cause: None },
+            })?;
         session::greet(&observations, &self.identity, welcome.attach_token.clone()).await?;
         Ok((observations, host))
     }
@@ -359,14 +389,19 @@ impl PolicyClientBuilder {
     /// One attempt to connect, on the runtime that the connection will live on.
     #[cfg(any(feature = "websocket", feature = "zenoh"))]
     async fn attempt(&self, server: &Server, carries: Carries, host: &Host) -> Result<Connection, Attempt> {
-        let (server, limit, pool, courtesy) = (server.clone(), self.max_frame, self.pool.clone(), self.courtesy.clone());
+        let (server, limit, pool, courtesy) =
+            (server.clone(), self.max_frame, self.pool.clone(), self.courtesy.clone());
         let connecting = host.spawn(async move { server.connect(carries, limit, pool, courtesy).await });
         connecting.await.unwrap_or_else(|ended| Err(Attempt::Absent(ended.to_string())))
     }
 
-    /// Begins a session with an existing server, where nobody says hello, after so many probes on a network where they may be lost; without any, a first
-    /// question shows that it is one.
-    async fn begin_existing<T: Transport>(self, control: (T, Host), probes: u64) -> Result<PolicyClient, Error> {
+    /// Begins a session with an existing server, where nobody says hello, after so many probes on a network
+    /// where they may be lost; without any, a first question shows that it is one.
+    async fn begin_existing<T: Transport>(
+        self,
+        control: (T, Host),
+        probes: u64,
+    ) -> Result<PolicyClient, Error> {
         let action_spec = ActionSpec {
             meaning: ActionMeaning::Other("not declared".to_owned()),
             unit: String::new(),
@@ -377,7 +412,12 @@ impl PolicyClientBuilder {
             software: String::new(),
             session: 1,
             episode: 0,
-            robot: RobotInfo { name: self.uri.clone(), cameras: Vec::new(), proprios: Vec::new(), action_spec },
+            robot: RobotInfo {
+                name: self.uri.clone(),
+                cameras: Vec::new(),
+                proprios: Vec::new(),
+                action_spec,
+            },
             attach_token: Bytes::new(),
             controller: String::new(),
         };
@@ -392,7 +432,8 @@ impl PolicyClientBuilder {
             ..Existing::default()
         };
         let now = self.now();
-        let client = self.begin(now, welcome, control, None, Some((existing, Known::after_probes(probes))))?;
+        let client =
+            self.begin(now, welcome, control, None, Some((existing, Known::after_probes(probes))))?;
         if probes == 0 {
             client.get_metadata().await?;
         }
@@ -449,7 +490,10 @@ impl PolicyClientBuilder {
     }
 
     /// Attempts to connect until somebody is there.
-    #[cfg_attr(not(any(feature = "websocket", feature = "zenoh")), expect(dead_code, reason = "transports use it"))]
+    #[cfg_attr(
+        not(any(feature = "websocket", feature = "zenoh")),
+        expect(dead_code, reason = "transports use it")
+    )]
     async fn wait_for<T, F: Future<Output = Result<T, Attempt>>>(
         &self,
         period: Duration,
@@ -478,14 +522,16 @@ impl PolicyClientBuilder {
     }
 }
 
-/// What is said of waiting: at once that it is so, and why after a while, since that may last for ever; then whenever the reason is another.
+/// What is said of waiting: at once that it is so, and why after a while, since that may last for ever; then
+/// whenever the reason is another.
 #[derive(Default)]
 struct Waiting {
     told: Option<(Instant, String)>,
 }
 
 impl Waiting {
-    /// So long a server that is just starting may take; and so seldom a reason that changes all the time is told.
+    /// So long a server that is just starting may take; and so seldom a reason that changes all the time is
+    /// told.
     const PERIOD: Duration = Duration::from_secs(5);
 
     /// What to say now, if anything.
@@ -509,7 +555,10 @@ fn thread(name: &str) -> Result<Host, Error> {
 
 fn default_name() -> String {
     let program = std::env::args_os().next().map(std::path::PathBuf::from);
-    let program = program.as_ref().and_then(|path| path.file_name()).map_or("policy".into(), |name| name.to_string_lossy());
+    let program = program
+        .as_ref()
+        .and_then(|path| path.file_name())
+        .map_or("policy".into(), |name| name.to_string_lossy());
     format!("{program} ({})", std::process::id())
 }
 
@@ -520,12 +569,19 @@ mod tests {
     #[test]
     fn waiting_is_said_at_once_and_its_reason_after_a_while() {
         let (mut waiting, began) = (Waiting::default(), Instant::now());
-        let mut line = |ms, reason| waiting.line("ws://robot:8765", reason, began + Duration::from_millis(ms));
+        let mut line =
+            |ms, reason| waiting.line("ws://robot:8765", reason, began + Duration::from_millis(ms));
         assert_eq!(line(0, "refused").as_deref(), Some("chiral: waiting for server at ws://robot:8765 …"));
         assert_eq!(line(4999, "refused"), None, "it may just be starting");
-        assert_eq!(line(5000, "refused").as_deref(), Some("chiral: still waiting for ws://robot:8765: refused"));
+        assert_eq!(
+            line(5000, "refused").as_deref(),
+            Some("chiral: still waiting for ws://robot:8765: refused")
+        );
         assert_eq!(line(20_000, "refused"), None, "it is known");
-        assert_eq!(line(20_100, "no answer").as_deref(), Some("chiral: still waiting for ws://robot:8765: no answer"));
+        assert_eq!(
+            line(20_100, "no answer").as_deref(),
+            Some("chiral: still waiting for ws://robot:8765: no answer")
+        );
         assert_eq!(line(20_200, "refused"), None, "a reason that changes all the time");
     }
 }

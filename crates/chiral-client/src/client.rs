@@ -24,10 +24,12 @@ use crate::{
 
 type Result<T, E = Error> = std::result::Result<T, E>;
 
-/// The policy's end of a connection to a robot. A clone is the same connection; the session ends when the last one is dropped.
+/// The policy's end of a connection to a robot. A clone is the same connection; the session ends when the
+/// last one is dropped.
 ///
-/// Observations and actions flow on their own, at their own rates: `start_obs_stream` and `latest_obs` for the one, `start_action_dispatch` and
-/// `put_action` for the other. `step` couples them, for policies in lock-step.
+/// Observations and actions flow on their own, at their own rates: `start_obs_stream` and `latest_obs` for
+/// the one, `start_action_dispatch` and `put_action` for the other. `step` couples them, for policies in
+/// lock-step.
 ///
 /// Every failure reaches the caller. After the session ended, every call fails with the reason.
 #[derive(Clone)]
@@ -93,11 +95,14 @@ impl From<f64> for StreamOptions {
 }
 
 impl PolicyClient {
-    /// Where a robot of this host is by default: over WebSocket or, in a program built with Zenoh only, on its network.
-    pub const DEFAULT_URI: &str = if cfg!(feature = "websocket") { "ws://localhost:8765" } else { "tcp/localhost:7447" };
+    /// Where a robot of this host is by default: over WebSocket or, in a program built with Zenoh only, on
+    /// its network.
+    pub const DEFAULT_URI: &str =
+        if cfg!(feature = "websocket") { "ws://localhost:8765" } else { "tcp/localhost:7447" };
 
-    /// Connects to the robot at `uri`, waiting until there is a server. Such as `ws://localhost:8765`; over Zenoh `tcp/localhost:7447`, or
-    /// `zenoh:panda` for the robot of this name, which is then searched for by multicast.
+    /// Connects to the robot at `uri`, waiting until there is a server. Such as `ws://localhost:8765`; over
+    /// Zenoh `tcp/localhost:7447`, or `zenoh:panda` for the robot of this name, which is then searched for by
+    /// multicast.
     ///
     /// # Errors
     /// See [`PolicyClientBuilder::connect`].
@@ -106,9 +111,10 @@ impl PolicyClient {
         PolicyClient::builder(uri).connect().await
     }
 
-    /// The robots of the Zenoh networks around, found without an address: the search goes out by multicast, so to this network segment, and takes just
-    /// as long as it is given; a second is plenty. Listed are those that were reached, behind a router that answers, too, and one of this host at its
-    /// default address; not those that are served over WebSocket only. See also [`PolicyClientBuilder::discover`].
+    /// The robots of the Zenoh networks around, found without an address: the search goes out by multicast,
+    /// so to this network segment, and takes just as long as it is given; a second is plenty. Listed are
+    /// those that were reached, behind a router that answers, too, and one of this host at its default
+    /// address; not those that are served over WebSocket only. See also [`PolicyClientBuilder::discover`].
     ///
     /// # Errors
     /// [`Error::Zenoh`] if multicast cannot be used, [`Error::Thread`].
@@ -126,14 +132,16 @@ impl PolicyClient {
         PolicyClient { shared: Arc::new(Owned(shared)), welcome: Arc::new(welcome), request_timeout }
     }
 
-    /// What was agreed with the server: [`Codec::Protobuf`] with one of ours, [`Codec::Msgpack`] with one that was there before us, or where the builder's
-    /// `codec` forces it. All calls are the same; the client guide says what the latter cannot do.
+    /// What was agreed with the server: [`Codec::Protobuf`] with one of ours, [`Codec::Msgpack`] with one
+    /// that was there before us, or where the builder's `codec` forces it. All calls are the same; the client
+    /// guide says what the latter cannot do.
     pub fn codec(&self) -> Codec {
         self.shared.control.codec
     }
 
-    /// What the robot is: its name, its cameras and proprioception, its actions. An existing server, of [`Codec::Msgpack`], declares nothing: its name is
-    /// the address, there are no cameras and no proprioception, and `action_spec` has dimension 0, which stands for any, and 0 Hz.
+    /// What the robot is: its name, its cameras and proprioception, its actions. An existing server, of
+    /// [`Codec::Msgpack`], declares nothing: its name is the address, there are no cameras and no
+    /// proprioception, and `action_spec` has dimension 0, which stands for any, and 0 Hz.
     pub fn robot(&self) -> &RobotInfo {
         &self.welcome.robot
     }
@@ -149,8 +157,8 @@ impl PolicyClient {
         }
     }
 
-    /// Starts a new episode; waits for as long as the robot takes. Actions still queued are dropped, and those queued before this returns are, too: they
-    /// were chosen by an observation of the old episode.
+    /// Starts a new episode; waits for as long as the robot takes. Actions still queued are dropped, and
+    /// those queued before this returns are, too: they were chosen by an observation of the old episode.
     ///
     /// # Errors
     /// The session's end, or [`Error::Rejected`] if the robot failed at it.
@@ -158,11 +166,16 @@ impl PolicyClient {
         self.reset_with(None, ValueMap::new()).await
     }
 
-    /// The same, with a seed that makes the episode repeatable where the robot can, and options of the application's own.
+    /// The same, with a seed that makes the episode repeatable where the robot can, and options of the
+    /// application's own.
     ///
     /// # Errors
     /// As [`PolicyClient::reset`].
-    pub async fn reset_with(&self, seed: Option<u64>, options: ValueMap) -> Result<(Arc<Observation>, ValueMap)> {
+    pub async fn reset_with(
+        &self,
+        seed: Option<u64>,
+        options: ValueMap,
+    ) -> Result<(Arc<Observation>, ValueMap)> {
         match self.ask(Request::Reset { seed, options }, RequestKind::Reset).await? {
             Reply::Reset { obs, info } => Ok((self.see(obs), info)),
             _ => Err(Error::Protocol { expected: "the reset's observation" }),
@@ -172,8 +185,8 @@ impl PolicyClient {
     /// The robot's newest observation, asked for now.
     ///
     /// # Errors
-    /// The session's end, [`Error::Timeout`], or [`Error::Rejected`] if a sensor published nothing in time. [`Error::Unsupported`] of an existing server that
-    /// observes in reset and step only, before the first.
+    /// The session's end, [`Error::Timeout`], or [`Error::Rejected`] if a sensor published nothing in time.
+    /// [`Error::Unsupported`] of an existing server that observes in reset and step only, before the first.
     pub async fn get_obs(&self) -> Result<Arc<Observation>> {
         match self.ask_briefly(Request::GetObs, RequestKind::Other, "an observation").await? {
             Reply::Observation(obs) => Ok(self.see(obs)),
@@ -181,7 +194,8 @@ impl PolicyClient {
         }
     }
 
-    /// Has the robot carry out a chunk, all of its rows, and observe what came of it; waits for as long as that takes.
+    /// Has the robot carry out a chunk, all of its rows, and observe what came of it; waits for as long as
+    /// that takes.
     ///
     /// # Errors
     /// [`Error::InvalidAction`] before anything is sent, the session's end, or [`Error::Rejected`].
@@ -198,13 +212,15 @@ impl PolicyClient {
         }
     }
 
-    // ---- Observations ------------------------------------------------------------------------------------------------------------------
+    // ---- Observations -------------------------------------------------------------------------------------
 
-    /// Has the server send observations at this rate: `start_obs_stream(30.0)`, or [`StreamOptions`] for some of the cameras. Replaces a stream that runs.
+    /// Has the server send observations at this rate: `start_obs_stream(30.0)`, or [`StreamOptions`] for some
+    /// of the cameras. Replaces a stream that runs.
     ///
     /// # Errors
-    /// [`Error::InvalidArgument`], the session's end, [`Error::Timeout`], or [`Error::Rejected`] if there is no such camera or a sensor is silent. Of an existing
-    /// server [`Error::UnknownName`] for the former, and [`Error::Unsupported`] if it observes in reset and step only.
+    /// [`Error::InvalidArgument`], the session's end, [`Error::Timeout`], or [`Error::Rejected`] if there is
+    /// no such camera or a sensor is silent. Of an existing server [`Error::UnknownName`] for the former, and
+    /// [`Error::Unsupported`] if it observes in reset and step only.
     pub async fn start_obs_stream(&self, options: impl Into<StreamOptions>) -> Result<()> {
         let StreamOptions { hz, cameras, depth } = options.into();
         check_hz("the stream's rate", hz)?;
@@ -230,17 +246,20 @@ impl PolicyClient {
     /// The newest observation of the stream in this episode; `None` before the first.
     ///
     /// # Errors
-    /// The session's end, or [`Error::StreamEnded`]: as soon as the stream was ended by anything but `stop_obs_stream`.
+    /// The session's end, or [`Error::StreamEnded`]: as soon as the stream was ended by anything but
+    /// `stop_obs_stream`.
     pub fn latest_obs(&self) -> Result<Option<Arc<Observation>>> {
         self.check_stream()?;
         let latest = self.shared.latest.borrow().clone();
         Ok(latest.map(|obs| self.see(obs)))
     }
 
-    /// The newest observation of the stream that this client, or a clone of it, has not returned yet; waits for it.
+    /// The newest observation of the stream that this client, or a clone of it, has not returned yet; waits
+    /// for it.
     ///
     /// # Errors
-    /// [`Error::Timeout`] if none came, [`Error::NotStreaming`], the session's end, or [`Error::StreamEnded`].
+    /// [`Error::Timeout`] if none came, [`Error::NotStreaming`], the session's end, or
+    /// [`Error::StreamEnded`].
     pub async fn next_obs(&self, limit: Duration) -> Result<Arc<Observation>> {
         let mut latest = self.shared.latest.subscribe();
         let arrival = async {
@@ -250,7 +269,9 @@ impl PolicyClient {
                 let newest = latest.borrow_and_update().clone();
                 match newest.filter(|obs| obs.seq > seen) {
                     Some(obs) => return Ok(self.see(obs)),
-                    None if matches!(lock(&self.shared.state).stream, Stream::Off) => return Err(Error::NotStreaming),
+                    None if matches!(lock(&self.shared.state).stream, Stream::Off) => {
+                        return Err(Error::NotStreaming);
+                    }
                     None => latest.changed().await.map_err(|_| Error::Closed)?,
                 }
             }
@@ -258,9 +279,10 @@ impl PolicyClient {
         timeout(limit, arrival).await.map_err(|_| Error::Timeout { what: "an observation", waited: limit })?
     }
 
-    // ---- Actions -----------------------------------------------------------------------------------------------------------------------
+    // ---- Actions ------------------------------------------------------------------------------------------
 
-    /// Has one queued action sent at every tick of this rate, in hertz; on absolute deadlines, missed ones skipped.
+    /// Has one queued action sent at every tick of this rate, in hertz; on absolute deadlines, missed ones
+    /// skipped.
     ///
     /// # Errors
     /// [`Error::InvalidArgument`], or the session's end.
@@ -283,7 +305,8 @@ impl PolicyClient {
     /// Queues one action. While dispatch runs, waits for room. On an error nothing is queued.
     ///
     /// # Errors
-    /// [`Error::InvalidAction`], [`Error::QueueFull`] without dispatch, [`Error::ActionRefused`] for an action sent earlier, or the session's end.
+    /// [`Error::InvalidAction`], [`Error::QueueFull`] without dispatch, [`Error::ActionRefused`] for an
+    /// action sent earlier, or the session's end.
     pub async fn put_action(&self, action: impl Into<Action>) -> Result<()> {
         self.put_chunk(action.into(), PutMode::Append).await
     }
@@ -300,7 +323,9 @@ impl PolicyClient {
             // From here on no notification is missed.
             room.as_mut().enable();
             match self.offer(&chunk, mode) {
-                Err(Error::QueueFull { rows, capacity, dispatching: true, .. }) if rows <= capacity => room.await,
+                Err(Error::QueueFull { rows, capacity, dispatching: true, .. }) if rows <= capacity => {
+                    room.await
+                }
                 outcome => return outcome,
             }
         }
@@ -346,8 +371,8 @@ impl PolicyClient {
         self.shared.act(outgoing).await
     }
 
-    /// How long ago, by this host's clock, the server's host captured something, such as `obs["wrist_cam"].captured_at`; `None` before the clocks were
-    /// compared, which takes one round trip.
+    /// How long ago, by this host's clock, the server's host captured something, such as
+    /// `obs["wrist_cam"].captured_at`; `None` before the clocks were compared, which takes one round trip.
     pub fn age(&self, captured_at: Timestamp) -> Option<Duration> {
         lock(&self.shared.state).age(captured_at, self.shared.now())
     }
@@ -357,8 +382,8 @@ impl PolicyClient {
         lock(&self.shared.state).stats(self.shared.now())
     }
 
-    /// Says goodbye. Afterwards every call fails with [`Error::Closed`]. The robot holds, and is free for the next client when this returns; a server that does
-    /// not answer is waited for 1 s.
+    /// Says goodbye. Afterwards every call fails with [`Error::Closed`]. The robot holds, and is free for the
+    /// next client when this returns; a server that does not answer is waited for 1 s.
     ///
     /// # Errors
     /// None so far: a connection that is gone already is closed, too.
@@ -371,7 +396,7 @@ impl PolicyClient {
         Ok(())
     }
 
-    // ---- Helpers -----------------------------------------------------------------------------------------------------------------------
+    // ---- Helpers ------------------------------------------------------------------------------------------
 
     async fn ask(&self, request: Request, kind: RequestKind) -> Result<Reply> {
         if let Some(existing) = &self.shared.existing {
@@ -395,7 +420,9 @@ impl PolicyClient {
     fn lane_of(&self, request: &Request) -> &Lane {
         match request {
             Request::GetObs | Request::Subscribe(_) | Request::Unsubscribe => &self.shared.observations,
-            Request::Hello(_) | Request::GetMetadata | Request::Reset { .. } | Request::Step { .. } => &self.shared.control,
+            Request::Hello(_) | Request::GetMetadata | Request::Reset { .. } | Request::Step { .. } => {
+                &self.shared.control
+            }
         }
     }
 

@@ -3,12 +3,13 @@
 use std::time::Duration;
 
 use bytes::Bytes;
-use chiral_transport::zenoh::{NetworkOptions, Search, Sighting};
 use chiral_proto::{CameraSpec, Codec, Frame, Message, Reply};
+use chiral_transport::zenoh::{NetworkOptions, Search, Sighting};
 
 use crate::{error::Error, zenoh::failed};
 
-/// A robot that was found on a Zenoh network. `PolicyClient::builder(&found.addresses[0]).robot(&found.name)` leads to it.
+/// A robot that was found on a Zenoh network. `PolicyClient::builder(&found.addresses[0]).robot(&found.name)`
+/// leads to it.
 #[derive(Clone, Debug, PartialEq)]
 #[non_exhaustive]
 pub struct DiscoveredRobot {
@@ -18,12 +19,16 @@ pub struct DiscoveredRobot {
     pub cameras: Vec<CameraSpec>,
     /// The name of who controls it now, if anybody does.
     pub controller: Option<String>,
-    /// Where it was reached just now, such as `tcp/10.0.0.7:7447`: at its own server or, if that lets nobody in, by a router. At least one.
+    /// Where it was reached just now, such as `tcp/10.0.0.7:7447`: at its own server or, if that lets nobody
+    /// in, by a router. At least one.
     pub addresses: Vec<String>,
 }
 
 /// The robots that answer within `duration`, in order of their names.
-pub(crate) async fn discover(options: &NetworkOptions, duration: Duration) -> Result<Vec<DiscoveredRobot>, Error> {
+pub(crate) async fn discover(
+    options: &NetworkOptions,
+    duration: Duration,
+) -> Result<Vec<DiscoveredRobot>, Error> {
     let mut search = Search::begin(options, duration).await.map_err(failed)?;
     let mut sightings = Vec::new();
     while let Some(sighting) = search.next().await {
@@ -32,7 +37,8 @@ pub(crate) async fn discover(options: &NetworkOptions, duration: Duration) -> Re
     Ok(merge(sightings))
 }
 
-/// One of each name, with the addresses of its own server if there are any, and otherwise those of whoever leads to it.
+/// One of each name, with the addresses of its own server if there are any, and otherwise those of whoever
+/// leads to it.
 fn merge(mut sightings: Vec<Sighting>) -> Vec<DiscoveredRobot> {
     sightings.sort_by(|a, b| (&a.robot, !a.is_own, &a.locator).cmp(&(&b.robot, !b.is_own, &b.locator)));
     let mut robots: Vec<DiscoveredRobot> = Vec::new();
@@ -42,7 +48,9 @@ fn merge(mut sightings: Vec<Sighting>) -> Vec<DiscoveredRobot> {
         let mut addresses: Vec<String> = of_its_kind.map(|sighting| sighting.locator.clone()).collect();
         addresses.dedup();
         // Who cannot say what he is, is no robot of ours.
-        let Some((cameras, controller)) = same.iter().find_map(|sighting| understand(&sighting.info)) else { continue };
+        let Some((cameras, controller)) = same.iter().find_map(|sighting| understand(&sighting.info)) else {
+            continue;
+        };
         robots.push(DiscoveredRobot { name: first.robot.clone(), cameras, controller, addresses });
     }
     robots
@@ -86,7 +94,9 @@ mod tests {
                 attach_token: Bytes::new(),
                 controller: controller.to_owned(),
             };
-            let frame = Codec::Protobuf.encode(&Message::Reply { id: 1, reply: Reply::Welcome(welcome.into()) }).unwrap();
+            let frame = Codec::Protobuf
+                .encode(&Message::Reply { id: 1, reply: Reply::Welcome(welcome.into()) })
+                .unwrap();
             frame.into_bytes().to_vec()
         };
         let seen = |robot: &str, locator: &str, is_own, info: &[u8]| Sighting {
@@ -109,6 +119,9 @@ mod tests {
             controller: controller.map(str::to_owned),
             addresses: addresses.iter().map(|address| address.to_string()).collect(),
         };
-        assert_eq!(robots, [found("arm", Some("me"), &["tcp/a:1", "tcp/b:1"]), found("leg", None, &["tcp/router:1"])]);
+        assert_eq!(
+            robots,
+            [found("arm", Some("me"), &["tcp/a:1", "tcp/b:1"]), found("leg", None, &["tcp/router:1"])]
+        );
     }
 }

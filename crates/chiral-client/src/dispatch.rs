@@ -176,7 +176,8 @@ impl Dispatch {
         Some(clockwork.deadline().since(now))
     }
 
-    /// The row that is due, if one is. Ticks missed by more than a period are skipped and counted, never caught up.
+    /// The row that is due, if one is. Ticks missed by more than a period are skipped and counted, never
+    /// caught up.
     pub(crate) fn take(&mut self, now: Timestamp) -> Option<Row> {
         if self.due_in(now)? > Duration::ZERO {
             return None;

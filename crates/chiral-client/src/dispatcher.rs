@@ -1,4 +1,5 @@
-//! Waits for the ticks of the action queue, and sends what is due at each. Which row that is, `dispatch` decides.
+//! Waits for the ticks of the action queue, and sends what is due at each. Which row that is, `dispatch`
+//! decides.
 
 use std::{
     hint::spin_loop,
@@ -14,9 +15,11 @@ use crate::{error::Error, session::Shared, state::Due};
 /// How ticks are waited for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Pace {
-    /// By a thread of its own, which sleeps until shortly before a tick and spins from there: a sleeping thread is woken 50 µs to 1 ms late.
+    /// By a thread of its own, which sleeps until shortly before a tick and spins from there: a sleeping
+    /// thread is woken 50 µs to 1 ms late.
     Spin(Duration),
-    /// By the runtime's timers, in milliseconds: for a clock that is the caller's, which no thread could sleep by.
+    /// By the runtime's timers, in milliseconds: for a clock that is the caller's, which no thread could
+    /// sleep by.
     Timers,
 }
 
@@ -46,7 +49,9 @@ pub(crate) fn start(shared: &Arc<Shared>) -> Result<(), Error> {
     let waiting = Arc::clone(shared);
     match shared.dispatcher.pace {
         Pace::Spin(spin) => {
-            let spawned = thread::Builder::new().name("chiral-dispatch".to_owned()).spawn(move || by_thread(&waiting, spin));
+            let spawned = thread::Builder::new()
+                .name("chiral-dispatch".to_owned())
+                .spawn(move || by_thread(&waiting, spin));
             spawned.map_err(|error| Error::Thread(Arc::new(error)))?;
         }
         Pace::Timers => {

@@ -1,9 +1,11 @@
-//! Everything that can go wrong on the policy's side. Every failure reaches the caller as one of these, and its text says all there is to say.
+//! Everything that can go wrong on the policy's side. Every failure reaches the caller as one of these, and
+//! its text says all there is to say.
 
 use std::{error::Error as StdError, path::PathBuf, sync::Arc, time::Duration};
 
 use chiral_proto::{
-    DecodeError, Fault, InvalidAction, PROTOCOL_VERSION, TensorError, TransportError, Unsayable, error::UnknownName,
+    DecodeError, Fault, InvalidAction, PROTOCOL_VERSION, TensorError, TransportError, Unsayable,
+    error::UnknownName,
 };
 
 /// Why a call failed. The end of a session is told to every call that comes after it.

@@ -1,5 +1,6 @@
-//! A server of those that were there before us, behind the same calls: its wire has no request ids, no stream, no episodes, and two generations of which
-//! a server may speak either or both. What is said here goes out in msgpack; which answer is whose, `owed` decides.
+//! A server of those that were there before us, behind the same calls: its wire has no request ids, no
+//! stream, no episodes, and two generations of which a server may speak either or both. What is said here
+//! goes out in msgpack; which answer is whose, `owed` decides.
 
 use std::{
     future::Future,
@@ -7,12 +8,13 @@ use std::{
     time::Duration,
 };
 
-use chiral_transport::Patience;
 use chiral_proto::{
-    ActionChunk, Code, Fault, Frame, Message, Notice, Observation, Reply, Request, StepResult, Timestamp, Unsayable, ValueMap,
+    ActionChunk, Code, Fault, Frame, Message, Notice, Observation, Reply, Request, StepResult, Timestamp,
+    Unsayable, ValueMap,
     codec::msgpack::{self, Said},
     message::Subscribe,
 };
+use chiral_transport::Patience;
 use tokio::{
     sync::{Mutex, oneshot},
     time::{sleep, timeout},
@@ -39,9 +41,11 @@ type Result<T, E = Error> = std::result::Result<T, E>;
 /// How the server is talked to.
 #[derive(Default)]
 pub(crate) struct Existing {
-    /// Held from a request to its answer, so that one is outstanding at a time; whoever waits for it gets it in his turn.
+    /// Held from a request to its answer, so that one is outstanding at a time; whoever waits for it gets it
+    /// in his turn.
     pub(crate) turn: Mutex<()>,
-    /// Held while something is decided and handed to the link, so that it goes out in the order of the decisions.
+    /// Held while something is decided and handed to the link, so that it goes out in the order of the
+    /// decisions.
     pub(crate) order: Mutex<()>,
     /// For answers that take no time.
     pub(crate) request_timeout: Duration,
@@ -82,7 +86,8 @@ struct Polling {
 }
 
 impl Known {
-    /// Of a server that was asked for metadata so often before it answered once: the other answers may still come.
+    /// Of a server that was asked for metadata so often before it answered once: the other answers may still
+    /// come.
     pub(crate) fn after_probes(probes: u64) -> Known {
         let mut known = Known::default();
         (1..probes).for_each(|_| known.owed.ask(0, Kind::Metadata));
@@ -101,7 +106,8 @@ impl Known {
     }
 }
 
-/// What is not on the wire: the observation's number and episode. It was just decoded, so that nobody else has it.
+/// What is not on the wire: the observation's number and episode. It was just decoded, so that nobody else
+/// has it.
 fn number(state: &mut State, reply: &mut Reply, times: ValueMap) {
     let (obs, episode) = match reply {
         Reply::Reset { obs, .. } => (obs, state.episode + 1),
@@ -151,7 +157,10 @@ pub(crate) fn heard(shared: &Shared, frame: Frame) -> Result<()> {
         answered
     };
     // On keys that all share it may be the answer to somebody else who asked whether the server is there.
-    if answered.is_none() && kind == Kind::Metadata && shared.existing.as_ref().is_some_and(|existing| existing.is_lossy) {
+    if answered.is_none()
+        && kind == Kind::Metadata
+        && shared.existing.as_ref().is_some_and(|existing| existing.is_lossy)
+    {
         return Ok(());
     }
     let Some(Answered { id, unanswered }) = answered else {
@@ -206,12 +215,13 @@ impl Existing {
         })
     }
 
-    // ---- Actions -----------------------------------------------------------------------------------------------------------------------
+    // ---- Actions ------------------------------------------------------------------------------------------
 
     /// Sends actions, of which the robot's part is nobody's to wait for.
     ///
-    /// A gym-like server knows no such thing. It gets an `action`, in its turn, whose answer becomes the newest observation and is otherwise nobody's: so the
-    /// robot moves as it does elsewhere, where an `apply_action` would be ignored without a word.
+    /// A gym-like server knows no such thing. It gets an `action`, in its turn, whose answer becomes the
+    /// newest observation and is otherwise nobody's: so the robot moves as it does elsewhere, where an
+    /// `apply_action` would be ignored without a word.
     pub(crate) async fn act(&self, shared: &Shared, outgoing: Outgoing) -> Result<()> {
         self.check_controller()?;
         let observes = lock(&shared.state).existing.observes;
@@ -219,7 +229,9 @@ impl Existing {
             Some(observes) => observes,
             None => {
                 let _turn = self.turn.lock().await;
-                within(self.request_timeout, "a word on how the server observes", self.observes(shared)).await?.0
+                within(self.request_timeout, "a word on how the server observes", self.observes(shared))
+                    .await?
+                    .0
             }
         };
         if observes {
@@ -238,12 +250,21 @@ impl Existing {
         // A reset that was sent since they were chosen would not stop them on their way.
         check_current(&lock(&shared.state), &outgoing)?;
         let Outgoing { message, capture_times } = outgoing;
-        let frame = msgpack::encode(&Message::Notice(Notice::Action(message)), capture_times.as_deref().unwrap_or(NO_TIMES))?;
+        let frame = msgpack::encode(
+            &Message::Notice(Notice::Action(message)),
+            capture_times.as_deref().unwrap_or(NO_TIMES),
+        )?;
         shared.send(&shared.control, frame).await
     }
 
-    /// Has actions carried out and observes, in a turn that the caller has. A server that ignores `action` is told to apply and asked to observe.
-    async fn step(&self, shared: &Shared, actions: ActionChunk, times: Option<Arc<ValueMap>>) -> Result<Reply> {
+    /// Has actions carried out and observes, in a turn that the caller has. A server that ignores `action` is
+    /// told to apply and asked to observe.
+    async fn step(
+        &self,
+        shared: &Shared,
+        actions: ActionChunk,
+        times: Option<Arc<ValueMap>>,
+    ) -> Result<Reply> {
         let (steps, observes) = {
             let known = &lock(&shared.state).existing;
             (known.steps, known.observes)
@@ -265,7 +286,8 @@ impl Existing {
             state.action(actions, from).message
         };
         self.apply(shared, Outgoing { message, capture_times: times }).await?;
-        let observed = within(self.request_timeout, "an observation after the actions", self.observe(shared)).await?;
+        let observed =
+            within(self.request_timeout, "an observation after the actions", self.observe(shared)).await?;
         // Who neither steps nor observes knows steps, but not this one, and has ignored the rest.
         let why = "it passed over the request, and may have found the actions wrong";
         let obs = observed.ok_or(Error::Unsupported { what: "carry out this step", why })?;
@@ -275,10 +297,16 @@ impl Existing {
                  and what is observed may be from before the actions"
             );
         }
-        Ok(Reply::Step(StepResult { obs, reward: 0.0, terminated: false, truncated: false, info: ValueMap::new() }))
+        Ok(Reply::Step(StepResult {
+            obs,
+            reward: 0.0,
+            terminated: false,
+            truncated: false,
+            info: ValueMap::new(),
+        }))
     }
 
-    // ---- The stream --------------------------------------------------------------------------------------------------------------------
+    // ---- The stream ---------------------------------------------------------------------------------------
 
     async fn subscribe(&self, shared: &Shared, wanted: Subscribe) -> Result<Reply> {
         let Subscribe { hz, cameras, depth, .. } = wanted;
@@ -286,7 +314,10 @@ impl Existing {
             let _turn = self.turn.lock().await;
             let (observes, told) = self.observes(shared).await?;
             if !observes {
-                return Err(Error::Unsupported { what: "stream observations", why: "it observes in reset and step only" });
+                return Err(Error::Unsupported {
+                    what: "stream observations",
+                    why: "it observes in reset and step only",
+                });
             }
             if !cameras.is_empty() {
                 let obs = match told {
@@ -296,12 +327,18 @@ impl Existing {
                 cameras.iter().try_for_each(|name| obs.camera(name).map(drop))?;
             }
         }
-        let subscribed = settled(shared, RequestKind::Subscribe, Reply::Subscribed { hz, cameras: cameras.clone() })?;
+        let subscribed =
+            settled(shared, RequestKind::Subscribe, Reply::Subscribed { hz, cameras: cameras.clone() })?;
         let now = shared.now();
         {
             let known = &mut lock(&shared.state).existing;
             known.polls_begun += 1;
-            known.polling = Some(Polling { number: known.polls_begun, clockwork: Clockwork::begin(hz, now), cameras, depth });
+            known.polling = Some(Polling {
+                number: known.polls_begun,
+                clockwork: Clockwork::begin(hz, now),
+                cameras,
+                depth,
+            });
         }
         shared.control.changed.notify_one();
         Ok(subscribed)
@@ -310,8 +347,11 @@ impl Existing {
     /// Asks for the stream's observations, for as long as the session lives.
     pub(crate) async fn poll(&self, shared: &Shared) {
         loop {
-            let polling =
-                lock(&shared.state).existing.polling.as_ref().map(|polling| (polling.number, polling.due_in(shared.now())));
+            let polling = lock(&shared.state)
+                .existing
+                .polling
+                .as_ref()
+                .map(|polling| (polling.number, polling.due_in(shared.now())));
             let changed = shared.control.changed.notified();
             let (number, wait) = match polling {
                 None => {
@@ -367,7 +407,7 @@ impl Existing {
         Ok(())
     }
 
-    // ---- Helpers -----------------------------------------------------------------------------------------------------------------------
+    // ---- Helpers ------------------------------------------------------------------------------------------
 
     /// An observation, if the server observes when it is asked to, in a turn that the caller has.
     async fn observe(&self, shared: &Shared) -> Result<Option<Arc<Observation>>> {
@@ -384,7 +424,8 @@ impl Existing {
         }
     }
 
-    /// Whether the server observes when it is asked to, and what it observed if it was asked just now, in a turn that the caller has.
+    /// Whether the server observes when it is asked to, and what it observed if it was asked just now, in a
+    /// turn that the caller has.
     async fn observes(&self, shared: &Shared) -> Result<(bool, Option<Arc<Observation>>)> {
         let known = lock(&shared.state).existing.observes;
         if let Some(observes) = known {
@@ -402,9 +443,15 @@ impl Existing {
         Ok((observed.is_some(), observed))
     }
 
-    /// Asks what a server may ignore, and for metadata, which every server answers: if that comes first, the other was ignored. Otherwise the metadata is
-    /// waited for only where it may be late: our own servers hold it back on keys that several clients may share, and take what is asked meanwhile for another's.
-    async fn probe(&self, shared: &Shared, request: Request, times: Option<&ValueMap>) -> Result<Option<Reply>> {
+    /// Asks what a server may ignore, and for metadata, which every server answers: if that comes first, the
+    /// other was ignored. Otherwise the metadata is waited for only where it may be late: our own servers
+    /// hold it back on keys that several clients may share, and take what is asked meanwhile for another's.
+    async fn probe(
+        &self,
+        shared: &Shared,
+        request: Request,
+        times: Option<&ValueMap>,
+    ) -> Result<Option<Reply>> {
         if self.is_lossy && lock(&shared.state).existing.owed.is_owed(Kind::Metadata) {
             let why = "answers to earlier questions may still come, and only those to a reset end that: reset first";
             return Err(Error::Unsupported { what: "tell what it understands", why });
@@ -431,11 +478,11 @@ impl Existing {
         answered.await.unwrap_or(Err(Error::Closed))
     }
 
-    /// If somebody gave up waiting for an answer that looks like this request's, makes sure first that it has come or never will: the answer to a question
-    /// that was asked after it proves either.
+    /// If somebody gave up waiting for an answer that looks like this request's, makes sure first that it has
+    /// come or never will: the answer to a question that was asked after it proves either.
     async fn settle_owed(&self, shared: &Shared, request: &Request) -> Result<()> {
-        let is_owed =
-            Kind::of(request).is_some_and(|kind| kind != Kind::Metadata && lock(&shared.state).existing.owed.is_owed(kind));
+        let is_owed = Kind::of(request)
+            .is_some_and(|kind| kind != Kind::Metadata && lock(&shared.state).existing.owed.is_owed(kind));
         if is_owed {
             self.request(shared, Request::GetMetadata, None).await?.await.unwrap_or(Err(Error::Closed))?;
         }
@@ -450,7 +497,8 @@ impl Existing {
         times: Option<&ValueMap>,
     ) -> Result<oneshot::Receiver<Result<Reply>>> {
         let kind = Kind::of(&request);
-        let (is_reset, keeps_busy) = (kind == Some(Kind::Reset), matches!(kind, Some(Kind::Reset | Kind::Step)));
+        let (is_reset, keeps_busy) =
+            (kind == Some(Kind::Reset), matches!(kind, Some(Kind::Reset | Kind::Step)));
         let _order = self.order.lock().await;
         let (frame, answered) = {
             let mut state = lock(&shared.state);
@@ -473,14 +521,21 @@ impl Existing {
     }
 
     /// For what takes as long as it takes, but not for ever.
-    async fn patiently(&self, what: &'static str, asking: impl Future<Output = Result<Reply>>) -> Result<Reply> {
+    async fn patiently(
+        &self,
+        what: &'static str,
+        asking: impl Future<Output = Result<Reply>>,
+    ) -> Result<Reply> {
         within(self.reply_limit, what, asking).await
     }
 
     /// The wire knows no observers, and the server would do as it is told.
     fn check_controller(&self) -> Result<()> {
         if self.is_observer {
-            return Err(Error::Rejected(Fault::new(Code::NotController, "an observer may not move the robot")));
+            return Err(Error::Rejected(Fault::new(
+                Code::NotController,
+                "an observer may not move the robot",
+            )));
         }
         Ok(())
     }
@@ -504,7 +559,9 @@ impl Polling {
             return None;
         }
         let mut selected = obs.clone();
-        selected.cameras.retain(|camera| self.cameras.is_empty() || self.cameras.iter().any(|name| **name == *camera.name));
+        selected.cameras.retain(|camera| {
+            self.cameras.is_empty() || self.cameras.iter().any(|name| **name == *camera.name)
+        });
         if !self.depth {
             selected.cameras.iter_mut().for_each(|camera| Arc::make_mut(camera).depth = None);
         }
@@ -513,7 +570,11 @@ impl Polling {
 }
 
 /// Waits for so long at most.
-async fn within<T>(waited: Duration, what: &'static str, asking: impl Future<Output = Result<T>>) -> Result<T> {
+async fn within<T>(
+    waited: Duration,
+    what: &'static str,
+    asking: impl Future<Output = Result<T>>,
+) -> Result<T> {
     timeout(waited, asking).await.map_err(|_| Error::Timeout { what, waited })?
 }
 

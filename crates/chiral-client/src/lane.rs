@@ -7,8 +7,8 @@ use std::{
     task::Poll,
 };
 
-use chiral_transport::Host;
 use chiral_proto::{Codec, Frame, Transport, TransportError};
+use chiral_transport::Host;
 use tokio::sync::{Notify, watch};
 
 /// What a connection carries.
@@ -50,11 +50,18 @@ impl<T: Transport> Carrier for T {
 impl Lane {
     pub(crate) fn new<T: Transport>(carries: Carries, transport: &Arc<T>, host: Host) -> Lane {
         let carrier: Weak<T> = Arc::downgrade(transport);
-        Lane { carries, codec: transport.codec(), changed: Notify::new(), host, carrier, gone: watch::Sender::new(false) }
+        Lane {
+            carries,
+            codec: transport.codec(),
+            changed: Notify::new(),
+            host,
+            carrier,
+            gone: watch::Sender::new(false),
+        }
     }
 
-    /// Sends from the caller's own thread, if the link is ready. Otherwise the connection's host does it in its turn, also if the caller stops waiting for
-    /// it: half a frame would be the end of the connection.
+    /// Sends from the caller's own thread, if the link is ready. Otherwise the connection's host does it in
+    /// its turn, also if the caller stops waiting for it: half a frame would be the end of the connection.
     pub(crate) async fn send(&self, frame: Frame) -> Result<(), TransportError> {
         let ended = || TransportError::lost("the session ended");
         let mut sending = self.carrier.upgrade().ok_or_else(ended)?.send(frame);

@@ -45,8 +45,8 @@ mod zenoh;
 /// The types and the protocol that both ends share.
 pub use chiral_proto as proto;
 pub use chiral_proto::{
-    ActionChunk, ActionMeaning, ActionSpec, Camera, CameraSpec, Code, Codec, Fault, Observation, Proprio, StepResult, Tensor,
-    Timestamp, Value, ValueMap, action, message::RobotInfo, value,
+    ActionChunk, ActionMeaning, ActionSpec, Camera, CameraSpec, Code, Codec, Fault, Observation, Proprio,
+    StepResult, Tensor, Timestamp, Value, ValueMap, action, message::RobotInfo, value,
 };
 
 pub use builder::PolicyClientBuilder;
@@ -57,7 +57,8 @@ pub use dispatch::PutMode;
 pub use error::Error;
 pub use stats::ClientStats;
 
-/// Locks; a panic elsewhere does not poison what this crate keeps behind locks, since no invariant is broken between two statements.
+/// Locks; a panic elsewhere does not poison what this crate keeps behind locks, since no invariant is broken
+/// between two statements.
 pub(crate) fn lock<T>(mutex: &std::sync::Mutex<T>) -> std::sync::MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
 }

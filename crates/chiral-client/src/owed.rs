@@ -47,11 +47,14 @@ impl Kind {
     }
 
     pub(crate) fn named(name: &str) -> Option<Kind> {
-        [Kind::Metadata, Kind::Reset, Kind::Observation, Kind::Step].into_iter().find(|kind| kind.name() == name)
+        [Kind::Metadata, Kind::Reset, Kind::Observation, Kind::Step]
+            .into_iter()
+            .find(|kind| kind.name() == name)
     }
 }
 
-/// The answers that may still come, in the order in which they were asked for; those among them for which nobody waits any more.
+/// The answers that may still come, in the order in which they were asked for; those among them for which
+/// nobody waits any more.
 #[derive(Debug, Default)]
 pub(crate) struct Owed(VecDeque<(u64, Kind)>);
 
@@ -76,8 +79,8 @@ impl Owed {
     pub(crate) fn answered(&mut self, kind: Kind, is_waited_for: impl Fn(u64) -> bool) -> Option<Answered> {
         let first = self.0.iter().position(|(_, owed)| *owed == kind)?;
         let mut waiting = (0..self.0.len()).filter(|&at| is_waited_for(self.0[at].0));
-        // Metadata is the same whoever asked for it, and what asked before may have been lost. So if it is all that is waited for, whichever answer comes is
-        // it; those before it may still come.
+        // Metadata is the same whoever asked for it, and what asked before may have been lost. So if it is
+        // all that is waited for, whichever answer comes is it; those before it may still come.
         let at = match (waiting.next(), waiting.next()) {
             (Some(at), None) if kind == Kind::Metadata && self.0[at].1 == Kind::Metadata => at,
             _ => first,
@@ -121,17 +124,34 @@ mod tests {
     #[test]
     fn what_a_later_answer_overtakes_is_never_answered() {
         check(&[(1, Observation), (2, Metadata)], &[(Metadata, Some((2, &[1]))), (Observation, None)]);
-        check(&[(1, Observation), (2, Metadata)], &[(Observation, Some((1, &[]))), (Metadata, Some((2, &[])))]);
+        check(
+            &[(1, Observation), (2, Metadata)],
+            &[(Observation, Some((1, &[]))), (Metadata, Some((2, &[])))],
+        );
         check(&[(10, Metadata), (11, Metadata), (1, Reset)], &[(Reset, Some((1, &[10, 11])))]);
     }
 
     #[test]
     fn metadata_that_alone_is_waited_for_is_whichever_comes_first() {
         let probes = [(10, Metadata), (11, Metadata), (1, Metadata)];
-        check(&probes, &[(Metadata, Some((1, &[]))), (Metadata, Some((10, &[]))), (Metadata, Some((11, &[]))), (Metadata, None)]);
+        check(
+            &probes,
+            &[
+                (Metadata, Some((1, &[]))),
+                (Metadata, Some((10, &[]))),
+                (Metadata, Some((11, &[]))),
+                (Metadata, None),
+            ],
+        );
         // It was asked after the observation, which is late no more.
-        check(&[(10, Observation), (11, Metadata), (1, Metadata)], &[(Metadata, Some((1, &[10]))), (Metadata, Some((11, &[])))]);
+        check(
+            &[(10, Observation), (11, Metadata), (1, Metadata)],
+            &[(Metadata, Some((1, &[10]))), (Metadata, Some((11, &[])))],
+        );
         // Not while an observation is waited for as well: then the order tells.
-        check(&[(10, Metadata), (1, Observation), (2, Metadata)], &[(Metadata, Some((10, &[]))), (Observation, Some((1, &[])))]);
+        check(
+            &[(10, Metadata), (1, Observation), (2, Metadata)],
+            &[(Metadata, Some((10, &[]))), (Observation, Some((1, &[])))],
+        );
     }
 }

@@ -1,4 +1,5 @@
-//! A session with a server, from its hello to its end: on each connection a receive loop and a send loop, which never wait for each other.
+//! A session with a server, from its hello to its end: on each connection a receive loop and a send loop,
+//! which never wait for each other.
 
 use std::{
     pin::pin,
@@ -7,14 +8,15 @@ use std::{
 };
 
 use bytes::Bytes;
-use chiral_transport::{Courtesy, Silence};
 use chiral_proto::{
-    Clock, Code, Fault, Frame, Message, Notice, PROTOCOL_VERSION, Reply, Request, Timestamp, Transport, TransportError,
+    Clock, Code, Fault, Frame, Message, Notice, PROTOCOL_VERSION, Reply, Request, Timestamp, Transport,
+    TransportError,
     clock::PingSample,
     error::chain,
     message::{Hello, Role, Welcome},
     pool::Pool,
 };
+use chiral_transport::{Courtesy, Silence};
 use tokio::{
     sync::{Notify, watch},
     time::{sleep, timeout},
@@ -116,7 +118,8 @@ impl Shared {
         self.room.notify_waiters();
     }
 
-    /// The session is over: every call from now on, and every one that waits, gets this error or an earlier one.
+    /// The session is over: every call from now on, and every one that waits, gets this error or an earlier
+    /// one.
     pub(crate) fn end(&self, error: Error) {
         if !lock(&self.state).end(error.clone()) {
             return;
@@ -145,7 +148,11 @@ pub(crate) struct Identity {
 }
 
 /// Says hello, on a second connection with the token of the first's welcome; returns the server's welcome.
-pub(crate) async fn greet<T: Transport>(transport: &T, identity: &Identity, attach_token: Bytes) -> Result<Welcome, Error> {
+pub(crate) async fn greet<T: Transport>(
+    transport: &T,
+    identity: &Identity,
+    attach_token: Bytes,
+) -> Result<Welcome, Error> {
     let hello = Message::Request {
         id: 1,
         request: Request::Hello(Hello {
@@ -165,7 +172,10 @@ pub(crate) async fn greet<T: Transport>(transport: &T, identity: &Identity, atta
             Err(error) => Err(lost(error)),
             Ok(None) => {
                 sent.map_err(lost)?;
-                Err(Error::Disconnected { reason: "the server closed the connection at the hello".to_owned(), cause: None })
+                Err(Error::Disconnected {
+                    reason: "the server closed the connection at the hello".to_owned(),
+                    cause: None,
+                })
             }
         }
     };
@@ -173,16 +183,20 @@ pub(crate) async fn greet<T: Transport>(transport: &T, identity: &Identity, atta
         .await
         .map_err(|_| Error::Timeout { what: "the server's welcome", waited: HELLO_LIMIT })??;
     match answer {
-        Message::Reply { reply: Reply::Welcome(welcome), .. } if welcome.protocol == PROTOCOL_VERSION => Ok(*welcome),
+        Message::Reply { reply: Reply::Welcome(welcome), .. } if welcome.protocol == PROTOCOL_VERSION => {
+            Ok(*welcome)
+        }
         Message::Reply { reply: Reply::Welcome(welcome), .. } => {
             let text = format!("it answered in version {}", welcome.protocol);
             Err(Error::VersionMismatch(Fault::new(Code::VersionMismatch, text)))
         }
-        Message::Reply { reply: Reply::Error(fault), .. } | Message::Notice(Notice::Error(fault)) => Err(match fault.code {
-            Code::Busy => Error::Busy(fault),
-            Code::VersionMismatch => Error::VersionMismatch(fault),
-            _ => Error::Rejected(fault),
-        }),
+        Message::Reply { reply: Reply::Error(fault), .. } | Message::Notice(Notice::Error(fault)) => {
+            Err(match fault.code {
+                Code::Busy => Error::Busy(fault),
+                Code::VersionMismatch => Error::VersionMismatch(fault),
+                _ => Error::Rejected(fault),
+            })
+        }
         _ => Err(Error::Protocol { expected: "a welcome" }),
     }
 }
@@ -218,7 +232,8 @@ pub(crate) fn run<T: Transport>(shared: &Arc<Shared>, lane: &Arc<Lane>, transpor
     });
 }
 
-/// Whatever becomes of a connection's loops, also if their runtime is shut down, the session does not outlive them.
+/// Whatever becomes of a connection's loops, also if their runtime is shut down, the session does not outlive
+/// them.
 struct Running {
     shared: Arc<Shared>,
     lane: Arc<Lane>,
@@ -226,7 +241,10 @@ struct Running {
 
 impl Drop for Running {
     fn drop(&mut self) {
-        self.shared.end(Error::Disconnected { reason: "the runtime of the connection was shut down".to_owned(), cause: None });
+        self.shared.end(Error::Disconnected {
+            reason: "the runtime of the connection was shut down".to_owned(),
+            cause: None,
+        });
         self.lane.leave();
     }
 }
@@ -243,7 +261,7 @@ async fn part<T: Transport>(shared: &Shared, lane: &Lane, transport: &T) {
     transport.close().await;
 }
 
-// ---- Receiving ---------------------------------------------------------------------------------------------------------------------------
+// ---- Receiving --------------------------------------------------------------------------------------------
 
 async fn receive<T: Transport>(shared: &Shared, lane: &Lane, transport: &T) -> Error {
     let silence = Silence::begin();
@@ -265,7 +283,12 @@ async fn hear<T: Transport>(shared: &Shared, lane: &Lane, transport: &T, silence
     loop {
         let frame = match transport.recv().await {
             Ok(Some(frame)) => frame,
-            Ok(None) => return Error::Disconnected { reason: "the server closed the connection".to_owned(), cause: None },
+            Ok(None) => {
+                return Error::Disconnected {
+                    reason: "the server closed the connection".to_owned(),
+                    cause: None,
+                };
+            }
             Err(error) => return lost(error),
         };
         silence.end();
@@ -282,7 +305,8 @@ fn handle(shared: &Shared, lane: &Lane, frame: Frame) -> Result<(), Error> {
     let now = shared.now();
     let message = match lane.codec.decode(frame) {
         Ok(message) => message,
-        // Only the request that it answers has failed; but what belongs to no request must not vanish in silence.
+        // Only the request that it answers has failed; but what belongs to no request must not vanish in
+        // silence.
         Err(error) if error.id != 0 => {
             settle(shared, error.id, Err(Error::Malformed(error)), now);
             return Ok(());
@@ -291,7 +315,8 @@ fn handle(shared: &Shared, lane: &Lane, frame: Frame) -> Result<(), Error> {
     };
     match message {
         Message::Reply { id, reply } => {
-            let outcome = if let Reply::Error(fault) = reply { Err(Error::Rejected(fault)) } else { Ok(reply) };
+            let outcome =
+                if let Reply::Error(fault) = reply { Err(Error::Rejected(fault)) } else { Ok(reply) };
             settle(shared, id, outcome, now);
         }
         Message::Notice(Notice::Observation(observation)) => {
@@ -311,13 +336,19 @@ fn handle(shared: &Shared, lane: &Lane, frame: Frame) -> Result<(), Error> {
         Message::Notice(Notice::Error(fault)) => tracing::warn!("the server reports: {fault}"),
         // Observations would delay it.
         Message::Notice(Notice::Pong { .. }) if lane.carries == Carries::Observations => {}
-        Message::Notice(Notice::Pong { t1, t2, t3 }) => lock(&shared.state).pong(PingSample { t1, t2, t3, t4: now }),
-        Message::Notice(Notice::Goodbye { reason }) => return Err(Error::Disconnected { reason, cause: None }),
+        Message::Notice(Notice::Pong { t1, t2, t3 }) => {
+            lock(&shared.state).pong(PingSample { t1, t2, t3, t4: now })
+        }
+        Message::Notice(Notice::Goodbye { reason }) => {
+            return Err(Error::Disconnected { reason, cause: None });
+        }
         // What only a client says, or a newer server: nothing that anybody here waits for.
         Message::Notice(Notice::Ping { .. } | Notice::Action(_) | Notice::Credit { .. })
         | Message::Request { .. }
         | Message::Unknown { id: 0 } => {}
-        Message::Unknown { id } => settle(shared, id, Err(Error::Protocol { expected: "a known kind of reply" }), now),
+        Message::Unknown { id } => {
+            settle(shared, id, Err(Error::Protocol { expected: "a known kind of reply" }), now)
+        }
     }
     Ok(())
 }
@@ -342,7 +373,7 @@ pub(crate) fn settle(shared: &Shared, id: u64, outcome: Result<Reply, Error>, no
     }
 }
 
-// ---- Sending -----------------------------------------------------------------------------------------------------------------------------
+// ---- Sending ----------------------------------------------------------------------------------------------
 
 /// What is said by itself, until the connection fails.
 async fn say(shared: &Shared, lane: &Lane) -> Error {
@@ -361,7 +392,8 @@ async fn trim(pool: &Pool) {
     }
 }
 
-/// What is said to a server of ours by itself: credit and pings. Requests and actions are sent by who makes them.
+/// What is said to a server of ours by itself: credit and pings. Requests and actions are sent by who makes
+/// them.
 async fn send(shared: &Shared, lane: &Lane) -> Error {
     let mut pings = Pings::new(shared.now());
     let mut trimmed = shared.now();

@@ -1,4 +1,5 @@
-//! What a session knows, between its loops and the caller's calls: pure, `now` passed in, kept behind one lock.
+//! What a session knows, between its loops and the caller's calls: pure, `now` passed in, kept behind one
+//! lock.
 
 use std::{collections::HashMap, sync::Arc, time::Duration};
 
@@ -125,7 +126,12 @@ impl Pings {
 }
 
 impl State {
-    pub(crate) fn new(session: u64, episode: u64, queue_capacity: usize, first_round_trip: Duration) -> State {
+    pub(crate) fn new(
+        session: u64,
+        episode: u64,
+        queue_capacity: usize,
+        first_round_trip: Duration,
+    ) -> State {
         State {
             session,
             episode,
@@ -147,7 +153,7 @@ impl State {
         }
     }
 
-    // ---- Requests ----------------------------------------------------------------------------------------------------------------------
+    // ---- Requests -----------------------------------------------------------------------------------------
 
     /// A new request's id.
     pub(crate) fn next_request(&mut self) -> Result<u64, Error> {
@@ -173,8 +179,14 @@ impl State {
         self.pending.get(&id).is_some_and(|pending| !pending.answer.is_closed())
     }
 
-    /// An answer has come: follows what it changes. Where it is to be sent on to, once the lock is released: whoever waits for it wants the lock at once.
-    pub(crate) fn settle(&mut self, id: u64, outcome: &Result<Reply, Error>, now: Timestamp) -> Option<Answer> {
+    /// An answer has come: follows what it changes. Where it is to be sent on to, once the lock is released:
+    /// whoever waits for it wants the lock at once.
+    pub(crate) fn settle(
+        &mut self,
+        id: u64,
+        outcome: &Result<Reply, Error>,
+        now: Timestamp,
+    ) -> Option<Answer> {
         let Some(Pending { kind, answer }) = self.pending.remove(&id) else {
             tracing::debug!("an answer to request {id}, which nobody asked");
             return None;
@@ -195,7 +207,7 @@ impl State {
         Some(answer)
     }
 
-    // ---- The stream --------------------------------------------------------------------------------------------------------------------
+    // ---- The stream ---------------------------------------------------------------------------------------
 
     /// An observation of the stream has arrived; whether it is to be kept.
     pub(crate) fn arrived(&mut self, observation: &Observation, now: Timestamp) -> bool {
@@ -234,14 +246,15 @@ impl State {
         self.clocks.round_trip().unwrap_or(self.first_round_trip)
     }
 
-    // ---- Actions -----------------------------------------------------------------------------------------------------------------------
+    // ---- Actions ------------------------------------------------------------------------------------------
 
     /// The rows of a chunk, as they wait for their ticks.
     pub(crate) fn rows(&self, chunk: &ActionChunk) -> Vec<Row> {
         chunk.iter().map(|row| Row { values: row.to_vec(), from: self.seen.clone() }).collect()
     }
 
-    /// The caller has seen this observation: its next actions come from it, or from a newer one that it saw before.
+    /// The caller has seen this observation: its next actions come from it, or from a newer one that it saw
+    /// before.
     pub(crate) fn see(&mut self, obs: &Arc<Observation>) {
         if (obs.episode, obs.seq) >= (self.seen.episode, self.seen.observation_seq) {
             let capture_times = self.existing.capture_times(obs);
@@ -254,7 +267,8 @@ impl State {
         self.last_action += 1;
         self.actions_sent += 1;
         let Source { episode, observation_seq, capture_times } = from;
-        let message = ActionMessage { session: self.session, episode, seq: self.last_action, actions, observation_seq };
+        let message =
+            ActionMessage { session: self.session, episode, seq: self.last_action, actions, observation_seq };
         Outgoing { message, capture_times }
     }
 
@@ -280,7 +294,7 @@ impl State {
         self.dispatch.due_in(now).map_or(Due::Never, Due::In)
     }
 
-    // ---- The loops ---------------------------------------------------------------------------------------------------------------------
+    // ---- The loops ----------------------------------------------------------------------------------------
 
     pub(crate) fn pong(&mut self, sample: PingSample) {
         self.clocks.add(sample);
@@ -332,7 +346,8 @@ mod tests {
     #[test]
     fn a_refusal_is_for_the_caller_unless_its_own_reset_overtook_the_action() {
         let mut state = State::new(1, 0, 4, Duration::ZERO);
-        let refusal = |action_seq| Fault { action_seq, ..Fault::new(Code::Resetting, "a reset is under way") };
+        let refusal =
+            |action_seq| Fault { action_seq, ..Fault::new(Code::Resetting, "a reset is under way") };
         let act = |state: &mut State| drop(state.action([0.0].into(), Source::default()));
         act(&mut state);
         state.refused(refusal(1));

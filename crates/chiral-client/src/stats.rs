@@ -11,7 +11,8 @@ pub struct ClientStats {
     pub observations: u64,
     /// Observations a second, over the last 10 s of the stream.
     pub observation_hz: f64,
-    /// Median age of an observation on arrival, its oldest camera's, over the last 10 s; `None` before the clocks were compared.
+    /// Median age of an observation on arrival, its oldest camera's, over the last 10 s; `None` before the
+    /// clocks were compared.
     pub observation_age_p50: Option<Duration>,
     /// The age that 99 of 100 observations stay under.
     pub observation_age_p99: Option<Duration>,

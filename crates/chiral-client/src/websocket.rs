@@ -1,4 +1,5 @@
-//! WebSocket by tungstenite's handshake: addresses, TLS, and attempts to connect. What comes after the handshake is `chiral-transport`'s.
+//! WebSocket by tungstenite's handshake: addresses, TLS, and attempts to connect. What comes after the
+//! handshake is `chiral-transport`'s.
 
 use std::{
     error::Error as StdError,
@@ -9,8 +10,8 @@ use std::{
     time::Duration,
 };
 
-use chiral_transport::{Courtesy, Patience, Role, SUBPROTOCOL, WebSocketOptions, WebSocketTransport, tune};
 use chiral_proto::{Codec, pool::Pool};
+use chiral_transport::{Courtesy, Patience, Role, SUBPROTOCOL, WebSocketOptions, WebSocketTransport, tune};
 use tokio::{
     io::{AsyncRead, AsyncWrite, ReadBuf},
     net::TcpStream,
@@ -71,7 +72,10 @@ impl Server {
             Some(other) => return Err(refuse(format!("no transport for {other}://"))),
             None => return Err(refuse("it does not begin with ws:// or wss://".to_owned())),
         };
-        let host = uri.host().filter(|host| !host.is_empty()).ok_or_else(|| refuse("it names no host".to_owned()))?;
+        let host = uri
+            .host()
+            .filter(|host| !host.is_empty())
+            .ok_or_else(|| refuse("it names no host".to_owned()))?;
         let host = host.trim_matches(['[', ']']).to_owned();
         let tls = if is_tls { Some(tls(means.root_certificates.as_deref())?) } else { None };
         let (codec, patience) = (means.codec, means.patience.clone());
@@ -85,7 +89,9 @@ fn tls(root_certificates: Option<&[u8]>) -> Result<TlsConnector, Error> {
     match root_certificates {
         Some(pem) => {
             for certificate in CertificateDer::pem_slice_iter(pem) {
-                roots.add(certificate.map_err(|error| tls(error.into()))?).map_err(|error| tls(error.into()))?;
+                roots
+                    .add(certificate.map_err(|error| tls(error.into()))?)
+                    .map_err(|error| tls(error.into()))?;
             }
         }
         None => {
@@ -93,19 +99,26 @@ fn tls(root_certificates: Option<&[u8]>) -> Result<TlsConnector, Error> {
             tracing::debug!("trusting {added} certificates of the system");
         }
     }
-    let config = ClientConfig::builder_with_provider(Arc::new(ring::default_provider())).with_safe_default_protocol_versions();
-    let config = config.map_err(|error| tls(error.into()))?.with_root_certificates(roots).with_no_client_auth();
+    let config = ClientConfig::builder_with_provider(Arc::new(ring::default_provider()))
+        .with_safe_default_protocol_versions();
+    let config =
+        config.map_err(|error| tls(error.into()))?.with_root_certificates(roots).with_no_client_auth();
     Ok(Arc::new(config).into())
 }
 
-/// A connection, secure or not. (A boxed trait object would do, if futures that hold one could be shown to be `Send`.)
+/// A connection, secure or not. (A boxed trait object would do, if futures that hold one could be shown to be
+/// `Send`.)
 pub(crate) enum Stream {
     Plain(TcpStream),
     Tls(Box<TlsStream<TcpStream>>),
 }
 
 impl AsyncRead for Stream {
-    fn poll_read(self: Pin<&mut Self>, context: &mut Context<'_>, buffer: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
+    fn poll_read(
+        self: Pin<&mut Self>,
+        context: &mut Context<'_>,
+        buffer: &mut ReadBuf<'_>,
+    ) -> Poll<io::Result<()>> {
         match self.get_mut() {
             Stream::Plain(stream) => Pin::new(stream).poll_read(context, buffer),
             Stream::Tls(stream) => Pin::new(stream).poll_read(context, buffer),
@@ -159,17 +172,24 @@ pub(crate) async fn connect(
     }
 }
 
-/// A connection that was upgraded, and what is spoken on it. Existing servers know no subprotocol: they upgrade and choose none, or refuse the upgrade because
-/// of it, as some libraries do with everything that they were not told of. Then they are asked again without.
+/// A connection that was upgraded, and what is spoken on it. Existing servers know no subprotocol: they
+/// upgrade and choose none, or refuse the upgrade because of it, as some libraries do with everything that
+/// they were not told of. Then they are asked again without.
 async fn agree(server: &Server, codec: Option<Codec>) -> Result<(Stream, Codec), Attempt> {
     let mut stream = open(server).await?;
     if codec == Some(Codec::Msgpack) {
         upgrade(server, &mut stream, None).await.map_err(judge)?;
         return Ok((stream, Codec::Msgpack));
     }
-    let Err(error) = upgrade(server, &mut stream, Some(SUBPROTOCOL)).await else { return Ok((stream, Codec::Protobuf)) };
-    let chose_none = matches!(error, tungstenite::Error::Protocol(SecWebSocketSubProtocolError(SubProtocolError::NoSubProtocol)));
-    let refused = matches!(&error, tungstenite::Error::Http(response) if response.status() == StatusCode::BAD_REQUEST);
+    let Err(error) = upgrade(server, &mut stream, Some(SUBPROTOCOL)).await else {
+        return Ok((stream, Codec::Protobuf));
+    };
+    let chose_none = matches!(
+        error,
+        tungstenite::Error::Protocol(SecWebSocketSubProtocolError(SubProtocolError::NoSubProtocol))
+    );
+    let refused =
+        matches!(&error, tungstenite::Error::Http(response) if response.status() == StatusCode::BAD_REQUEST);
     match codec {
         // All else of the handshake was good, and was checked before: this connection will do.
         None if chose_none => {}
@@ -183,12 +203,19 @@ async fn agree(server: &Server, codec: Option<Codec>) -> Result<(Stream, Codec),
         Some(Codec::Protobuf) if chose_none => return Err(Attempt::Failed(Error::NotProtobuf)),
         _ => return Err(judge(error)),
     }
-    tracing::info!("the server at {} knows no {SUBPROTOCOL}: taken for an existing one, of msgpack", server.uri);
+    tracing::info!(
+        "the server at {} knows no {SUBPROTOCOL}: taken for an existing one, of msgpack",
+        server.uri
+    );
     Ok((stream, Codec::Msgpack))
 }
 
 /// The opening handshake, with this subprotocol offered.
-async fn upgrade(server: &Server, stream: &mut Stream, subprotocol: Option<&'static str>) -> Result<(), tungstenite::Error> {
+async fn upgrade(
+    server: &Server,
+    stream: &mut Stream,
+    subprotocol: Option<&'static str>,
+) -> Result<(), tungstenite::Error> {
     let mut request = server.uri.clone().into_client_request()?;
     if let Some(subprotocol) = subprotocol {
         request.headers_mut().insert(SEC_WEBSOCKET_PROTOCOL, HeaderValue::from_static(subprotocol));
@@ -220,16 +247,21 @@ fn judge(error: tungstenite::Error) -> Attempt {
             Attempt::Failed(Error::Http { status: response.status().as_u16(), text })
         }
         // A server that is just stopping or starting.
-        Io(error) if matches!(error.kind(), io::ErrorKind::ConnectionReset | io::ErrorKind::ConnectionAborted) => {
+        Io(error)
+            if matches!(error.kind(), io::ErrorKind::ConnectionReset | io::ErrorKind::ConnectionAborted) =>
+        {
             Attempt::Absent(error.to_string())
         }
-        Protocol(HandshakeIncomplete) => Attempt::Absent("the connection closed during the handshake".to_owned()),
+        Protocol(HandshakeIncomplete) => {
+            Attempt::Absent("the connection closed during the handshake".to_owned())
+        }
         error => Attempt::Failed(Error::Handshake(Arc::new(error))),
     }
 }
 
-/// Reads no byte beyond the response's head, since what the handshake reads too much of would be lost with it; and hands the head over in one piece, since
-/// a handshake in small pieces is taken for an attack. A refusal may have a body, of which it gets what is there.
+/// Reads no byte beyond the response's head, since what the handshake reads too much of would be lost with
+/// it; and hands the head over in one piece, since a handshake in small pieces is taken for an attack. A
+/// refusal may have a body, of which it gets what is there.
 struct Frugal<'a> {
     stream: &'a mut Stream,
     head: Vec<u8>,
@@ -257,10 +289,15 @@ impl<'a> Frugal<'a> {
 }
 
 impl AsyncRead for Frugal<'_> {
-    fn poll_read(mut self: Pin<&mut Self>, context: &mut Context<'_>, buffer: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
+    fn poll_read(
+        mut self: Pin<&mut Self>,
+        context: &mut Context<'_>,
+        buffer: &mut ReadBuf<'_>,
+    ) -> Poll<io::Result<()>> {
         while !self.is_complete {
             let read = ready!(self.poll_more::<1>(context))?;
-            self.is_complete = read == 0 || self.head.ends_with(Self::END) || self.head.len() == Self::MAX_HEAD;
+            self.is_complete =
+                read == 0 || self.head.ends_with(Self::END) || self.head.len() == Self::MAX_HEAD;
             if self.is_complete && self.head.get(Self::STATUS).is_some_and(|status| status != b"101") {
                 let _ = self.poll_more::<1024>(context)?;
             }
@@ -274,7 +311,11 @@ impl AsyncRead for Frugal<'_> {
 }
 
 impl AsyncWrite for Frugal<'_> {
-    fn poll_write(mut self: Pin<&mut Self>, context: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
+    fn poll_write(
+        mut self: Pin<&mut Self>,
+        context: &mut Context<'_>,
+        bytes: &[u8],
+    ) -> Poll<io::Result<usize>> {
         Pin::new(&mut *self.stream).poll_write(context, bytes)
     }
 

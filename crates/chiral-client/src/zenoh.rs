@@ -1,4 +1,5 @@
-//! Zenoh addresses, and which robot of a network is meant. How peers meet, and what carries frames, is `chiral-transport`'s.
+//! Zenoh addresses, and which robot of a network is meant. How peers meet, and what carries frames, is
+//! `chiral-transport`'s.
 
 use std::{
     error::Error as StdError,
@@ -9,8 +10,12 @@ use std::{
     time::{Duration, Instant},
 };
 
-use chiral_transport::zenoh::{ExistingTransport, LaneKind, Network, NetworkError, NetworkOptions, Search, ZenohOptions};
-use chiral_proto::{Codec, Message, Reply, Request, Transport, codec::msgpack, error::chain, keys, pool::Pool};
+use chiral_proto::{
+    Codec, Message, Reply, Request, Transport, codec::msgpack, error::chain, keys, pool::Pool,
+};
+use chiral_transport::zenoh::{
+    ExistingTransport, LaneKind, Network, NetworkError, NetworkOptions, Search, ZenohOptions,
+};
 use tokio::time::timeout;
 
 use crate::{
@@ -25,7 +30,8 @@ use crate::{
 pub(crate) const RETRY_PERIOD: Duration = Duration::from_millis(500);
 /// For the answers of a network that is searched for a robot.
 const SEARCH_LIMIT: Duration = Duration::from_secs(1);
-/// So long a robot of ours may take to show on a network before existing servers are asked whether they are there.
+/// So long a robot of ours may take to show on a network before existing servers are asked whether they are
+/// there.
 const ALIVE_LIMIT: Duration = Duration::from_secs(1);
 /// For an existing server's answer to that, before it is asked again.
 const PROBE_LIMIT: Duration = Duration::from_millis(500);
@@ -64,7 +70,9 @@ struct Looking {
 impl Server {
     /// Whether Zenoh knows such addresses, and this client as well.
     pub(crate) fn is_meant(uri: &str) -> bool {
-        ["tcp/", "tls/", "quic/", "unixsock-stream/", BY_NAME].iter().any(|beginning| uri.starts_with(beginning))
+        ["tcp/", "tls/", "quic/", "unixsock-stream/", BY_NAME]
+            .iter()
+            .any(|beginning| uri.starts_with(beginning))
     }
 
     pub(crate) fn parse(uri: &str, means: &Means) -> Result<Server, Error> {
@@ -73,10 +81,14 @@ impl Server {
             Some(name) => (None, Some(name).filter(|name| !name.is_empty())),
             None => (Some(uri.to_owned()), None),
         };
-        let (protocol, rest) = locator.as_deref().and_then(|locator| locator.split_once('/')).unwrap_or_default();
+        let (protocol, rest) =
+            locator.as_deref().and_then(|locator| locator.split_once('/')).unwrap_or_default();
         // What comes after it is for Zenoh.
         let address = rest.split(['?', '#']).next().unwrap_or_default();
-        let port = address.rsplit_once(':').filter(|(host, _)| !host.is_empty()).and_then(|(_, port)| port.parse::<u16>().ok());
+        let port = address
+            .rsplit_once(':')
+            .filter(|(host, _)| !host.is_empty())
+            .and_then(|(_, port)| port.parse::<u16>().ok());
         match protocol {
             "unixsock-stream" if address.is_empty() => {
                 return Err(refuse("it names no socket, such as unixsock-stream//run/robot.sock".to_owned()));
@@ -96,9 +108,12 @@ impl Server {
         if let Some(robot) = asked {
             keys::check_robot(robot).map_err(|error| refuse(error.to_string()))?;
         }
-        if means.codec == Some(Codec::Msgpack) && (asked.is_some() || (locator.is_none() && means.zenoh_config.is_none())) {
+        if means.codec == Some(Codec::Msgpack)
+            && (asked.is_some() || (locator.is_none() && means.zenoh_config.is_none()))
+        {
             return Err(refuse(
-                "existing servers, of msgpack, have no name, only an address such as tcp/localhost:7447".to_owned(),
+                "existing servers, of msgpack, have no name, only an address such as tcp/localhost:7447"
+                    .to_owned(),
             ));
         }
         let options = NetworkOptions {
@@ -121,7 +136,12 @@ impl Server {
     }
 
     /// One attempt to connect: on the network that is known already, or on a new session of it.
-    pub(crate) async fn connect(&self, carries: Carries, max_frame: usize, pool: Pool) -> Result<Connection, Attempt> {
+    pub(crate) async fn connect(
+        &self,
+        carries: Carries,
+        max_frame: usize,
+        pool: Pool,
+    ) -> Result<Connection, Attempt> {
         let kind = if carries == Carries::Observations { LaneKind::Observations } else { LaneKind::Control };
         let known = lock(&self.found).clone();
         let (network, robot) = match known {
@@ -218,7 +238,8 @@ impl Server {
 
     /// Where the robot was found without an address, and its name.
     async fn search(&self) -> Result<(String, String), Attempt> {
-        let mut search = Search::begin(&self.options, SEARCH_LIMIT).await.map_err(|error| self.judge(error))?;
+        let mut search =
+            Search::begin(&self.options, SEARCH_LIMIT).await.map_err(|error| self.judge(error))?;
         let mut sightings = Vec::new();
         while let Some(sighting) = search.next().await {
             let is_asked = self.asked.as_ref() == Some(&sighting.robot);
@@ -243,7 +264,8 @@ impl Server {
     /// Whether another attempt may mend it.
     fn judge(&self, error: NetworkError) -> Attempt {
         match error {
-            // A server that is just ending or beginning looks like one that refuses: only twice in turn is it believed.
+            // A server that is just ending or beginning looks like one that refuses: only twice in turn is it
+            // believed.
             NetworkError::NotLetIn { .. } if !self.was_refused.swap(true, Ordering::Relaxed) => {
                 Attempt::Absent(error.to_string())
             }
@@ -281,15 +303,19 @@ pub(crate) fn failed(error: NetworkError) -> Error {
 fn choose(mut alive: Vec<String>, asked: Option<&str>, uri: &str) -> Result<String, Attempt> {
     match asked {
         Some(asked) if alive.iter().any(|name| name == asked) => Ok(asked.to_owned()),
-        Some(asked) if alive.is_empty() => {
-            Err(Attempt::Absent(format!("no robot is alive there, or none that we may reach, nor is {asked:?}")))
-        }
+        Some(asked) if alive.is_empty() => Err(Attempt::Absent(format!(
+            "no robot is alive there, or none that we may reach, nor is {asked:?}"
+        ))),
         Some(asked) => Err(Attempt::Absent(format!(
             "no robot named {asked:?} is alive there, or we may not reach it; there are: {}",
             alive.join(", ")
         ))),
-        None if alive.len() > 1 => Err(Attempt::Failed(Error::SeveralRobots { uri: uri.to_owned(), names: alive })),
-        None => alive.pop().ok_or_else(|| Attempt::Absent("no robot is alive there, or none that we may reach".to_owned())),
+        None if alive.len() > 1 => {
+            Err(Attempt::Failed(Error::SeveralRobots { uri: uri.to_owned(), names: alive }))
+        }
+        None => alive
+            .pop()
+            .ok_or_else(|| Attempt::Absent("no robot is alive there, or none that we may reach".to_owned())),
     }
 }
 
@@ -299,7 +325,11 @@ mod tests {
 
     #[test]
     fn the_one_robot_is_taken_and_of_several_the_one_asked_for() {
-        let choose = |alive: &[&str], asked| match choose(alive.iter().map(|name| name.to_string()).collect(), asked, "tcp/a:1") {
+        let choose = |alive: &[&str], asked| match choose(
+            alive.iter().map(|name| name.to_string()).collect(),
+            asked,
+            "tcp/a:1",
+        ) {
             Ok(name) => name,
             Err(Attempt::Absent(reason)) => format!("absent: {reason}"),
             Err(Attempt::Failed(error)) => format!("failed: {error}"),
@@ -329,8 +359,9 @@ mod tests {
             "zenoh:panda",
             "zenoh:",
         ];
-        let parse =
-            |uri: &str, robot: Option<&str>| Server::parse(uri, &Means { robot: robot.map(str::to_owned), ..Means::default() });
+        let parse = |uri: &str, robot: Option<&str>| {
+            Server::parse(uri, &Means { robot: robot.map(str::to_owned), ..Means::default() })
+        };
         for good in good {
             assert!(Server::is_meant(good) && parse(good, None).is_ok(), "{good}");
         }

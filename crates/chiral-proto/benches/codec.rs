@@ -1,4 +1,5 @@
-//! Encoding and decoding observations, and slicing what arrived in pieces: what every frame costs whatever carries it. `cargo bench -p chiral-proto`.
+//! Encoding and decoding observations, and slicing what arrived in pieces: what every frame costs whatever
+//! carries it. `cargo bench -p chiral-proto`.
 
 use std::hint::black_box;
 use std::sync::Arc;
@@ -7,7 +8,9 @@ use chiral_proto::bytes::Bytes;
 use chiral_proto::message::ActionMessage;
 use chiral_proto::nalgebra::{Matrix3, Matrix4};
 use chiral_proto::pool::Pool;
-use chiral_proto::{ActionChunk, Camera, Codec, DType, Frame, Message, Notice, Observation, Proprio, Tensor, Timestamp};
+use chiral_proto::{
+    ActionChunk, Camera, Codec, DType, Frame, Message, Notice, Observation, Proprio, Tensor, Timestamp,
+};
 use criterion::{Criterion, criterion_group, criterion_main};
 
 fn camera(i: usize) -> Arc<Camera> {
@@ -31,12 +34,22 @@ fn observation(cameras: usize) -> Message {
     let data = Tensor::from_vec([7], vec![0.5_f32; 7]).expect("seven values");
     let proprio = Arc::new(Proprio { name: "joint_pos".into(), captured_at: Timestamp(1), data });
     let cameras = (0..cameras).map(camera).collect();
-    Message::Notice(Notice::Observation(Arc::new(Observation { cameras, proprios: vec![proprio], ..Observation::default() })))
+    Message::Notice(Notice::Observation(Arc::new(Observation {
+        cameras,
+        proprios: vec![proprio],
+        ..Observation::default()
+    })))
 }
 
 fn action() -> Message {
     let actions = ActionChunk::from([0.25_f32; 7]);
-    Message::Notice(Notice::Action(ActionMessage { session: 7, episode: 1, seq: 1, actions, observation_seq: 42 }))
+    Message::Notice(Notice::Action(ActionMessage {
+        session: 7,
+        episode: 1,
+        seq: 1,
+        actions,
+        observation_seq: 42,
+    }))
 }
 
 fn codec(criterion: &mut Criterion) {
@@ -55,7 +68,9 @@ fn codec(criterion: &mut Criterion) {
 
 fn pool(criterion: &mut Criterion) {
     let pool = Pool::new(4);
-    criterion.bench_function("lend and return 17 MB", |bencher| bencher.iter(|| drop(black_box(pool.take(17_203_200)))));
+    criterion.bench_function("lend and return 17 MB", |bencher| {
+        bencher.iter(|| drop(black_box(pool.take(17_203_200))))
+    });
 }
 
 criterion_group!(benches, codec, pool);

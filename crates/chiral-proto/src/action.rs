@@ -9,7 +9,8 @@ use crate::error::InvalidAction;
 
 /// One action: D values.
 ///
-/// Made from what a policy has, in `f32` or `f64`: slices, arrays, `Vec`s, one-dimensional `ndarray`s, nalgebra vectors.
+/// Made from what a policy has, in `f32` or `f64`: slices, arrays, `Vec`s, one-dimensional `ndarray`s,
+/// nalgebra vectors.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct Action {
     /// The values, in the order and unit that the robot's [`ActionSpec`] says.
@@ -26,8 +27,9 @@ impl Deref for Action {
 
 /// N actions predicted together: (N, D), row-major, in one buffer.
 ///
-/// Made from what a policy has, in `f32` or `f64`: whatever an [`Action`] is made from is a chunk of one row; arrays of arrays, two-dimensional `ndarray`s
-/// and nalgebra matrices are N rows. A nalgebra *column vector* (one column by its type) is one action.
+/// Made from what a policy has, in `f32` or `f64`: whatever an [`Action`] is made from is a chunk of one row;
+/// arrays of arrays, two-dimensional `ndarray`s and nalgebra matrices are N rows. A nalgebra *column vector*
+/// (one column by its type) is one action.
 #[derive(Clone, Debug, PartialEq)]
 pub struct ActionChunk {
     values: Vec<f32>,
@@ -91,7 +93,8 @@ pub struct ActionSpec {
     pub dimension: usize,
     /// One name a value, or empty.
     pub names: Vec<String>,
-    /// The least value that the robot can follow, one a value, or empty. Told to the policy; what lies outside is the robot's to clamp.
+    /// The least value that the robot can follow, one a value, or empty. Told to the policy; what lies
+    /// outside is the robot's to clamp.
     pub low: Vec<f32>,
     /// The greatest value that the robot can follow, one a value, or empty.
     pub high: Vec<f32>,
@@ -117,7 +120,8 @@ impl ActionSpec {
         }
     }
 
-    /// Whether a robot of this kind may see `chunk`: 1 to [`ActionChunk::MAX_ROWS`] rows of its dimension, every value finite.
+    /// Whether a robot of this kind may see `chunk`: 1 to [`ActionChunk::MAX_ROWS`] rows of its dimension,
+    /// every value finite.
     ///
     /// # Errors
     /// [`InvalidAction`], which says what was expected and what was found.
@@ -208,7 +212,10 @@ impl<T: Number, R: Dim, C: Dim, S: RawStorage<T, R, C>> From<&Matrix<T, R, C, S>
         // A vector's column is its one row; a matrix is stored by columns and sent by rows.
         let values = match is_vector {
             true => matrix.iter().map(|value| value.to_f32()).collect(),
-            false => matrix.row_iter().flat_map(|row| row.iter().map(|value| value.to_f32()).collect::<Vec<_>>()).collect(),
+            false => matrix
+                .row_iter()
+                .flat_map(|row| row.iter().map(|value| value.to_f32()).collect::<Vec<_>>())
+                .collect(),
         };
         ActionChunk { values, dimension }
     }
@@ -271,10 +278,16 @@ mod tests {
 
     #[test]
     fn only_whole_rows_of_finite_values_pass() {
-        let spec = ActionSpec { names: vec!["shoulder".into(), "elbow".into()], ..ActionSpec::joint_positions(2, 20.0) };
+        let spec = ActionSpec {
+            names: vec!["shoulder".into(), "elbow".into()],
+            ..ActionSpec::joint_positions(2, 20.0)
+        };
         assert_eq!(spec.check(&[1.0, 2.0].into()), Ok(()));
         assert_eq!(spec.check(&[1.0].into()), Err(InvalidAction::Dimension { expected: 2, found: 1 }));
-        assert_eq!(spec.check(&ActionChunk::new(2, vec![]).unwrap()), Err(InvalidAction::Rows { limit: 4096, found: 0 }));
+        assert_eq!(
+            spec.check(&ActionChunk::new(2, vec![]).unwrap()),
+            Err(InvalidAction::Rows { limit: 4096, found: 0 })
+        );
         assert_eq!(ActionChunk::new(2, vec![1.0; 3]), Err(InvalidAction::Ragged { dimension: 2, found: 3 }));
         let error = spec.check(&array![[0.0f64, 0.0], [0.0, 1e300]].into()).unwrap_err();
         assert_eq!(error.to_string(), "expected finite values, found inf at row 1, elbow");

@@ -8,7 +8,8 @@ use std::{
     time::Duration,
 };
 
-/// Nanoseconds of a host's monotonic clock (CLOCK_MONOTONIC on Linux). Two hosts' timestamps are never subtracted without an offset.
+/// Nanoseconds of a host's monotonic clock (CLOCK_MONOTONIC on Linux). Two hosts' timestamps are never
+/// subtracted without an offset.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct Timestamp(pub i64);
 
@@ -68,7 +69,8 @@ impl fmt::Debug for Clock {
     }
 }
 
-/// The four times of a ping and its pong (RFC 5905, section 8): sent and received back on the asker's clock, received and answered on the other.
+/// The four times of a ping and its pong (RFC 5905, section 8): sent and received back on the asker's clock,
+/// received and answered on the other.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct PingSample {
     /// The ping left, asker's clock.
@@ -84,7 +86,9 @@ pub struct PingSample {
 impl PingSample {
     /// The time that the two messages were under way.
     pub fn round_trip(&self) -> Duration {
-        Duration::from_nanos(u64::try_from((self.t4 - self.t1).saturating_sub(self.t3 - self.t2)).unwrap_or(0))
+        Duration::from_nanos(
+            u64::try_from((self.t4 - self.t1).saturating_sub(self.t3 - self.t2)).unwrap_or(0),
+        )
     }
 
     /// By how many nanoseconds the answerer's clock is ahead, half the round trip its greatest error.

@@ -4,7 +4,8 @@ use std::{error::Error, fmt, sync::Arc};
 
 use crate::tensor::DType;
 
-/// An error and its causes, one after the other: what a log line or a peer needs. Some errors' own text has their causes' already.
+/// An error and its causes, one after the other: what a log line or a peer needs. Some errors' own text has
+/// their causes' already.
 pub fn chain(error: &(dyn Error + 'static)) -> String {
     let mut text = error.to_string();
     let mut cause = error.source();
@@ -157,8 +158,18 @@ pub struct DecodeError {
 }
 
 impl DecodeError {
-    pub(crate) fn new(field: impl Into<String>, expected: impl fmt::Display, found: impl fmt::Display) -> DecodeError {
-        DecodeError { id: 0, action_seq: 0, field: field.into(), expected: expected.to_string(), found: found.to_string() }
+    pub(crate) fn new(
+        field: impl Into<String>,
+        expected: impl fmt::Display,
+        found: impl fmt::Display,
+    ) -> DecodeError {
+        DecodeError {
+            id: 0,
+            action_seq: 0,
+            field: field.into(),
+            expected: expected.to_string(),
+            found: found.to_string(),
+        }
     }
 
     /// The same, found within `outer`.
@@ -255,7 +266,10 @@ impl Error for Fault {}
 
 impl From<DecodeError> for Fault {
     fn from(error: DecodeError) -> Fault {
-        Fault { action_seq: error.action_seq, ..Fault::new(Code::Malformed, error.to_string()).field(error.field) }
+        Fault {
+            action_seq: error.action_seq,
+            ..Fault::new(Code::Malformed, error.to_string()).field(error.field)
+        }
     }
 }
 

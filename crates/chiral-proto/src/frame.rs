@@ -1,4 +1,5 @@
-//! One encoded message: `u32 LE header_len | header | padding | payload`, in memory as segments that are never joined on the way out.
+//! One encoded message: `u32 LE header_len | header | padding | payload`, in memory as segments that are
+//! never joined on the way out.
 //!
 //! What the header says is the codec's business; where things lie is decided here, for every codec.
 
@@ -94,7 +95,11 @@ impl PayloadWriter {
     }
 
     /// The frame of this payload; `encode_header` appends the header, whose length is `header_len`.
-    pub(crate) fn finish(self, header_len: usize, encode_header: impl FnOnce(&mut BytesMut)) -> Result<Frame, Unsayable> {
+    pub(crate) fn finish(
+        self,
+        header_len: usize,
+        encode_header: impl FnOnce(&mut BytesMut),
+    ) -> Result<Frame, Unsayable> {
         let prefix = u32::try_from(header_len).map_err(|_| Unsayable::TooLong { len: header_len })?;
         let head_len = (4 + header_len).next_multiple_of(self.alignment);
         let mut head = BytesMut::with_capacity(head_len);
@@ -125,8 +130,8 @@ impl Payload {
         self.len
     }
 
-    /// The part at `offset`: a slice of what arrived, copied only if it lies across two segments. Parts are taken in order, so that no peer has the same
-    /// bytes copied more than once.
+    /// The part at `offset`: a slice of what arrived, copied only if it lies across two segments. Parts are
+    /// taken in order, so that no peer has the same bytes copied more than once.
     pub(crate) fn take(&self, offset: usize, len: usize) -> Result<Bytes, DecodeError> {
         if len == 0 {
             return Ok(Bytes::new());
@@ -149,7 +154,8 @@ impl Payload {
     }
 }
 
-/// Takes a received frame apart: the header's bytes, and the payload whose parts begin at multiples of `alignment`.
+/// Takes a received frame apart: the header's bytes, and the payload whose parts begin at multiples of
+/// `alignment`.
 pub(crate) fn open(frame: Frame, alignment: usize) -> Result<(Bytes, Payload), DecodeError> {
     let len = frame.len();
     if len < 4 {
@@ -159,7 +165,11 @@ pub(crate) fn open(frame: Frame, alignment: usize) -> Result<(Bytes, Payload), D
     prefix.copy_from_slice(&slice(&frame.segments, 0, 4));
     let header_len = u32::from_le_bytes(prefix) as usize;
     if header_len > len - 4 {
-        return Err(DecodeError::new("header_len", format_args!("at most the {} bytes that follow", len - 4), header_len));
+        return Err(DecodeError::new(
+            "header_len",
+            format_args!("at most the {} bytes that follow", len - 4),
+            header_len,
+        ));
     }
     let header = slice(&frame.segments, 4, header_len);
     let mut skip = (4 + header_len).next_multiple_of(alignment).min(len);
@@ -215,7 +225,8 @@ mod tests {
 
         let whole = frame.into_bytes();
         for cut in 0..whole.len() {
-            let (header, payload) = open(Frame::from(vec![whole.slice(..cut), whole.slice(cut..)]), 64).unwrap();
+            let (header, payload) =
+                open(Frame::from(vec![whole.slice(..cut), whole.slice(cut..)]), 64).unwrap();
             assert_eq!((&header[..], payload.len), (&b"header"[..], 164));
             for (part, offset) in parts.iter().zip(offsets) {
                 assert_eq!(payload.take(offset, part.len()).unwrap(), part);

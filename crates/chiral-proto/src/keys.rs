@@ -1,5 +1,5 @@
-//! The names that peers meet by on a Zenoh network, and what a robot may be called there. Only names are here; what is said under them is
-//! `chiral-transport`'s.
+//! The names that peers meet by on a Zenoh network, and what a robot may be called there. Only names are
+//! here; what is said under them is `chiral-transport`'s.
 //!
 //! ```text
 //! chiral/v1/<robot>/alive/<server>        liveliness token of the robot's server, which is `<Zenoh id>@<host>`
@@ -25,7 +25,8 @@ pub struct InvalidName {
     pub found: String,
 }
 
-/// Whether a robot can have this name on a Zenoh network: letters and digits of any script, `-`, `_` and `.`, at most 64.
+/// Whether a robot can have this name on a Zenoh network: letters and digits of any script, `-`, `_` and `.`,
+/// at most 64.
 ///
 /// # Errors
 /// [`InvalidName`] says what is allowed.
@@ -36,7 +37,8 @@ pub fn check_robot(name: &str) -> Result<(), InvalidName> {
     Err(InvalidName { found: name.to_owned() })
 }
 
-/// A good name for the robot of a host that is called so: what cannot be in it is replaced, and `robot` is taken where nothing is left.
+/// A good name for the robot of a host that is called so: what cannot be in it is replaced, and `robot` is
+/// taken where nothing is left.
 pub fn robot_of_host(host: &str) -> String {
     let replaced = host.trim().chars().map(|char| if is_allowed(char) { char } else { '-' });
     let name: String = replaced.take(MAX_NAME).collect();
@@ -127,10 +129,13 @@ mod tests {
             assert_eq!(robot_and_server(&alive(good, "1f")), Some((good, "1f")));
         }
         let too_long = "a".repeat(65);
-        for bad in ["", "left arm", "a/b", "*", "**", "a*", "$*", "a#", "a?b", "@a", "a\n", "a\u{0}", &too_long] {
+        for bad in
+            ["", "left arm", "a/b", "*", "**", "a*", "$*", "a#", "a?b", "@a", "a\n", "a\u{0}", &too_long]
+        {
             let error = check_robot(bad).unwrap_err().to_string();
             assert!(
-                error.starts_with("expected a robot's name of 1 to 64 letters, digits") && error.contains(&format!("{bad:?}")),
+                error.starts_with("expected a robot's name of 1 to 64 letters, digits")
+                    && error.contains(&format!("{bad:?}")),
                 "{error}"
             );
         }
@@ -170,8 +175,8 @@ mod tests {
 
     #[test]
     fn the_two_ends_never_share_a_key() {
-        let keys =
-            [End::Client, End::Server].map(|side| [frames("a", "1", side), end("a", "1", side), existing(side).to_owned()]);
+        let keys = [End::Client, End::Server]
+            .map(|side| [frames("a", "1", side), end("a", "1", side), existing(side).to_owned()]);
         let distinct: std::collections::BTreeSet<_> = keys.as_flattened().iter().collect();
         assert_eq!(distinct.len(), 6);
         assert_eq!(End::Client.other().other(), End::Client);

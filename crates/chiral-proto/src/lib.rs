@@ -1,7 +1,8 @@
 //! Types, codecs and framing of the Chiral protocol: everything that both ends need and that is pure.
 //!
-//! There is no socket, runtime, thread, clock or log in this crate: bytes and times are passed in. A `PolicyServer` runs on the robot, a
-//! `PolicyClient` beside the policy; both speak [`Message`]s, which a [`Codec`] turns into [`Frame`]s, which a [`Transport`] carries.
+//! There is no socket, runtime, thread, clock or log in this crate: bytes and times are passed in. A
+//! `PolicyServer` runs on the robot, a `PolicyClient` beside the policy; both speak [`Message`]s, which a
+//! [`Codec`] turns into [`Frame`]s, which a [`Transport`] carries.
 //!
 //! ```
 //! use chiral_proto::{ActionChunk, Codec, Message, Notice};

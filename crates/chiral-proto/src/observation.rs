@@ -20,7 +20,8 @@ pub struct Observation {
     pub episode: u64,
     /// Counts the server's observations from 1.
     pub seq: u64,
-    /// Seconds, application-defined; by default the server's monotonic clock when the observation was taken. Carried bit for bit.
+    /// Seconds, application-defined; by default the server's monotonic clock when the observation was taken.
+    /// Carried bit for bit.
     pub timestamp: f64,
     /// The cameras, in the order the server declared them.
     pub cameras: Vec<Arc<Camera>>,
@@ -44,8 +45,9 @@ impl Observation {
     /// # Errors
     /// [`UnknownName`], which lists the names there are.
     pub fn proprio(&self, name: &str) -> Result<&Proprio, UnknownName> {
-        find(&self.proprios, name, |proprio| &proprio.name)
-            .ok_or_else(|| UnknownName::new("proprio", name, self.proprios.iter().map(|proprio| &*proprio.name)))
+        find(&self.proprios, name, |proprio| &proprio.name).ok_or_else(|| {
+            UnknownName::new("proprio", name, self.proprios.iter().map(|proprio| &*proprio.name))
+        })
     }
 
     fn unknown_camera(&self, name: &str) -> UnknownName {
@@ -53,12 +55,14 @@ impl Observation {
     }
 }
 
-/// The camera of this name. Panics where there is none, naming those there are; [`Observation::camera`] returns an error instead.
+/// The camera of this name. Panics where there is none, naming those there are; [`Observation::camera`]
+/// returns an error instead.
 impl Index<&str> for Observation {
     type Output = Camera;
 
     fn index(&self, name: &str) -> &Camera {
-        find(&self.cameras, name, |camera| &camera.name).unwrap_or_else(|| panic!("{}", self.unknown_camera(name)))
+        find(&self.cameras, name, |camera| &camera.name)
+            .unwrap_or_else(|| panic!("{}", self.unknown_camera(name)))
     }
 }
 
@@ -79,9 +83,11 @@ pub struct Camera {
     pub image: Tensor,
     /// (H, W) of `f32`: distance along the optical axis (z) in metres, 0 or NaN where unknown.
     pub depth: Option<Tensor>,
-    /// The camera matrix K, in pixels, the centre of the first one at (0, 0), as OpenCV has it. Fresh in every observation.
+    /// The camera matrix K, in pixels, the centre of the first one at (0, 0), as OpenCV has it. Fresh in
+    /// every observation.
     pub intrinsics: Matrix3<f64>,
-    /// The pose T, camera to world: p_world = T p_camera, in metres; camera axes x right, y down, z forward. Fresh in every observation.
+    /// The pose T, camera to world: p_world = T p_camera, in metres; camera axes x right, y down, z forward.
+    /// Fresh in every observation.
     pub extrinsics: Matrix4<f64>,
 }
 
@@ -119,7 +125,12 @@ pub struct CameraSpec {
 impl CameraSpec {
     /// A camera of 8-bit red, green and blue.
     pub fn rgb(name: impl Into<String>, height: usize, width: usize) -> CameraSpec {
-        CameraSpec { name: name.into(), image_shape: [height, width, 3], image_dtype: DType::U8, has_depth: false }
+        CameraSpec {
+            name: name.into(),
+            image_shape: [height, width, 3],
+            image_dtype: DType::U8,
+            has_depth: false,
+        }
     }
 
     /// A camera of 8-bit red, green and blue, and depth.

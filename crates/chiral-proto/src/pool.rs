@@ -1,4 +1,5 @@
-//! Memory that is lent, filled, shared and lent again: a fresh 17 MB a frame costs more in page faults than the network does.
+//! Memory that is lent, filled, shared and lent again: a fresh 17 MB a frame costs more in page faults than
+//! the network does.
 
 use std::{
     fmt,
@@ -25,7 +26,8 @@ pub struct Pool {
 
 /// Memory of another kind than the heap for a pool to lend, such as what two processes share.
 pub trait Memory: fmt::Debug + Send + Sync {
-    /// `len` bytes that begin at a multiple of [`ALIGNMENT`], whatever they were last; `None` if there are none to be had now. Never waits.
+    /// `len` bytes that begin at a multiple of [`ALIGNMENT`], whatever they were last; `None` if there are
+    /// none to be had now. Never waits.
     fn take(&self, len: usize) -> Option<Box<dyn Lent>>;
 }
 
@@ -54,8 +56,9 @@ struct Idle {
 #[derive(Debug)]
 enum Block {
     Small(Vec<u8>),
-    /// What is freed is the system's again at once. Of the heap it would not be: once glibc has freed a large block it cuts others from what it keeps, small
-    /// allocations break that up, and memory grows by a whole observation now and then though no more of them are held.
+    /// What is freed is the system's again at once. Of the heap it would not be: once glibc has freed a large
+    /// block it cuts others from what it keeps, small allocations break that up, and memory grows by a whole
+    /// observation now and then though no more of them are held.
     Large(MmapMut),
 }
 
@@ -98,7 +101,8 @@ impl Pool {
         Pool { shelf: Arc::new(Shelf { idle: Mutex::default(), max_idle, supply: Mutex::default() }) }
     }
 
-    /// From now on, buffers are of this memory, as long as it is there and has any to lend; else its own as before.
+    /// From now on, buffers are of this memory, as long as it is there and has any to lend; else its own as
+    /// before.
     pub fn supply(&self, memory: &Arc<dyn Memory>) {
         *self.shelf.supply.lock().unwrap_or_else(PoisonError::into_inner) = Some(Arc::downgrade(memory));
     }
@@ -111,10 +115,12 @@ impl Pool {
         }
         let needed = len + ALIGNMENT - 1;
         let mut idle = self.shelf.idle.lock().unwrap_or_else(PoisonError::into_inner);
-        // The smallest that is large enough, and not so large that a small message would pin a whole observation's memory; among equals the one that was
-        // used last, so that what is not needed stays untouched.
+        // The smallest that is large enough, and not so large that a small message would pin a whole
+        // observation's memory; among equals the one that was used last, so that what is not needed stays
+        // untouched.
         let len_of = |&i: &usize| idle[i].memory.len();
-        let best = (0..idle.len()).rev().filter(|i| (needed..=needed * 2).contains(&len_of(i))).min_by_key(len_of);
+        let best =
+            (0..idle.len()).rev().filter(|i| (needed..=needed * 2).contains(&len_of(i))).min_by_key(len_of);
         let memory = best.map(|i| idle.remove(i).memory);
         drop(idle);
         let memory = memory.unwrap_or_else(|| Block::zeroed(needed));
@@ -122,7 +128,8 @@ impl Pool {
         Buffer { memory: Kind::Own(Own { memory, start, len, shelf: Arc::downgrade(&self.shelf) }) }
     }
 
-    /// Frees the buffers that nobody has used since this was called last. To be called every few seconds, also while nothing arrives.
+    /// Frees the buffers that nobody has used since this was called last. To be called every few seconds,
+    /// also while nothing arrives.
     pub fn trim(&self) {
         let mut idle = self.shelf.idle.lock().unwrap_or_else(PoisonError::into_inner);
         let (surplus, kept): (Vec<_>, Vec<_>) = idle.drain(..).partition(|buffer| buffer.is_surplus);
@@ -133,7 +140,8 @@ impl Pool {
     }
 }
 
-/// Writable memory that begins at a multiple of [`ALIGNMENT`]. Dropped or frozen and dropped, it goes back to its pool.
+/// Writable memory that begins at a multiple of [`ALIGNMENT`]. Dropped or frozen and dropped, it goes back to
+/// its pool.
 pub struct Buffer {
     memory: Kind,
 }

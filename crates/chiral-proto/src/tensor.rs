@@ -36,8 +36,18 @@ pub enum DType {
 
 impl DType {
     /// Every element type there is.
-    pub const ALL: [DType; 10] =
-        [DType::U8, DType::I8, DType::U16, DType::I16, DType::U32, DType::I32, DType::U64, DType::I64, DType::F32, DType::F64];
+    pub const ALL: [DType; 10] = [
+        DType::U8,
+        DType::I8,
+        DType::U16,
+        DType::I16,
+        DType::U32,
+        DType::I32,
+        DType::U64,
+        DType::I64,
+        DType::F32,
+        DType::F64,
+    ];
 
     /// Bytes an element takes.
     pub const fn size(self) -> usize {
@@ -105,7 +115,11 @@ impl Tensor {
     ///
     /// # Errors
     /// [`TensorError::Length`] if `data` is not as long as the shape says.
-    pub fn new(dtype: DType, shape: impl Into<Vec<usize>>, data: impl Into<Bytes>) -> Result<Tensor, TensorError> {
+    pub fn new(
+        dtype: DType,
+        shape: impl Into<Vec<usize>>,
+        data: impl Into<Bytes>,
+    ) -> Result<Tensor, TensorError> {
         let (shape, data) = (shape.into(), data.into());
         match byte_len(dtype, &shape) {
             Some(expected) if expected == data.len() => Ok(Tensor { dtype, shape, data }),
@@ -154,10 +168,12 @@ impl Tensor {
         })
     }
 
-    /// The array as `ndarray` sees it, such as `view::<u8, Ix3>()` for an image; borrowed where the memory is aligned for `T`, else copied.
+    /// The array as `ndarray` sees it, such as `view::<u8, Ix3>()` for an image; borrowed where the memory is
+    /// aligned for `T`, else copied.
     ///
     /// # Errors
-    /// [`TensorError::DType`] if the elements are not `T`, [`TensorError::Axes`] if there are not as many axes as `D` has.
+    /// [`TensorError::DType`] if the elements are not `T`, [`TensorError::Axes`] if there are not as many
+    /// axes as `D` has.
     pub fn view<T: Element, D: Dimension>(&self) -> Result<CowArray<'_, T, D>, TensorError> {
         let axes = || TensorError::Axes { expected: D::NDIM.unwrap_or(0), found: self.shape.clone() };
         let shape = IxDyn(&self.shape);
@@ -175,7 +191,8 @@ impl fmt::Debug for Tensor {
     }
 }
 
-/// Bytes an array of this type and shape takes; `None` where that overflows. As `ndarray` has it, also an empty array's other axes must fit.
+/// Bytes an array of this type and shape takes; `None` where that overflows. As `ndarray` has it, also an
+/// empty array's other axes must fit.
 pub(crate) fn byte_len(dtype: DType, shape: &[usize]) -> Option<usize> {
     let len = shape.iter().try_fold(dtype.size(), |len, &axis| len.checked_mul(axis.max(1)))?;
     let is_empty = shape.contains(&0);

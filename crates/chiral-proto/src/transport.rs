@@ -10,9 +10,10 @@ use crate::{
 
 /// One connection that carries whole frames to and from one peer.
 ///
-/// At most one `send` and one `recv` are under way at a time, and they run concurrently: a session is two loops, so that a large observation on its
-/// way out never delays an action on its way in. Both are cancel-safe at least in this sense: after one was dropped half done, the connection may
-/// only be closed or dropped.
+/// At most one `send` and one `recv` are under way at a time, and they run concurrently: a session is two
+/// loops, so that a large observation on its way out never delays an action on its way in. Both are
+/// cancel-safe at least in this sense: after one was dropped half done, the connection may only be closed or
+/// dropped.
 ///
 /// `send` returns once the link is ready for another frame, which need not have arrived.
 pub trait Transport: Send + Sync + 'static {

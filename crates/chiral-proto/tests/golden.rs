@@ -1,5 +1,6 @@
-//! The protocol's bytes, held fast: a golden frame of every kind that we must go on writing and reading, and frames that another language's protobuf
-//! wrote from the schema alone. `cargo xtask codegen --bless` rewrites the golden frames, and nothing else does.
+//! The protocol's bytes, held fast: a golden frame of every kind that we must go on writing and reading, and
+//! frames that another language's protobuf wrote from the schema alone. `cargo xtask codegen --bless`
+//! rewrites the golden frames, and nothing else does.
 #![allow(clippy::unwrap_used, reason = "helpers of tests, too, fail by panicking")]
 
 mod frames;

@@ -1,5 +1,5 @@
-//! The msgpack wire: frames that another implementation wrote (`golden_msgpack.py`, to `tests/msgpack`), frames that no honest peer sends, and round
-//! trips.
+//! The msgpack wire: frames that another implementation wrote (`golden_msgpack.py`, to `tests/msgpack`),
+//! frames that no honest peer sends, and round trips.
 #![allow(clippy::unwrap_used, reason = "helpers of tests, too, fail by panicking")]
 
 #[allow(dead_code, reason = "the messages in it are protobuf's; its helpers serve both")]
@@ -9,8 +9,8 @@ use std::{collections::BTreeSet, fs, path::Path, sync::Arc};
 
 use bytes::Bytes;
 use chiral_proto::{
-    ActionChunk, Camera, Codec, DType, Frame, Message, Notice, Observation, Proprio, Reply, Request, StepResult, Tensor,
-    Timestamp, Unsayable, Value, ValueMap,
+    ActionChunk, Camera, Codec, DType, Frame, Message, Notice, Observation, Proprio, Reply, Request,
+    StepResult, Tensor, Timestamp, Unsayable, Value, ValueMap,
     codec::msgpack::{self, ID, Said},
     error::Fault,
     message::{ActionMessage, Subscribe},
@@ -31,7 +31,9 @@ fn directory(path: &str) -> std::path::PathBuf {
 /// The files of a directory whose names pass.
 fn read(path: &str, pass: impl Fn(&str) -> bool) -> Vec<(String, Bytes)> {
     let files = fs::read_dir(directory(path)).unwrap().map(|entry| entry.unwrap().path());
-    let named = files.map(|path| (path.file_stem().unwrap().to_str().unwrap().to_owned(), fs::read(&path).unwrap().into()));
+    let named = files.map(|path| {
+        (path.file_stem().unwrap().to_str().unwrap().to_owned(), fs::read(&path).unwrap().into())
+    });
     named.filter(|(name, _)| pass(name)).collect()
 }
 
@@ -39,7 +41,7 @@ fn decode(bytes: Bytes) -> Result<Said, chiral_proto::DecodeError> {
     msgpack::decode(Frame::from(bytes))
 }
 
-// ---- What another implementation wrote ------------------------------------------------------------------------------------------------
+// ---- What another implementation wrote --------------------------------------------------------------------
 
 fn times() -> ValueMap {
     map([("wrist_cam", WRIST_TIME.into()), ("head_cam", HEAD_TIME.into())])
@@ -61,13 +63,18 @@ fn observed(cameras: Vec<Arc<Camera>>) -> Observation {
 fn observation() -> Arc<Observation> {
     let proprios = vec![proprio("joint_pos", 0, &[0.25, -0.5]), proprio("nothing", 0, &[])];
     let extra = map([("phase", "approach".into())]);
-    Arc::new(Observation { proprios, extra, ..observed(vec![wrist(1_000_000_007), head(123_456_789_012_345)]) })
+    Arc::new(Observation {
+        proprios,
+        extra,
+        ..observed(vec![wrist(1_000_000_007), head(123_456_789_012_345)])
+    })
 }
 
 /// A camera that says what it must and no more.
 fn bare(intrinsics: [f64; 9], extrinsics: [f64; 16]) -> Arc<Camera> {
     let bare = camera("a", 0, 0, 0.0, counting(DType::U8, &[2, 3, 3], 1), None);
-    let (intrinsics, extrinsics) = (Matrix3::from_row_slice(&intrinsics), Matrix4::from_row_slice(&extrinsics));
+    let (intrinsics, extrinsics) =
+        (Matrix3::from_row_slice(&intrinsics), Matrix4::from_row_slice(&extrinsics));
     Arc::new(Camera { intrinsics, extrinsics, ..(*bare).clone() })
 }
 
@@ -78,7 +85,13 @@ fn bare_in_whole_numbers() -> Arc<Camera> {
 }
 
 fn apply(actions: impl Into<ActionChunk>) -> Message {
-    notice(Notice::Action(ActionMessage { session: 0, episode: 0, seq: 0, actions: actions.into(), observation_seq: 0 }))
+    notice(Notice::Action(ActionMessage {
+        session: 0,
+        episode: 0,
+        seq: 0,
+        actions: actions.into(),
+        observation_seq: 0,
+    }))
 }
 
 fn step(actions: impl Into<ActionChunk>) -> Message {
@@ -107,8 +120,13 @@ fn values() -> ValueMap {
 
 fn written_by_python() -> Vec<(&'static str, Message, ValueMap)> {
     let none = ValueMap::new;
-    let step_result =
-        |obs| StepResult { obs, reward: -1.25, terminated: true, truncated: false, info: map([("success", true.into())]) };
+    let step_result = |obs| StepResult {
+        obs,
+        reward: -1.25,
+        terminated: true,
+        truncated: false,
+        info: map([("success", true.into())]),
+    };
     let singles = StepResult {
         obs: Arc::new(Observation { timestamp: 7.0, ..observed(vec![bare_in_whole_numbers()]) }),
         reward: 0.1_f32.into(),
@@ -121,7 +139,16 @@ fn written_by_python() -> Vec<(&'static str, Message, ValueMap)> {
     let odd = map([
         ("big", (u64::MAX as f64).into()),
         ("ext", Bytes::from_static(b"five").into()),
-        ("keys", map([("null", "nil".into()), ("7", "int".into()), ("0.5", "float".into()), ("true", "bool".into())]).into()),
+        (
+            "keys",
+            map([
+                ("null", "nil".into()),
+                ("7", "int".into()),
+                ("0.5", "float".into()),
+                ("true", "bool".into()),
+            ])
+            .into(),
+        ),
     ]);
     let of = |obs| reply(ID, Reply::Observation(obs));
     let absent = || map([("a", 0.0.into())]);
@@ -133,18 +160,30 @@ fn written_by_python() -> Vec<(&'static str, Message, ValueMap)> {
         ("apply_action-rows", apply([[0.5, -0.25], [3.0, 4.0]]), map([("nanos", UNIX_NANOS.into())])),
         ("action", step([0.5, -0.25]), times()),
         ("metadata_response", reply(ID, Reply::Metadata(values())), none()),
-        ("reset_response", reply(ID, Reply::Reset { obs: observation(), info: map([("seed", 0.into())]) }), times()),
+        (
+            "reset_response",
+            reply(ID, Reply::Reset { obs: observation(), info: map([("seed", 0.into())]) }),
+            times(),
+        ),
         ("obs_response", of(observation()), times()),
         ("step_response", reply(ID, Reply::Step(step_result(observation()))), times()),
         ("varied-backwards", of(observation()), times()),
         ("varied-singles", reply(ID, Reply::Step(singles)), absent()),
         ("varied-nil", of(observed(vec![bare_in_whole_numbers()]).into()), absent()),
-        ("varied-nanos", of(nanos.into()), map([("wrist_cam", UNIX_NANOS.into()), ("head_cam", 1.5e18.into())])),
+        (
+            "varied-nanos",
+            of(nanos.into()),
+            map([("wrist_cam", UNIX_NANOS.into()), ("head_cam", 1.5e18.into())]),
+        ),
         ("varied-unix", of(unix.into()), map([("wrist_cam", 1_700_000_000.into())])),
         ("varied-one_action", step([0.5, -0.25]), none()),
         ("varied-chunk", step([[0.5], [-0.25]]), map([("a", 3.into())])),
         ("varied-values", reply(ID, Reply::Metadata(odd)), none()),
-        ("varied-raw", reply(ID, Reply::Metadata(map([("raw", Bytes::from_static(b"\xff\xfe").into())]))), none()),
+        (
+            "varied-raw",
+            reply(ID, Reply::Metadata(map([("raw", Bytes::from_static(b"\xff\xfe").into())]))),
+            none(),
+        ),
         ("varied-twice", request(ID, Request::GetMetadata), none()),
         ("varied-unknown", Message::Unknown { id: 0 }, none()),
     ]
@@ -155,7 +194,12 @@ fn frames_of_another_implementation_are_what_we_read_and_write() {
     let expected = written_by_python();
     let files = read("tests/msgpack", |_| true);
     for (name, message, capture_times) in &expected {
-        let bytes = files.iter().find(|(file, _)| file == name).unwrap_or_else(|| panic!("no frame {name}")).1.clone();
+        let bytes = files
+            .iter()
+            .find(|(file, _)| file == name)
+            .unwrap_or_else(|| panic!("no frame {name}"))
+            .1
+            .clone();
         let said = decode(bytes.clone()).unwrap_or_else(|error| panic!("{name}: {error}"));
         assert_eq!(&said.message, message, "{name}");
         assert_eq!(&said.capture_times, capture_times, "{name}");
@@ -165,7 +209,11 @@ fn frames_of_another_implementation_are_what_we_read_and_write() {
         }
     }
     let known: BTreeSet<&str> = expected.iter().map(|(name, ..)| *name).collect();
-    assert_eq!(files.iter().map(|(name, _)| &**name).collect::<BTreeSet<_>>(), known, "the messages and the files there are");
+    assert_eq!(
+        files.iter().map(|(name, _)| &**name).collect::<BTreeSet<_>>(),
+        known,
+        "the messages and the files there are"
+    );
 }
 
 #[test]
@@ -173,18 +221,28 @@ fn pixels_are_not_copied() {
     let sent = observation();
     let frame = msgpack::encode(&reply(ID, Reply::Observation(sent.clone())), &ValueMap::new()).unwrap();
     let places: Vec<_> = frame.segments().iter().map(|segment| segment.as_ptr()).collect();
-    assert!(places.contains(&sent.cameras[0].image.data().as_ptr()) && places.contains(&sent.cameras[1].image.data().as_ptr()));
+    assert!(
+        places.contains(&sent.cameras[0].image.data().as_ptr())
+            && places.contains(&sent.cameras[1].image.data().as_ptr())
+    );
 
     let whole = frame.into_bytes();
-    let Message::Reply { reply: Reply::Observation(obs), .. } = decode(whole.clone()).unwrap().message else { panic!("a reply") };
+    let Message::Reply { reply: Reply::Observation(obs), .. } = decode(whole.clone()).unwrap().message else {
+        panic!("a reply")
+    };
     let mut place = whole.len() - (18 + 24 + 75 + 8);
-    for data in [&obs.cameras[0].image, obs.cameras[0].depth.as_ref().unwrap(), &obs.cameras[1].image, &obs.proprios[0].data] {
+    for data in [
+        &obs.cameras[0].image,
+        obs.cameras[0].depth.as_ref().unwrap(),
+        &obs.cameras[1].image,
+        &obs.proprios[0].data,
+    ] {
         assert_eq!(data.data().as_ptr(), whole[place..].as_ptr());
         place += data.data().len();
     }
 }
 
-// ---- What no honest peer says ---------------------------------------------------------------------------------------------------------
+// ---- What no honest peer says -----------------------------------------------------------------------------
 
 /// The hostile frames of the fuzzers' seeds, and what is said of them.
 const HOSTILE: &[(&str, &str)] = &[
@@ -201,12 +259,24 @@ const HOSTILE: &[(&str, &str)] = &[
     ("double_proprio", "obs_response.proprios[0].dtype: expected float32, found float64"),
     ("eight_numbers", "obs_response.cameras[0].intrinsics: expected 9 values, found 8"),
     ("empty", "frame: expected at least 4 bytes, found 0"),
-    ("far_end", "obs_response.cameras[0].depth_offset: expected a part of the 42 bytes of payload, found 24 bytes at 19"),
-    ("far_offset", "obs_response.cameras[0].image_offset: expected a part of the 42 bytes of payload, found 18 bytes at 1000"),
+    (
+        "far_end",
+        "obs_response.cameras[0].depth_offset: expected a part of the 42 bytes of payload, found 24 bytes at 19",
+    ),
+    (
+        "far_offset",
+        "obs_response.cameras[0].image_offset: expected a part of the 42 bytes of payload, found 18 bytes at 1000",
+    ),
     ("half_depth", "obs_response.cameras[0].depth_offset: expected a number of bytes, found nothing"),
     ("header_len", "header_len: expected at most the 12 bytes that follow, found 4294967295"),
-    ("huge_offset", "obs_response.cameras[0].image_offset: expected a number of bytes, found 1.8446744073709552e19"),
-    ("image_dtype", "obs_response.cameras[0].image_dtype: expected the name of an element type, found \"complex64\""),
+    (
+        "huge_offset",
+        "obs_response.cameras[0].image_offset: expected a number of bytes, found 1.8446744073709552e19",
+    ),
+    (
+        "image_dtype",
+        "obs_response.cameras[0].image_dtype: expected the name of an element type, found \"complex64\"",
+    ),
     (
         "large_image",
         "obs_response.cameras[0].image_offset: expected a part of the 42 bytes of payload, found 3000000000000 bytes at 0",
@@ -238,17 +308,26 @@ const HOSTILE: &[(&str, &str)] = &[
     ("short", "frame: expected at least 4 bytes, found 2"),
     ("short_action", "action.payload: expected 16 bytes for float32 of shape [2, 2], found 12"),
     ("text_numbers", "obs_response.cameras[0].extrinsics: expected a list of numbers, found a list of 16"),
-    ("text_time", "obs_response.cameras[0].timestamp: expected a number of seconds or nanoseconds, found \"now\""),
+    (
+        "text_time",
+        "obs_response.cameras[0].timestamp: expected a number of seconds or nanoseconds, found \"now\"",
+    ),
     ("text_times", "apply_action.obs_timestamps[\"a\"]: expected a number, found \"now\""),
     ("too_deep_by_one", "header: expected values at most 24 within each other, found more"),
     ("two_axes", "obs_response.cameras[0].image_shape: expected 3 values, found 2"),
     ("two_maps", "header: expected one map, found 12 bytes after it"),
-    ("wide_action", "action.shape: expected an array that memory can hold, found [2305843009213693952, 2305843009213693952]"),
+    (
+        "wide_action",
+        "action.shape: expected an array that memory can hold, found [2305843009213693952, 2305843009213693952]",
+    ),
     (
         "wrapped_offset",
         "obs_response.cameras[0].image_offset: expected a part of the 42 bytes of payload, found 18 bytes at 9223372036854775807",
     ),
-    ("wrong_size", "obs_response.cameras[0].image_size: expected 18 bytes for uint8 of shape [2, 3, 3], found 17"),
+    (
+        "wrong_size",
+        "obs_response.cameras[0].image_size: expected 18 bytes for uint8 of shape [2, 3, 3], found 17",
+    ),
 ];
 
 #[test]
@@ -256,11 +335,13 @@ fn hostile_frames_are_refused_by_name() {
     let files = read("../../fuzz/seeds/msgpack", |name| name.starts_with("hostile-"));
     let mut found = Vec::new();
     for (name, bytes) in files {
-        let error = decode(bytes).map_or_else(|error| error.to_string(), |said| panic!("{name} is understood as {said:?}"));
+        let error = decode(bytes)
+            .map_or_else(|error| error.to_string(), |said| panic!("{name} is understood as {said:?}"));
         found.push((name.trim_start_matches("hostile-").to_owned(), error));
     }
     found.sort();
-    let expected: Vec<_> = HOSTILE.iter().map(|(name, error)| ((*name).to_owned(), (*error).to_owned())).collect();
+    let expected: Vec<_> =
+        HOSTILE.iter().map(|(name, error)| ((*name).to_owned(), (*error).to_owned())).collect();
     assert_eq!(found, expected);
 }
 
@@ -268,7 +349,11 @@ fn hostile_frames_are_refused_by_name() {
 fn a_frame_cut_short_anywhere_is_refused() {
     for (name, bytes) in read("tests/msgpack", |name| name != "varied-unix") {
         for len in 0..bytes.len() {
-            assert!(decode(bytes.slice(..len)).is_err(), "{name} is understood in its first {len} of {} bytes", bytes.len());
+            assert!(
+                decode(bytes.slice(..len)).is_err(),
+                "{name} is understood in its first {len} of {} bytes",
+                bytes.len()
+            );
         }
     }
 }
@@ -292,10 +377,13 @@ fn a_header_of_very_many_values_is_refused() {
     header.extend_from_slice(&(values as u32).to_be_bytes());
     header.resize(header.len() + values, 0xc0);
     let frame = [&(header.len() as u32).to_le_bytes()[..], &header].concat();
-    assert_eq!(decode(frame.into()).unwrap_err().to_string(), "header: expected at most 1048576 values, found more");
+    assert_eq!(
+        decode(frame.into()).unwrap_err().to_string(),
+        "header: expected at most 1048576 values, found more"
+    );
 }
 
-// ---- What this wire has no words for --------------------------------------------------------------------------------------------------
+// ---- What this wire has no words for ----------------------------------------------------------------------
 
 #[test]
 fn what_peers_would_not_understand_is_not_sent() {
@@ -318,7 +406,7 @@ fn what_peers_would_not_understand_is_not_sent() {
     assert_eq!(Codec::Msgpack.encode(&Message::Unknown { id: 0 }), Err(Unsayable::Unknown));
 }
 
-// ---- Round trips ----------------------------------------------------------------------------------------------------------------------
+// ---- Round trips ------------------------------------------------------------------------------------------
 
 /// Encodes, cuts the frame into pieces, and decodes.
 fn through(message: &Message, capture_times: &ValueMap, cuts: &[Index]) -> Said {
@@ -396,24 +484,31 @@ fn messages() -> impl Strategy<Value = Message> {
 }
 
 fn observations() -> impl Strategy<Value = Arc<Observation>> {
-    (any::<f64>(), vec(cameras(), 0..3), vec(proprios(), 0..3), maps()).prop_map(|(timestamp, cameras, proprios, extra)| {
-        Arc::new(Observation { timestamp, cameras, proprios, extra, ..Observation::default() })
-    })
+    (any::<f64>(), vec(cameras(), 0..3), vec(proprios(), 0..3), maps()).prop_map(
+        |(timestamp, cameras, proprios, extra)| {
+            Arc::new(Observation { timestamp, cameras, proprios, extra, ..Observation::default() })
+        },
+    )
 }
 
 fn cameras() -> impl Strategy<Value = Arc<Camera>> {
     let dtypes = prop::sample::select(DType::ALL.to_vec());
-    let pictures =
-        ([0_usize..5, 0..5, 0..4], dtypes, any::<bool>()).prop_flat_map(|([height, width, channels], dtype, has_depth)| {
-            let depth =
-                if has_depth { tensors(DType::F32, vec![height, width]).prop_map(Some).boxed() } else { Just(None).boxed() };
+    let pictures = ([0_usize..5, 0..5, 0..4], dtypes, any::<bool>()).prop_flat_map(
+        |([height, width, channels], dtype, has_depth)| {
+            let depth = if has_depth {
+                tensors(DType::F32, vec![height, width]).prop_map(Some).boxed()
+            } else {
+                Just(None).boxed()
+            };
             (tensors(dtype, vec![height, width, channels]), depth)
-        });
+        },
+    );
     // As long as a host may be up for nanoseconds to be exact in f64 seconds.
     let times = (0..1_i64 << 51).prop_map(Timestamp);
     ("\\PC{0,8}", times, pictures, any::<[f64; 9]>(), any::<[f64; 16]>()).prop_map(
         |(name, captured_at, (image, depth), intrinsics, extrinsics)| {
-            let (intrinsics, extrinsics) = (Matrix3::from_row_slice(&intrinsics), Matrix4::from_row_slice(&extrinsics));
+            let (intrinsics, extrinsics) =
+                (Matrix3::from_row_slice(&intrinsics), Matrix4::from_row_slice(&extrinsics));
             Arc::new(Camera { name: name.into(), seq: 0, captured_at, image, depth, intrinsics, extrinsics })
         },
     )

@@ -5,8 +5,8 @@ use std::sync::Arc;
 
 use bytes::Bytes;
 use chiral_proto::{
-    ActionChunk, ActionMeaning, ActionSpec, Camera, CameraSpec, Code, Codec, DType, Frame, Message, Notice, Observation, Proprio,
-    ProprioSpec, Reply, Request, StepResult, Tensor, Timestamp, Value, ValueMap,
+    ActionChunk, ActionMeaning, ActionSpec, Camera, CameraSpec, Code, Codec, DType, Frame, Message, Notice,
+    Observation, Proprio, ProprioSpec, Reply, Request, StepResult, Tensor, Timestamp, Value, ValueMap,
     error::{Fault, Unsayable},
     message::{ActionMessage, Hello, RobotInfo, Role, Subscribe, Welcome},
 };
@@ -88,7 +88,7 @@ fn an_unknown_message_is_not_sent() {
     assert_eq!(Codec::Protobuf.encode(&Message::Unknown { id: 3 }), Err(Unsayable::Unknown));
 }
 
-// ---- Strategies, from the whole to its parts -------------------------------------------------------------------------------------------
+// ---- Strategies, from the whole to its parts --------------------------------------------------------------
 
 fn messages() -> impl Strategy<Value = Message> {
     prop_oneof![
@@ -109,8 +109,9 @@ fn requests() -> impl Strategy<Value = Request> {
             episode,
             actions
         }),
-        (1e-3..=Subscribe::MAX_HZ, vec(text(), 0..3), any::<bool>(), any::<u32>())
-            .prop_map(|(hz, cameras, depth, window)| Request::Subscribe(Subscribe { hz, cameras, depth, window })),
+        (1e-3..=Subscribe::MAX_HZ, vec(text(), 0..3), any::<bool>(), any::<u32>()).prop_map(
+            |(hz, cameras, depth, window)| Request::Subscribe(Subscribe { hz, cameras, depth, window })
+        ),
         Just(Request::Unsubscribe),
     ]
 }
@@ -122,7 +123,13 @@ fn replies() -> impl Strategy<Value = Reply> {
         (observations(), maps()).prop_map(|(obs, info)| Reply::Reset { obs, info }),
         observations().prop_map(Reply::Observation),
         (observations(), numbers(), any::<bool>(), any::<bool>(), maps()).prop_map(
-            |(obs, reward, terminated, truncated, info)| Reply::Step(StepResult { obs, reward, terminated, truncated, info })
+            |(obs, reward, terminated, truncated, info)| Reply::Step(StepResult {
+                obs,
+                reward,
+                terminated,
+                truncated,
+                info
+            })
         ),
         (numbers(), vec(text(), 0..3)).prop_map(|(hz, cameras)| Reply::Subscribed { hz, cameras }),
         text().prop_map(|reason| Reply::StreamEnd { reason }),
@@ -131,9 +138,10 @@ fn replies() -> impl Strategy<Value = Reply> {
 }
 
 fn notices() -> impl Strategy<Value = Notice> {
-    let actions = (any::<[u64; 4]>(), chunks()).prop_map(|([session, episode, seq, observation_seq], actions)| {
-        Notice::Action(ActionMessage { session, episode, seq, actions, observation_seq })
-    });
+    let actions =
+        (any::<[u64; 4]>(), chunks()).prop_map(|([session, episode, seq, observation_seq], actions)| {
+            Notice::Action(ActionMessage { session, episode, seq, actions, observation_seq })
+        });
     prop_oneof![
         observations().prop_map(Notice::Observation),
         text().prop_map(|reason| Notice::StreamEnd { reason }),
@@ -175,9 +183,16 @@ fn welcomes() -> impl Strategy<Value = Welcome> {
 }
 
 fn robots() -> impl Strategy<Value = RobotInfo> {
-    let cameras = (text(), any::<[usize; 3]>(), dtypes(), any::<bool>())
-        .prop_map(|(name, image_shape, image_dtype, has_depth)| CameraSpec { name, image_shape, image_dtype, has_depth });
-    let proprios = (text(), any::<usize>(), text()).prop_map(|(name, size, unit)| ProprioSpec { name, size, unit });
+    let cameras = (text(), any::<[usize; 3]>(), dtypes(), any::<bool>()).prop_map(
+        |(name, image_shape, image_dtype, has_depth)| CameraSpec {
+            name,
+            image_shape,
+            image_dtype,
+            has_depth,
+        },
+    );
+    let proprios =
+        (text(), any::<usize>(), text()).prop_map(|(name, size, unit)| ProprioSpec { name, size, unit });
     (text(), vec(cameras, 0..3), vec(proprios, 0..3), action_specs())
         .prop_map(|(name, cameras, proprios, action_spec)| RobotInfo { name, cameras, proprios, action_spec })
 }
@@ -194,15 +209,17 @@ fn action_specs() -> impl Strategy<Value = ActionSpec> {
         let limits = || prop_oneof![Just(Vec::new()), vec(any::<f32>(), dimension)];
         (Just(dimension), prop_oneof![Just(Vec::new()), vec(text(), dimension)], limits(), limits())
     });
-    (lists, text(), meanings, numbers()).prop_map(|((dimension, names, low, high), unit, meaning, control_hz)| ActionSpec {
-        dimension,
-        names,
-        low,
-        high,
-        unit,
-        meaning,
-        control_hz,
-    })
+    (lists, text(), meanings, numbers()).prop_map(
+        |((dimension, names, low, high), unit, meaning, control_hz)| ActionSpec {
+            dimension,
+            names,
+            low,
+            high,
+            unit,
+            meaning,
+            control_hz,
+        },
+    )
 }
 
 fn observations() -> impl Strategy<Value = Arc<Observation>> {
@@ -214,12 +231,16 @@ fn observations() -> impl Strategy<Value = Arc<Observation>> {
 }
 
 fn cameras() -> impl Strategy<Value = Arc<Camera>> {
-    let pictures =
-        ([0_usize..5, 0..5, 0..4], dtypes(), any::<bool>()).prop_flat_map(|([height, width, channels], dtype, has_depth)| {
-            let depth =
-                if has_depth { tensors(DType::F32, vec![height, width]).prop_map(Some).boxed() } else { Just(None).boxed() };
+    let pictures = ([0_usize..5, 0..5, 0..4], dtypes(), any::<bool>()).prop_flat_map(
+        |([height, width, channels], dtype, has_depth)| {
+            let depth = if has_depth {
+                tensors(DType::F32, vec![height, width]).prop_map(Some).boxed()
+            } else {
+                Just(None).boxed()
+            };
             (tensors(dtype, vec![height, width, channels]), depth)
-        });
+        },
+    );
     (text(), any::<u64>(), times(), pictures, any::<[f64; 9]>(), any::<[f64; 16]>()).prop_map(
         |(name, seq, captured_at, (image, depth), intrinsics, extrinsics)| {
             Arc::new(Camera {
@@ -237,7 +258,8 @@ fn cameras() -> impl Strategy<Value = Arc<Camera>> {
 
 fn proprios() -> impl Strategy<Value = Arc<Proprio>> {
     let data = (0_usize..40).prop_flat_map(|size| tensors(DType::F32, vec![size]));
-    (text(), times(), data).prop_map(|(name, captured_at, data)| Arc::new(Proprio { name: name.into(), captured_at, data }))
+    (text(), times(), data)
+        .prop_map(|(name, captured_at, data)| Arc::new(Proprio { name: name.into(), captured_at, data }))
 }
 
 fn chunks() -> impl Strategy<Value = ActionChunk> {
@@ -270,13 +292,9 @@ fn faults() -> impl Strategy<Value = Fault> {
         Code::ShuttingDown,
         Code::Protocol,
     ]);
-    (codes, [text(), text()], any::<bool>(), any::<u64>()).prop_map(|(code, [text, field], retryable, action_seq)| Fault {
-        code,
-        text,
-        field,
-        retryable,
-        action_seq,
-    })
+    (codes, [text(), text()], any::<bool>(), any::<u64>()).prop_map(
+        |(code, [text, field], retryable, action_seq)| Fault { code, text, field, retryable, action_seq },
+    )
 }
 
 fn maps() -> impl Strategy<Value = ValueMap> {

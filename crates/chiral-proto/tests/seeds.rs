@@ -1,4 +1,5 @@
-//! What the fuzzers start from and what they once found, as a plain test: every file of `fuzz/seeds/<target>` goes through that target's own function.
+//! What the fuzzers start from and what they once found, as a plain test: every file of `fuzz/seeds/<target>`
+//! goes through that target's own function.
 #![allow(clippy::unwrap_used, reason = "helpers of tests, too, fail by panicking")]
 
 #[path = "../../../fuzz/targets.rs"]

@@ -1,4 +1,5 @@
-//! A robot host with an HTTP application of its own, which serves two arms beside its own routes: on its listener, on its runtime.
+//! A robot host with an HTTP application of its own, which serves two arms beside its own routes: on its
+//! listener, on its runtime.
 //!
 //! ```text
 //! cargo run -p chiral-server --example embedded_host                     # at 127.0.0.1:8765, or give another address
@@ -9,7 +10,10 @@
 use std::{env, error::Error, net::SocketAddr, thread, time::Duration};
 
 use axum::{Router, routing::get};
-use chiral_server::{ActionContext, ActionSpec, PolicyServer, ProprioSpec, Robot, RobotError, Sensors, ValueMap, action::Action};
+use chiral_server::{
+    ActionContext, ActionSpec, PolicyServer, ProprioSpec, Robot, RobotError, Sensors, ValueMap,
+    action::Action,
+};
 use tokio::net::TcpListener;
 
 const JOINTS: usize = 7;
@@ -69,7 +73,10 @@ async fn main() -> Result<(), Box<dyn Error>> {
         .nest("/robot/left", left.health_router().merge(left.into_router()))
         .nest("/robot/right", right.health_router().merge(right.into_router()));
     let listener = TcpListener::bind(address).await?;
-    println!("serving at ws://{0}/robot/left and ws://{0}/robot/right; stop with Ctrl-C", listener.local_addr()?);
+    println!(
+        "serving at ws://{0}/robot/left and ws://{0}/robot/right; stop with Ctrl-C",
+        listener.local_addr()?
+    );
 
     // With the peers' addresses, the servers' log lines say who connected.
     let service = app.into_make_service_with_connect_info::<SocketAddr>();

@@ -1,4 +1,5 @@
-//! The smallest robot worth watching: a camera with a moving picture, and seven joints that are at once where they are told to be.
+//! The smallest robot worth watching: a camera with a moving picture, and seven joints that are at once where
+//! they are told to be.
 //!
 //! ```text
 //! cargo run -p chiral-server --example minimal_server                    # at 127.0.0.1:8765, or give another address
@@ -15,8 +16,8 @@ use std::{
 };
 
 use chiral_server::{
-    ActionContext, ActionSpec, CameraFrame, CameraSpec, PolicyServer, ProprioSpec, Robot, RobotError, SensorError, Sensors,
-    ValueMap, action::Action, value,
+    ActionContext, ActionSpec, CameraFrame, CameraSpec, PolicyServer, ProprioSpec, Robot, RobotError,
+    SensorError, Sensors, ValueMap, action::Action, value,
 };
 use nalgebra::Matrix3;
 
@@ -42,7 +43,11 @@ impl Arm {
 
 impl Robot for Arm {
     fn action_spec(&self) -> ActionSpec {
-        ActionSpec { low: vec![-3.0; JOINTS], high: vec![3.0; JOINTS], ..ActionSpec::joint_positions(JOINTS, 20.0) }
+        ActionSpec {
+            low: vec![-3.0; JOINTS],
+            high: vec![3.0; JOINTS],
+            ..ActionSpec::joint_positions(JOINTS, 20.0)
+        }
     }
 
     fn reset(&mut self, _seed: Option<u64>, _options: &ValueMap) -> Result<ValueMap, RobotError> {
@@ -80,7 +85,10 @@ fn sense(sensors: &Sensors, joints: &Joints) -> Result<(), SensorError> {
 
 fn main() -> Result<(), Box<dyn Error>> {
     let address: SocketAddr = env::args().nth(1).as_deref().unwrap_or("127.0.0.1:8765").parse()?;
-    let sensors = Sensors::new([CameraSpec::rgb("wrist_cam", HEIGHT, WIDTH)], [ProprioSpec::new("joint_pos", JOINTS, "rad")])?;
+    let sensors = Sensors::new(
+        [CameraSpec::rgb("wrist_cam", HEIGHT, WIDTH)],
+        [ProprioSpec::new("joint_pos", JOINTS, "rad")],
+    )?;
     let joints = Joints::default();
 
     let (publisher, read) = (sensors.clone(), Arc::clone(&joints));

@@ -1,7 +1,7 @@
 //! The control thread, which alone touches the robot, and the queue before it: std only, no sockets.
 //!
-//! Everything that must never reach the robot is refused here, under one lock: what is not the controller's, not of this episode, not well-formed, or
-//! more than the queue may hold.
+//! Everything that must never reach the robot is refused here, under one lock: what is not the controller's,
+//! not of this episode, not well-formed, or more than the queue may hold.
 
 use std::{
     any::Any,
@@ -13,8 +13,8 @@ use std::{
 };
 
 use chiral_proto::{
-    ActionChunk, ActionSpec, Clock, Code, Fault, Observation, StepResult, Timestamp, ValueMap, action::Action,
-    message::ActionMessage,
+    ActionChunk, ActionSpec, Clock, Code, Fault, Observation, StepResult, Timestamp, ValueMap,
+    action::Action, message::ActionMessage,
 };
 
 use crate::{
@@ -74,7 +74,8 @@ struct Controller {
 pub(crate) struct ControlCounts {
     /// Rows that the robot carried out.
     pub(crate) applied: u64,
-    /// Actions that were refused on arrival, or dropped or cut short because a reset or the controller's end overtook them.
+    /// Actions that were refused on arrival, or dropped or cut short because a reset or the controller's end
+    /// overtook them.
     pub(crate) refused: u64,
     /// Actions at which the robot's own code failed.
     pub(crate) failed: u64,
@@ -107,7 +108,8 @@ impl Control {
             stopping: false,
             counts: ControlCounts::default(),
         };
-        let shared = Arc::new(Shared { state: Mutex::new(state), wake: Condvar::new(), spec, observations, clock });
+        let shared =
+            Arc::new(Shared { state: Mutex::new(state), wake: Condvar::new(), spec, observations, clock });
         let mut thread = Thread { robot, shared: Arc::clone(&shared) };
         thread.ask_metadata();
         let run = move || {
@@ -135,13 +137,15 @@ impl Control {
         lock(&self.shared.state).controller.as_ref().map(|holder| holder.name.clone())
     }
 
-    /// The session has ended. If it was the controller, what it asked for is dropped, the robot holds, and another may claim it at once.
+    /// The session has ended. If it was the controller, what it asked for is dropped, the robot holds, and
+    /// another may claim it at once.
     pub(crate) fn release(&self, session: u64) {
         let mut state = lock(&self.shared.state);
         if state.controller.as_ref().is_some_and(|holder| holder.session == session) {
             state.controller = None;
             state.end_episode();
-            let resets = state.queue.iter().filter(|command| matches!(command, Command::Reset { .. })).count();
+            let resets =
+                state.queue.iter().filter(|command| matches!(command, Command::Reset { .. })).count();
             state.resets -= resets;
             // What is left of an earlier controller's end is still to be done.
             state.queue.retain(|command| matches!(command, Command::Left));
@@ -169,7 +173,13 @@ impl Control {
     }
 
     /// Asks for a new episode. From now until it is answered, actions are refused.
-    pub(crate) fn reset(&self, session: u64, seed: Option<u64>, options: ValueMap, answer: Answer<ResetAnswer>) {
+    pub(crate) fn reset(
+        &self,
+        session: u64,
+        seed: Option<u64>,
+        options: ValueMap,
+        answer: Answer<ResetAnswer>,
+    ) {
         let mut state = lock(&self.shared.state);
         if let Err(fault) = state.may_command(session) {
             drop(state);
@@ -198,8 +208,9 @@ impl Control {
     pub(crate) fn act(&self, session: u64, message: ActionMessage, failed: Failed) {
         let mut state = lock(&self.shared.state);
         let rows = message.actions.rows();
-        let allowed =
-            self.may_act(&state, session, message.session, message.episode, &message.actions).and_then(|()| state.room_for(rows));
+        let allowed = self
+            .may_act(&state, session, message.session, message.episode, &message.actions)
+            .and_then(|()| state.room_for(rows));
         if let Err(fault) = allowed {
             state.counts.refused += 1;
             drop(state);
@@ -217,23 +228,40 @@ impl Control {
         self.shared.wake.notify_one();
     }
 
-    fn may_act(&self, state: &State, session: u64, chosen_in: u64, episode: u64, chunk: &ActionChunk) -> Result<(), Fault> {
+    fn may_act(
+        &self,
+        state: &State,
+        session: u64,
+        chosen_in: u64,
+        episode: u64,
+        chunk: &ActionChunk,
+    ) -> Result<(), Fault> {
         state.may_command(session)?;
         if state.resets > 0 {
-            return Err(
-                Fault::new(Code::Resetting, "expected actions after the reset's reply, found a reset under way").retryable()
-            );
+            return Err(Fault::new(
+                Code::Resetting,
+                "expected actions after the reset's reply, found a reset under way",
+            )
+            .retryable());
         }
         let current = self.shared.observations.episode();
         if (chosen_in, episode) != (session, current) {
-            let text =
-                format!("expected actions of session {session}, episode {current}, found session {chosen_in}, episode {episode}");
+            let text = format!(
+                "expected actions of session {session}, episode {current}, found session {chosen_in}, episode {episode}"
+            );
             return Err(Fault::new(Code::Stale, text));
         }
         self.shared.spec.check(chunk).map_err(Fault::from)
     }
 
-    fn context(&self, state: &State, session: u64, episode: u64, seq: u64, observation_seq: u64) -> ActionContext {
+    fn context(
+        &self,
+        state: &State,
+        session: u64,
+        episode: u64,
+        seq: u64,
+        observation_seq: u64,
+    ) -> ActionContext {
         ActionContext {
             session,
             episode,
@@ -277,7 +305,10 @@ impl State {
         if self.held_rows + rows <= MAX_HELD_ROWS {
             return Ok(());
         }
-        let text = format!("expected at most {MAX_HELD_ROWS} rows not applied yet, found {} and {rows} more", self.held_rows);
+        let text = format!(
+            "expected at most {MAX_HELD_ROWS} rows not applied yet, found {} and {rows} more",
+            self.held_rows
+        );
         Err(Fault::new(Code::QueueFull, text).retryable())
     }
 
@@ -320,7 +351,9 @@ impl Thread {
     fn run(&mut self) {
         while let Some(command) = self.next() {
             match command {
-                Command::Reset { session, seed, options, answer } => self.reset(session, seed, &options, answer),
+                Command::Reset { session, seed, options, answer } => {
+                    self.reset(session, seed, &options, answer)
+                }
                 Command::Step { chunk, context, answer } => answer(self.step(&chunk, &context)),
                 Command::Apply { chunk, context, failed } => self.apply(&chunk, &context, failed),
                 Command::Left => self.left(),
@@ -348,10 +381,14 @@ impl Thread {
             self.ask_metadata();
             Ok((self.observe_since(began)?, info))
         });
-        // Numbered only now: whatever was captured before the reset was done still belongs to the old episode.
+        // Numbered only now: whatever was captured before the reset was done still belongs to the old
+        // episode.
         let episode = self.shared.observations.begin_episode();
         lock(&self.shared.state).resets -= 1;
-        answer(outcome.map(|(observation, info)| (Arc::new(Observation { session, episode, ..observation }), info)));
+        answer(
+            outcome
+                .map(|(observation, info)| (Arc::new(Observation { session, episode, ..observation }), info)),
+        );
     }
 
     fn step(&mut self, chunk: &ActionChunk, context: &ActionContext) -> Result<StepResult, Fault> {
@@ -387,7 +424,9 @@ impl Thread {
     }
 
     fn left(&mut self) {
-        for (name, method) in [("hold", Robot::hold as fn(&mut dyn Robot)), ("on_disconnect", Robot::on_disconnect)] {
+        for (name, method) in
+            [("hold", Robot::hold as fn(&mut dyn Robot)), ("on_disconnect", Robot::on_disconnect)]
+        {
             let call = |robot: &mut dyn Robot| {
                 method(robot);
                 Ok(())
@@ -398,7 +437,8 @@ impl Thread {
         }
     }
 
-    /// The observation of a reply: captured after the robot's method returned, or, in lock-step, while it ran.
+    /// The observation of a reply: captured after the robot's method returned, or, in lock-step, while it
+    /// ran.
     fn observe_since(&mut self, began: Timestamp) -> Result<Observation, Fault> {
         let lock_step = self.guard("is_lock_step", |robot| Ok(robot.is_lock_step()))?;
         let after = if lock_step { began.shifted(-1) } else { self.shared.clock.now() };
@@ -411,7 +451,11 @@ impl Thread {
     }
 
     /// Calls the robot. A panic takes it out of service, after one attempt to hold it.
-    fn guard<T>(&mut self, method: &'static str, call: impl FnOnce(&mut dyn Robot) -> Result<T, Fault>) -> Result<T, Fault> {
+    fn guard<T>(
+        &mut self,
+        method: &'static str,
+        call: impl FnOnce(&mut dyn Robot) -> Result<T, Fault>,
+    ) -> Result<T, Fault> {
         if let Some(fault) = lock(&self.shared.state).out_of_service.clone() {
             return Err(fault);
         }

@@ -34,7 +34,9 @@ pub enum Error {
     },
     /// A robot of this name is on the Zenoh network already.
     #[cfg(feature = "zenoh")]
-    #[error("a robot named {name:?} is alive on this network (server {holder}): expected a name of its own for every robot")]
+    #[error(
+        "a robot named {name:?} is alive on this network (server {holder}): expected a name of its own for every robot"
+    )]
     NameTaken {
         /// The robot's name.
         name: String,
@@ -100,7 +102,9 @@ impl From<ObserveError> for Fault {
     fn from(error: ObserveError) -> Fault {
         let text = error.to_string();
         match error {
-            ObserveError::Late { sensor, .. } => Fault::new(Code::SensorTimeout, text).field(sensor).retryable(),
+            ObserveError::Late { sensor, .. } => {
+                Fault::new(Code::SensorTimeout, text).field(sensor).retryable()
+            }
             ObserveError::Failed(_) => Fault::new(Code::RobotFailed, text),
         }
     }

@@ -1,7 +1,8 @@
 //! The session of an existing client: one connection, no hello, no words for errors.
 //!
-//! Its requests are carried out one after another, as the servers do that it knows: the next begins when the last one was answered, so that answers come in
-//! the order of the requests. Its actions never wait for them. What the wire does not say, the session and the episode that actions belong to, is the newest.
+//! Its requests are carried out one after another, as the servers do that it knows: the next begins when the
+//! last one was answered, so that answers come in the order of the requests. Its actions never wait for them.
+//! What the wire does not say, the session and the episode that actions belong to, is the newest.
 
 use std::{
     pin::pin,
@@ -48,8 +49,10 @@ pub(crate) async fn serve<T: Transport>(server: &Arc<Inner>, transport: &T) {
     let _ = timeout(PARTING_LIMIT, parting).await;
 }
 
-/// Serves whoever is heard on keys that all existing clients share, one session after another; returns when nothing more can be heard. A session begins
-/// with the first word while there is none, if `may_begin` has nothing against it, and ends when nobody listens any more, or with a silence. `transport`'s `recv` may be dropped.
+/// Serves whoever is heard on keys that all existing clients share, one session after another; returns when
+/// nothing more can be heard. A session begins with the first word while there is none, if `may_begin` has
+/// nothing against it, and ends when nobody listens any more, or with a silence. `transport`'s `recv` may be
+/// dropped.
 #[cfg(feature = "zenoh")]
 pub(crate) async fn serve_shared<T: Transport, F: Future<Output = Result<(), Fault>>>(
     server: &Arc<Inner>,
@@ -63,7 +66,9 @@ pub(crate) async fn serve_shared<T: Transport, F: Future<Output = Result<(), Fau
         let begun = match (is_clients(frame.clone()), server.control.controller()) {
             (Err(fault), _) => Err(fault),
             // Asked before the network is.
-            (Ok(()), Some(holder)) => Err(Fault::new(Code::Busy, format!("the robot is controlled by {holder:?}"))),
+            (Ok(()), Some(holder)) => {
+                Err(Fault::new(Code::Busy, format!("the robot is controlled by {holder:?}")))
+            }
             (Ok(()), None) => may_begin().await.and_then(|()| begin(server, transport)),
         };
         match begun {
@@ -75,7 +80,9 @@ pub(crate) async fn serve_shared<T: Transport, F: Future<Output = Result<(), Fau
             }
             Err(fault) => {
                 let peer = transport.peer();
-                dropped.happened(|count| tracing::warn!(peer, count, "dropped what an existing client says: {fault}"));
+                dropped.happened(|count| {
+                    tracing::warn!(peer, count, "dropped what an existing client says: {fault}")
+                });
             }
         }
     }
@@ -133,7 +140,7 @@ impl<'a, T: Transport> Existing<'a, T> {
         self.session.run(self.receive(), self.send()).await
     }
 
-    // ---- Receiving ---------------------------------------------------------------------------------------------------------------------
+    // ---- Receiving ----------------------------------------------------------------------------------------
 
     async fn receive(&self) -> End {
         loop {
@@ -164,7 +171,10 @@ impl<'a, T: Transport> Existing<'a, T> {
             }
             Ok(Message::Request { request, .. }) => self.check(request),
             Ok(Message::Unknown { .. }) => {
-                tracing::debug!(session = self.session.id, "passed over what is unknown to this wire, as existing servers do");
+                tracing::debug!(
+                    session = self.session.id,
+                    "passed over what is unknown to this wire, as existing servers do"
+                );
                 return Ok(());
             }
             Ok(Message::Reply { .. } | Message::Notice(_)) => Err(not_a_clients()),
@@ -198,7 +208,10 @@ impl<'a, T: Transport> Existing<'a, T> {
         };
         if awaits_reset {
             self.server.control.count_refused();
-            let fault = Fault::new(Code::Resetting, "expected actions after the reset's reply, found a reset that waits");
+            let fault = Fault::new(
+                Code::Resetting,
+                "expected actions after the reset's reply, found a reset that waits",
+            );
             return tell(&self.dropped_actions, session, &fault);
         }
         self.server.courtesy.ask();
@@ -207,7 +220,8 @@ impl<'a, T: Transport> Existing<'a, T> {
         self.server.control.act(session, message, Box::new(move |fault| tell(&dropped, session, &fault)));
     }
 
-    /// A request was refused: the end of a connection, since its caller would wait for ever; but who shares the keys with others is not even told.
+    /// A request was refused: the end of a connection, since its caller would wait for ever; but who shares
+    /// the keys with others is not even told.
     fn refused(&self, fault: Fault) -> Option<End> {
         if !self.is_shared {
             return Some(End::Refused(fault));
@@ -217,7 +231,7 @@ impl<'a, T: Transport> Existing<'a, T> {
         None
     }
 
-    // ---- Sending -----------------------------------------------------------------------------------------------------------------------
+    // ---- Sending ------------------------------------------------------------------------------------------
 
     async fn send(&self) -> End {
         let mut ended = pin!(self.session.ended());
@@ -257,7 +271,8 @@ impl<'a, T: Transport> Existing<'a, T> {
     /// The frame that answers.
     async fn answer(&self, asked: Asked) -> Result<Frame, Fault> {
         let message = Message::Reply { id: msgpack::ID, reply: self.carry_out(asked?).await? };
-        let unsayable = |error| Fault::new(Code::RobotFailed, format!("the robot's answer cannot be sent: {error}"));
+        let unsayable =
+            |error| Fault::new(Code::RobotFailed, format!("the robot's answer cannot be sent: {error}"));
         self.transport.codec().encode(&message).map_err(unsayable)
     }
 
@@ -291,5 +306,7 @@ async fn asked<R: Send + 'static>(ask: impl FnOnce(Answer<R>)) -> Result<R, Faul
 }
 
 fn tell(dropped: &Seldom, session: u64, fault: &Fault) {
-    dropped.happened(|count| tracing::warn!(session, count, "an existing client's apply_action was dropped: {fault}"));
+    dropped.happened(|count| {
+        tracing::warn!(session, count, "an existing client's apply_action was dropped: {fault}")
+    });
 }

@@ -1,4 +1,5 @@
-//! One connection of a session: a receive loop that hands actions straight to the control thread, and a send loop that owns the stream.
+//! One connection of a session: a receive loop that hands actions straight to the control thread, and a send
+//! loop that owns the stream.
 
 use std::{
     future::pending,
@@ -6,12 +7,13 @@ use std::{
     sync::{Arc, atomic::Ordering},
 };
 
-use chiral_transport::Silence;
 use chiral_proto::{
-    Code, DecodeError, Fault, Message, Notice, Observation, Reply, Request, Timestamp, Transport, TransportError,
+    Code, DecodeError, Fault, Message, Notice, Observation, Reply, Request, Timestamp, Transport,
+    TransportError,
     error::UnknownName,
     message::{Subscribe, Welcome},
 };
+use chiral_transport::Silence;
 use tokio::{
     sync::mpsc::{self, OwnedPermit},
     time::{sleep, timeout},
@@ -51,7 +53,8 @@ pub(crate) enum Outgoing {
     },
 }
 
-/// A place in an outbox, reserved before a message is read, so that no answer ever waits and no flood of requests fills the memory.
+/// A place in an outbox, reserved before a message is read, so that no answer ever waits and no flood of
+/// requests fills the memory.
 type Place = OwnedPermit<Outgoing>;
 
 /// One connection of a session, while its loops run.
@@ -63,10 +66,16 @@ struct Lane<'a, T> {
 }
 
 /// Serves a connection of this session until either ends, from the welcome to the last word.
-pub(crate) async fn serve<T: Transport>(session: &Arc<Session>, transport: &T, hello_id: u64, welcome: Welcome) {
+pub(crate) async fn serve<T: Transport>(
+    session: &Arc<Session>,
+    transport: &T,
+    hello_id: u64,
+    welcome: Welcome,
+) {
     let (outbox, outgoing) = mpsc::channel(OUTBOX);
     let is_second = welcome.attach_token.is_empty();
-    let welcome = Outgoing::Message(Message::Reply { id: hello_id, reply: Reply::Welcome(Box::new(welcome)) });
+    let welcome =
+        Outgoing::Message(Message::Reply { id: hello_id, reply: Reply::Welcome(Box::new(welcome)) });
     outbox.try_send(welcome).unwrap_or_else(|_| unreachable!("the outbox is new and empty"));
     if is_second {
         session.observations_go_to(outbox.clone());
@@ -81,7 +90,7 @@ pub(crate) async fn serve<T: Transport>(session: &Arc<Session>, transport: &T, h
 }
 
 impl<T: Transport> Lane<'_, T> {
-    // ---- Receiving ---------------------------------------------------------------------------------------------------------------------
+    // ---- Receiving ----------------------------------------------------------------------------------------
 
     async fn receive(&self) -> End {
         let silence = Silence::begin();
@@ -109,7 +118,12 @@ impl<T: Transport> Lane<'_, T> {
         }
     }
 
-    fn handle(&self, message: Result<Message, DecodeError>, arrived: Timestamp, place: Place) -> Result<(), End> {
+    fn handle(
+        &self,
+        message: Result<Message, DecodeError>,
+        arrived: Timestamp,
+        place: Place,
+    ) -> Result<(), End> {
         match message {
             Ok(Message::Request { id, request }) => match self.place_for(&request, place) {
                 Ok(place) => self.answer(id, request, place),
@@ -120,16 +134,28 @@ impl<T: Transport> Lane<'_, T> {
                 let tell = |fault| put(place, Outgoing::Message(Message::Notice(Notice::Error(fault))));
                 self.server.control.act(self.session.id, message, Box::new(tell));
             }
-            Ok(Message::Notice(Notice::Credit { received, window })) => put(place, Outgoing::Credit { received, window }),
+            Ok(Message::Notice(Notice::Credit { received, window })) => {
+                put(place, Outgoing::Credit { received, window })
+            }
             Ok(Message::Notice(Notice::Ping { t1 })) => put(place, Outgoing::Pong { t1, t2: arrived }),
             Ok(Message::Notice(Notice::Goodbye { reason })) => return Err(End::Goodbye(reason)),
-            Ok(Message::Notice(Notice::Error(fault))) => tracing::warn!(session = self.session.id, "the peer reports: {fault}"),
-            Ok(Message::Notice(Notice::Pong { .. }) | Message::Unknown { id: 0 }) => {}
-            Ok(Message::Unknown { id }) => {
-                reply(place, id, Err(Fault::new(Code::Unsupported, "a kind of message unknown to this server")))
+            Ok(Message::Notice(Notice::Error(fault))) => {
+                tracing::warn!(session = self.session.id, "the peer reports: {fault}")
             }
-            Ok(Message::Reply { .. } | Message::Notice(Notice::Observation(_) | Notice::StreamEnd { .. })) => {
-                reply(place, 0, Err(Fault::new(Code::Protocol, "expected what a client says, found what a server says")));
+            Ok(Message::Notice(Notice::Pong { .. }) | Message::Unknown { id: 0 }) => {}
+            Ok(Message::Unknown { id }) => reply(
+                place,
+                id,
+                Err(Fault::new(Code::Unsupported, "a kind of message unknown to this server")),
+            ),
+            Ok(
+                Message::Reply { .. } | Message::Notice(Notice::Observation(_) | Notice::StreamEnd { .. }),
+            ) => {
+                reply(
+                    place,
+                    0,
+                    Err(Fault::new(Code::Protocol, "expected what a client says, found what a server says")),
+                );
             }
             Err(error) => {
                 tracing::debug!(session = self.session.id, "malformed: {error}");
@@ -145,7 +171,8 @@ impl<T: Transport> Lane<'_, T> {
             (Request::Hello(_) | Request::GetMetadata, _) | (_, None) => Ok(place),
             (_, Some(outbox)) if outbox.same_channel(&self.outbox) => Ok(place),
             (_, Some(outbox)) => outbox.clone().try_reserve_owned().map_err(|_| {
-                let text = format!("expected at most {OUTBOX} requests whose answers were not read, found more");
+                let text =
+                    format!("expected at most {OUTBOX} requests whose answers were not read, found more");
                 (place, Fault::new(Code::QueueFull, text).retryable())
             }),
         }
@@ -154,15 +181,20 @@ impl<T: Transport> Lane<'_, T> {
     fn answer(&self, id: u64, request: Request, place: Place) {
         let control = &self.server.control;
         match request {
-            Request::Hello(_) => reply(place, id, Err(Fault::new(Code::Protocol, "expected one hello, found a second"))),
+            Request::Hello(_) => {
+                reply(place, id, Err(Fault::new(Code::Protocol, "expected one hello, found a second")))
+            }
             Request::GetMetadata => reply(place, id, control.metadata().map(Reply::Metadata)),
             Request::Reset { seed, options } => {
-                let done = move |outcome: Result<_, _>| reply(place, id, outcome.map(|(obs, info)| Reply::Reset { obs, info }));
+                let done = move |outcome: Result<_, _>| {
+                    reply(place, id, outcome.map(|(obs, info)| Reply::Reset { obs, info }))
+                };
                 control.reset(self.session.id, seed, options, Box::new(done));
             }
             Request::GetObs => self.get_obs(id, place),
             Request::Step { session, episode, actions } => {
-                let request = StepRequest { session: self.session.id, chosen_in: session, episode, chunk: actions };
+                let request =
+                    StepRequest { session: self.session.id, chosen_in: session, episode, chunk: actions };
                 control.step(request, Box::new(move |outcome| reply(place, id, outcome.map(Reply::Step))));
             }
             Request::Subscribe(asked) => {
@@ -181,20 +213,30 @@ impl<T: Transport> Lane<'_, T> {
         let (observations, session) = (Arc::clone(&self.server.observations), self.session.id);
         tokio::spawn(async move {
             let observed = observations.observe().await;
-            reply(place, id, observed.map(|observed| Reply::Observation(Arc::new(Observation { session, ..observed }))));
+            reply(
+                place,
+                id,
+                observed.map(|observed| Reply::Observation(Arc::new(Observation { session, ..observed }))),
+            );
         });
     }
 
     fn subscribe(&self, id: u64, mut asked: Subscribe, place: Place) {
         let known = &self.server.robot.cameras;
-        if let Some(name) = asked.cameras.iter().find(|name| known.iter().all(|camera| camera.name != **name)) {
+        if let Some(name) = asked.cameras.iter().find(|name| known.iter().all(|camera| camera.name != **name))
+        {
             let unknown = UnknownName::new("camera", name, known.iter().map(|camera| &*camera.name));
-            return reply(place, id, Err(Fault::new(Code::Invalid, unknown.to_string()).field("subscribe.cameras")));
+            return reply(
+                place,
+                id,
+                Err(Fault::new(Code::Invalid, unknown.to_string()).field("subscribe.cameras")),
+            );
         }
         if asked.cameras.is_empty() {
             asked.cameras = known.iter().map(|camera| camera.name.clone()).collect();
         }
-        // Granted once there is something to send, so that a stream that can never begin is an error and not a silence.
+        // Granted once there is something to send, so that a stream that can never begin is an error and not
+        // a silence.
         if self.server.observations.are_at_hand() {
             return put(place, Outgoing::Subscribe { id, asked });
         }
@@ -207,7 +249,7 @@ impl<T: Transport> Lane<'_, T> {
         });
     }
 
-    // ---- Sending -----------------------------------------------------------------------------------------------------------------------
+    // ---- Sending ------------------------------------------------------------------------------------------
 
     async fn send(&self, mut outgoing: mpsc::Receiver<Outgoing>) -> End {
         let mut stream: Option<Stream> = None;
@@ -247,7 +289,9 @@ impl<T: Transport> Lane<'_, T> {
                 Ok(observation) => Message::Reply { id, reply: Reply::Observation(Arc::new(observation)) },
                 Err(fault) => fault_message(id, fault),
             }),
-            Outgoing::Pong { t1, t2 } => Some(Message::Notice(Notice::Pong { t1, t2, t3: self.server.clock.now() })),
+            Outgoing::Pong { t1, t2 } => {
+                Some(Message::Notice(Notice::Pong { t1, t2, t3: self.server.clock.now() }))
+            }
             Outgoing::Subscribe { id, asked } => {
                 let (hz, cameras) = (asked.hz, asked.cameras.clone());
                 *stream = Some(Stream::new(asked, self.server.clock.now()));
@@ -320,7 +364,10 @@ async fn write<T: Transport>(transport: &T, message: Message) -> Result<(), Tran
     let frame = codec.encode(&message).or_else(|unsayable| {
         tracing::warn!("not sent: {unsayable}");
         let id = if let Message::Reply { id, .. } = message { id } else { 0 };
-        codec.encode(&fault_message(id, Fault::new(Code::RobotFailed, format!("the robot's answer cannot be sent: {unsayable}"))))
+        codec.encode(&fault_message(
+            id,
+            Fault::new(Code::RobotFailed, format!("the robot's answer cannot be sent: {unsayable}")),
+        ))
     });
     match frame {
         Ok(frame) => transport.send(frame).await,

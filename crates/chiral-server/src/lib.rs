@@ -1,4 +1,5 @@
-//! The robot's side of Chiral: a [`PolicyServer`] owns cameras and joints, streams observations to policies and carries out their actions.
+//! The robot's side of Chiral: a [`PolicyServer`] owns cameras and joints, streams observations to policies
+//! and carries out their actions.
 //!
 //! Mind the word: elsewhere a "policy server" serves the policy; this one serves the *robot*.
 //!
@@ -54,7 +55,8 @@ mod zenoh;
 /// The types and the protocol that both ends share.
 pub use chiral_proto as proto;
 pub use chiral_proto::{
-    ActionChunk, ActionMeaning, ActionSpec, CameraSpec, Clock, ProprioSpec, Timestamp, Value, ValueMap, action, value,
+    ActionChunk, ActionMeaning, ActionSpec, CameraSpec, Clock, ProprioSpec, Timestamp, Value, ValueMap,
+    action, value,
 };
 
 pub use chiral_transport::monotonic;
@@ -63,7 +65,8 @@ pub use robot::{ActionContext, Robot, StepOutcome};
 pub use sensors::{CameraFrame, CameraSensor, ObservationSource, Sensors};
 pub use server::{PolicyServer, PolicyServerBuilder, ServerHandle, ServerStats};
 
-/// Locks; a panic elsewhere does not poison what this crate keeps behind locks, since no invariant is broken between two statements.
+/// Locks; a panic elsewhere does not poison what this crate keeps behind locks, since no invariant is broken
+/// between two statements.
 pub(crate) fn lock<T>(mutex: &std::sync::Mutex<T>) -> std::sync::MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
 }

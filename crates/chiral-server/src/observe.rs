@@ -33,7 +33,13 @@ pub(crate) enum Source {
 
 impl Observations {
     pub(crate) fn new(source: Source, timeout: Duration) -> Observations {
-        Observations { source, timeout, episode: AtomicU64::new(0), seq: AtomicU64::new(0), complete: AtomicBool::new(false) }
+        Observations {
+            source,
+            timeout,
+            episode: AtomicU64::new(0),
+            seq: AtomicU64::new(0),
+            complete: AtomicBool::new(false),
+        }
     }
 
     pub(crate) fn episode(&self) -> u64 {
@@ -44,7 +50,8 @@ impl Observations {
         self.episode.fetch_add(1, Ordering::AcqRel) + 1
     }
 
-    /// The newest observation, waiting for sensors that have published nothing yet, or nothing later than `after`.
+    /// The newest observation, waiting for sensors that have published nothing yet, or nothing later than
+    /// `after`.
     pub(crate) fn observe_now(&self, after: Option<Timestamp>) -> Result<Observation, Fault> {
         // Read first: the observation is then at least as new as its label.
         let episode = self.episode();
@@ -59,7 +66,8 @@ impl Observations {
         Ok(self.label(observation, episode))
     }
 
-    /// Whether an observation is to be had without waiting. Once true of sensors, it stays true, and is not looked at again.
+    /// Whether an observation is to be had without waiting. Once true of sensors, it stays true, and is not
+    /// looked at again.
     pub(crate) fn are_at_hand(&self) -> bool {
         let Source::Sensors(sensors) = &self.source else { return false };
         if !self.complete.load(Ordering::Relaxed) {

@@ -12,9 +12,10 @@ use crate::{error::RobotError, lock};
 
 /// The robot, or its simulator.
 ///
-/// Its methods are called on one thread that owns it, the *control thread*, so they may block: a `reset` that homes the arm for 10 s stops neither the
-/// observation stream nor anything else. (`action_spec`, and `metadata` for the first time, are called where the server is made.) A panic in one of them
-/// is caught; the robot is then out of service, which every peer is told, and the server goes on serving observations.
+/// Its methods are called on one thread that owns it, the *control thread*, so they may block: a `reset` that
+/// homes the arm for 10 s stops neither the observation stream nor anything else. (`action_spec`, and
+/// `metadata` for the first time, are called where the server is made.) A panic in one of them is caught; the
+/// robot is then out of service, which every peer is told, and the server goes on serving observations.
 pub trait Robot: Send + 'static {
     /// What an action of this robot is. Asked once, when the server is made.
     fn action_spec(&self) -> ActionSpec;
@@ -25,13 +26,15 @@ pub trait Robot: Send + 'static {
     /// Whatever keeps the robot from it; the peer is told.
     fn reset(&mut self, seed: Option<u64>, options: &ValueMap) -> Result<ValueMap, RobotError>;
 
-    /// Carries one action out, or sets it going. It has the dimension that the spec says, and every value is finite; clamping is the robot's own.
+    /// Carries one action out, or sets it going. It has the dimension that the spec says, and every value is
+    /// finite; clamping is the robot's own.
     ///
     /// # Errors
     /// Whatever keeps the robot from it; the peer is told.
     fn apply_action(&mut self, action: &Action, context: &ActionContext) -> Result<(), RobotError>;
 
-    /// Carries N actions out that were predicted together; a single one comes by [`Robot::apply_action`]. By default row after row at `control_hz`, until the episode is over.
+    /// Carries N actions out that were predicted together; a single one comes by [`Robot::apply_action`]. By
+    /// default row after row at `control_hz`, until the episode is over.
     ///
     /// # Errors
     /// As [`Robot::apply_action`].
@@ -46,8 +49,8 @@ pub trait Robot: Send + 'static {
         Ok(())
     }
 
-    /// Carries the rows of a chunk out and says what came of it. By default [`Robot::apply_chunk`], no reward, no end. The observation of the reply is
-    /// taken by the server, after this returned.
+    /// Carries the rows of a chunk out and says what came of it. By default [`Robot::apply_chunk`], no
+    /// reward, no end. The observation of the reply is taken by the server, after this returned.
     ///
     /// # Errors
     /// As [`Robot::apply_action`].
@@ -56,19 +59,21 @@ pub trait Robot: Send + 'static {
         Ok(StepOutcome::default())
     }
 
-    /// What `get_metadata` answers: free-form. Asked when the server is made and after every reset that succeeded, so that the answer never waits for the
-    /// robot.
+    /// What `get_metadata` answers: free-form. Asked when the server is made and after every reset that
+    /// succeeded, so that the answer never waits for the robot.
     fn metadata(&self) -> ValueMap {
         ValueMap::new()
     }
 
-    /// Whether `reset` and `step` publish every sensor themselves before they return, as a simulator in lock-step does. If not, the observation of their
-    /// reply is taken once every sensor has published something captured after they returned.
+    /// Whether `reset` and `step` publish every sensor themselves before they return, as a simulator in
+    /// lock-step does. If not, the observation of their reply is taken once every sensor has published
+    /// something captured after they returned.
     fn is_lock_step(&self) -> bool {
         false
     }
 
-    /// Brings the robot to a safe stop where it is. Called when the controller leaves or is lost, and after a panic.
+    /// Brings the robot to a safe stop where it is. Called when the controller leaves or is lost, and after a
+    /// panic.
     fn hold(&mut self) {}
 
     /// Called when the controller left or was lost, after [`Robot::hold`].
@@ -88,7 +93,8 @@ pub struct StepOutcome {
     pub info: ValueMap,
 }
 
-/// What is known about an action, and whether it still counts. The default is good for a robot's own tests: an episode that does not end.
+/// What is known about an action, and whether it still counts. The default is good for a robot's own tests:
+/// an episode that does not end.
 #[derive(Clone, Debug, Default)]
 pub struct ActionContext {
     /// The session it came in.
@@ -107,7 +113,8 @@ pub struct ActionContext {
 }
 
 impl ActionContext {
-    /// Whether the episode is over: a reset was asked for, or the controller has left. What is left of a chunk should not be carried out.
+    /// Whether the episode is over: a reset was asked for, or the controller has left. What is left of a
+    /// chunk should not be carried out.
     pub fn is_over(&self) -> bool {
         *lock(&self.end.shared.over)
     }

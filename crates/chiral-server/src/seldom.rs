@@ -31,7 +31,8 @@ impl Seldom {
         let mut state = lock(&self.state);
         state.untold += 1;
         if state.told_at.is_none_or(|told_at| now.since(told_at) >= PERIOD) {
-            let State { untold, .. } = std::mem::replace(&mut *state, State { told_at: Some(now), untold: 0 });
+            let State { untold, .. } =
+                std::mem::replace(&mut *state, State { told_at: Some(now), untold: 0 });
             drop(state);
             tell(untold);
         }

@@ -1,4 +1,5 @@
-//! Latest-value slots that sensor threads write and sessions read. Nobody waits for anybody: a snapshot clones reference counts.
+//! Latest-value slots that sensor threads write and sessions read. Nobody waits for anybody: a snapshot
+//! clones reference counts.
 
 use std::{
     sync::{Arc, Condvar, Mutex, PoisonError},
@@ -6,9 +7,6 @@ use std::{
 };
 
 use bytes::Bytes;
-use chiral_transport::monotonic;
-#[cfg(feature = "zenoh")]
-use chiral_transport::zenoh::SharedMemory;
 #[cfg(feature = "zenoh")]
 use chiral_proto::pool::ALIGNMENT;
 use chiral_proto::{
@@ -16,6 +14,9 @@ use chiral_proto::{
     error::UnknownName,
     pool::{Buffer, Pool},
 };
+use chiral_transport::monotonic;
+#[cfg(feature = "zenoh")]
+use chiral_transport::zenoh::SharedMemory;
 use nalgebra::{Matrix3, Matrix4};
 
 use crate::{
@@ -23,9 +24,11 @@ use crate::{
     lock,
 };
 
-/// Where observations come from. [`Sensors`] is one; a host that assembles observations itself gives its own to the server.
+/// Where observations come from. [`Sensors`] is one; a host that assembles observations itself gives its own
+/// to the server.
 ///
-/// Asked on a thread that may block, apart from the [`Robot`](crate::Robot), so a robot that is busy does not stop the stream.
+/// Asked on a thread that may block, apart from the [`Robot`](crate::Robot), so a robot that is busy does not
+/// stop the stream.
 pub trait ObservationSource: Send + Sync + 'static {
     /// The newest observation; its `session`, `episode` and `seq` are the server's to fill in.
     ///
@@ -36,7 +39,8 @@ pub trait ObservationSource: Send + Sync + 'static {
     fn observe(&self, after: Option<Timestamp>, timeout: Duration) -> Result<Observation, ObserveError>;
 }
 
-/// The robot's cameras and proprioception, each a slot that holds its latest value. A clone is the same sensors.
+/// The robot's cameras and proprioception, each a slot that holds its latest value. A clone is the same
+/// sensors.
 ///
 /// ```
 /// use chiral_server::{CameraFrame, CameraSpec, ProprioSpec, Sensors};
@@ -104,7 +108,8 @@ struct Published {
 }
 
 impl Sensors {
-    /// Idle buffers kept for each camera's image and depth: one being written, one latest, one or two on their way to peers.
+    /// Idle buffers kept for each camera's image and depth: one being written, one latest, one or two on
+    /// their way to peers.
     const IDLE_BUFFERS: usize = 8;
 
     /// Sensors of these declarations, nothing published yet.
@@ -137,13 +142,15 @@ impl Sensors {
         Ok(Sensors { shared: Arc::new(shared) })
     }
 
-    /// From now on, the cameras' buffers lie in memory that other processes of this host may see, as long as what is returned is there. `None` without
-    /// cameras, or if there is no such memory to be had, as the log then says.
+    /// From now on, the cameras' buffers lie in memory that other processes of this host may see, as long as
+    /// what is returned is there. `None` without cameras, or if there is no such memory to be had, as the log
+    /// then says.
     #[cfg(feature = "zenoh")]
     pub(crate) fn share_memory(&self) -> Option<SharedMemory> {
         let aligned = |len: usize| len.next_multiple_of(ALIGNMENT);
         let depth = |slot: &CameraSlot| if slot.spec.has_depth { aligned(slot.depth_len()) } else { 0 };
-        let observation: usize = self.shared.cameras.iter().map(|slot| aligned(slot.image_len()) + depth(slot)).sum();
+        let observation: usize =
+            self.shared.cameras.iter().map(|slot| aligned(slot.image_len()) + depth(slot)).sum();
         if observation == 0 {
             return None;
         }
@@ -180,11 +187,14 @@ impl Sensors {
     /// [`UnknownName`], which lists the names there are.
     pub fn camera(&self, name: &str) -> Result<CameraSensor, UnknownName> {
         let names = || self.shared.cameras.iter().map(|slot| &*slot.name);
-        let index = names().position(|known| known == name).ok_or_else(|| UnknownName::new("camera", name, names()))?;
+        let index = names()
+            .position(|known| known == name)
+            .ok_or_else(|| UnknownName::new("camera", name, names()))?;
         Ok(CameraSensor { shared: Arc::clone(&self.shared), index })
     }
 
-    /// Copies in an image (H, W, C) and says that it was captured now. Its matrices stay as they are: [`CameraSensor::publish`] swaps all at once.
+    /// Copies in an image (H, W, C) and says that it was captured now. Its matrices stay as they are:
+    /// [`CameraSensor::publish`] swaps all at once.
     ///
     /// # Errors
     /// [`SensorError`] if there is no such camera or the image is of another size.
@@ -198,7 +208,8 @@ impl Sensors {
     /// Copies in a depth image (H, W) in metres and says that it was captured now.
     ///
     /// # Errors
-    /// [`SensorError`] if there is no such camera, it was declared without depth, or the image is of another size.
+    /// [`SensorError`] if there is no such camera, it was declared without depth, or the image is of another
+    /// size.
     pub fn update_depth(&self, camera: &str, depth: &[f32]) -> Result<(), SensorError> {
         let camera = self.camera(camera)?;
         let depth = camera.slot().depth(Some(camera.copy(bytemuck::cast_slice(depth))))?;
@@ -236,10 +247,18 @@ impl Sensors {
     ///
     /// # Errors
     /// As [`Sensors::update_proprio`].
-    pub fn publish_proprio(&self, name: &str, values: &[f32], captured_at: Timestamp) -> Result<(), SensorError> {
+    pub fn publish_proprio(
+        &self,
+        name: &str,
+        values: &[f32],
+        captured_at: Timestamp,
+    ) -> Result<(), SensorError> {
         let slots = &self.shared.proprios;
         let names = || slots.iter().map(|slot| &*slot.name);
-        let slot = slots.iter().find(|slot| &*slot.name == name).ok_or_else(|| UnknownName::new("proprio", name, names()))?;
+        let slot = slots
+            .iter()
+            .find(|slot| &*slot.name == name)
+            .ok_or_else(|| UnknownName::new("proprio", name, names()))?;
         let data = Tensor::from_vec([slot.spec.size], values.to_vec())
             .map_err(|source| SensorError::Shape { sensor: format!("proprio {name}"), source })?;
         *lock(&slot.latest) = Some(Arc::new(Proprio { name: Arc::clone(&slot.name), captured_at, data }));
@@ -247,7 +266,8 @@ impl Sensors {
         Ok(())
     }
 
-    /// Sets what observations carry as `timestamp`, for an application that keeps its own time. Without, it is the monotonic clock's seconds.
+    /// Sets what observations carry as `timestamp`, for an application that keeps its own time. Without, it
+    /// is the monotonic clock's seconds.
     pub fn set_timestamp(&self, seconds: f64) {
         lock(&self.shared.application).timestamp = Some(seconds);
     }
@@ -272,7 +292,9 @@ impl Sensors {
         };
         let proprio = |slot: &ProprioSlot| {
             let latest = lock(&slot.latest).clone();
-            latest.filter(|proprio| fresh(proprio.captured_at)).ok_or_else(|| format!("proprio {}", slot.name))
+            latest
+                .filter(|proprio| fresh(proprio.captured_at))
+                .ok_or_else(|| format!("proprio {}", slot.name))
         };
         let cameras = cameras.iter().map(camera).collect::<Result<_, _>>()?;
         let proprios = proprios.iter().map(proprio).collect::<Result<_, _>>()?;
@@ -353,15 +375,18 @@ impl CameraSensor {
         self.shared.pool.take(self.slot().image_len())
     }
 
-    /// Memory for one depth image, as [`CameraSensor::buffer`]; written as `depth_buffer().values_mut::<f32>()`.
+    /// Memory for one depth image, as [`CameraSensor::buffer`]; written as
+    /// `depth_buffer().values_mut::<f32>()`.
     pub fn depth_buffer(&self) -> Buffer {
         self.shared.pool.take(self.slot().depth_len())
     }
 
-    /// Swaps image, depth, K, T and time in, all at once. Nothing is copied: the memory is shared until the last reader is done with it.
+    /// Swaps image, depth, K, T and time in, all at once. Nothing is copied: the memory is shared until the
+    /// last reader is done with it.
     ///
     /// # Errors
-    /// [`SensorError`] if the image or the depth is not of the declared size, or there is depth where none was declared, or none where it was.
+    /// [`SensorError`] if the image or the depth is not of the declared size, or there is depth where none
+    /// was declared, or none where it was.
     pub fn publish(&self, frame: CameraFrame) -> Result<(), SensorError> {
         let image = self.slot().image(frame.image)?;
         let depth = self.slot().depth(frame.depth)?;

@@ -10,29 +10,34 @@ use std::net::SocketAddr;
 use tokio::net::TcpListener;
 
 impl PolicyServer {
-    /// Serves until it is shut down, on a runtime of its own; blocks. Not to be called within a tokio runtime: there, use [`PolicyServer::serve`].
+    /// Serves until it is shut down, on a runtime of its own; blocks. Not to be called within a tokio
+    /// runtime: there, use [`PolicyServer::serve`].
     ///
     /// # Errors
     /// As [`PolicyServer::serve`]; also [`Error::Start`] if there can be no runtime.
     pub fn run(self) -> Result<(), Error> {
-        let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().thread_name("chiral-server").build();
+        let runtime =
+            tokio::runtime::Builder::new_multi_thread().enable_all().thread_name("chiral-server").build();
         let runtime = runtime.map_err(|source| Error::Start { what: "a tokio runtime", source })?;
         let served = runtime.block_on(self.serve());
         runtime.shutdown_timeout(STOP_LIMIT);
         served
     }
 
-    /// Serves until it is shut down, on the caller's runtime: over WebSocket at the address that the server was built with, on a Zenoh network if it was
-    /// built to, or both.
+    /// Serves until it is shut down, on the caller's runtime: over WebSocket at the address that the server
+    /// was built with, on a Zenoh network if it was built to, or both.
     ///
     /// # Errors
-    /// [`Error::Bind`] if the address cannot be listened on; on a Zenoh network `Error::NameTaken` and `Error::Zenoh`.
+    /// [`Error::Bind`] if the address cannot be listened on; on a Zenoh network `Error::NameTaken` and
+    /// `Error::Zenoh`.
     pub async fn serve(self) -> Result<(), Error> {
         #[cfg(feature = "websocket")]
         {
-            let default = (!self.inner.options.is_on_zenoh()).then(|| SocketAddr::from(([127, 0, 0, 1], 8765)));
+            let default =
+                (!self.inner.options.is_on_zenoh()).then(|| SocketAddr::from(([127, 0, 0, 1], 8765)));
             if let Some(address) = self.inner.options.bind.or(default) {
-                let listener = TcpListener::bind(address).await.map_err(|source| Error::Bind { address, source })?;
+                let listener =
+                    TcpListener::bind(address).await.map_err(|source| Error::Bind { address, source })?;
                 return self.serve_on(listener).await;
             }
         }

@@ -14,13 +14,13 @@ use std::{
 };
 
 use bytes::Bytes;
-#[cfg(feature = "zenoh")]
-use chiral_transport::zenoh::{SharedMemory, SharedMemoryCounts};
-use chiral_transport::{Courtesy, host_name, monotonic};
 use chiral_proto::{
     Clock, Code, Fault, PROTOCOL_VERSION, Transport, keys,
     message::{RobotInfo, Welcome},
 };
+#[cfg(feature = "zenoh")]
+use chiral_transport::zenoh::{SharedMemory, SharedMemoryCounts};
+use chiral_transport::{Courtesy, host_name, monotonic};
 use tokio::sync::watch;
 
 use crate::{
@@ -38,7 +38,8 @@ pub(crate) const STOP_LIMIT: Duration = Duration::from_secs(2);
 
 /// Serves a robot to policies: observations out, actions in.
 ///
-/// It listens by itself ([`PolicyServer::run`], [`PolicyServer::serve`]) or is embedded in a host ([`PolicyServer::into_router`]).
+/// It listens by itself ([`PolicyServer::run`], [`PolicyServer::serve`]) or is embedded in a host
+/// ([`PolicyServer::into_router`]).
 #[derive(Clone)]
 pub struct PolicyServer {
     pub(crate) inner: Arc<Inner>,
@@ -82,7 +83,8 @@ pub(crate) struct Options {
 impl Options {
     pub(crate) fn is_on_zenoh(&self) -> bool {
         #[cfg(feature = "zenoh")]
-        return !(self.network.listen.is_empty() && self.network.connect.is_empty()) || self.network.config.is_some();
+        return !(self.network.listen.is_empty() && self.network.connect.is_empty())
+            || self.network.config.is_some();
         #[cfg(not(feature = "zenoh"))]
         false
     }
@@ -145,23 +147,26 @@ impl fmt::Debug for PolicyServer {
 }
 
 impl PolicyServerBuilder {
-    /// The robot's name, as peers see it; by default that of this host, or as much of it as a name on a Zenoh network can have.
+    /// The robot's name, as peers see it; by default that of this host, or as much of it as a name on a Zenoh
+    /// network can have.
     #[must_use]
     pub fn name(mut self, name: impl Into<String>) -> Self {
         self.name = name.into();
         self
     }
 
-    /// Where `run` and `serve` listen for WebSocket; `127.0.0.1:8765` by default, or nowhere if the robot is put on a Zenoh network. There is no
-    /// authentication yet, so another address than a loopback one is warned of.
+    /// Where `run` and `serve` listen for WebSocket; `127.0.0.1:8765` by default, or nowhere if the robot is
+    /// put on a Zenoh network. There is no authentication yet, so another address than a loopback one is
+    /// warned of.
     #[must_use]
     pub fn bind(mut self, address: impl Into<SocketAddr>) -> Self {
         self.options.bind = Some(address.into());
         self
     }
 
-    /// Puts the robot on a Zenoh network, and lets others into it at this locator, such as `tcp/127.0.0.1:7447`; also by `tls/`, `quic/` and
-    /// `unixsock-stream/`. May be said more than once. Not every robot's name will do then: see [`chiral_proto::keys::check_robot`].
+    /// Puts the robot on a Zenoh network, and lets others into it at this locator, such as
+    /// `tcp/127.0.0.1:7447`; also by `tls/`, `quic/` and `unixsock-stream/`. May be said more than once. Not
+    /// every robot's name will do then: see [`chiral_proto::keys::check_robot`].
     #[cfg(feature = "zenoh")]
     #[must_use]
     pub fn listen_zenoh(mut self, locator: impl Into<String>) -> Self {
@@ -169,8 +174,9 @@ impl PolicyServerBuilder {
         self
     }
 
-    /// Puts the robot on the Zenoh network that a router or another robot's server lets others into at this locator, such as `tcp/router:7447`. May be
-    /// said more than once, and beside [`PolicyServerBuilder::listen_zenoh`].
+    /// Puts the robot on the Zenoh network that a router or another robot's server lets others into at this
+    /// locator, such as `tcp/router:7447`. May be said more than once, and beside
+    /// [`PolicyServerBuilder::listen_zenoh`].
     #[cfg(feature = "zenoh")]
     #[must_use]
     pub fn join_zenoh(mut self, locator: impl Into<String>) -> Self {
@@ -178,8 +184,9 @@ impl PolicyServerBuilder {
         self
     }
 
-    /// Whether peers on this host that come by Zenoh see observations in shared memory, which then never cross the network; they do by default. It takes
-    /// eight observations' worth of memory, locked; where that cannot be had, observations travel by the network, as the log says.
+    /// Whether peers on this host that come by Zenoh see observations in shared memory, which then never
+    /// cross the network; they do by default. It takes eight observations' worth of memory, locked; where
+    /// that cannot be had, observations travel by the network, as the log says.
     #[cfg(feature = "zenoh")]
     #[must_use]
     pub fn shared_memory(mut self, is_wanted: bool) -> Self {
@@ -187,9 +194,9 @@ impl PolicyServerBuilder {
         self
     }
 
-    /// Puts the robot on the Zenoh network of this configuration file of Zenoh's (JSON5, JSON or YAML): TLS, users, access control, whatever else it says
-    /// stands. Locators of [`PolicyServerBuilder::listen_zenoh`] and [`PolicyServerBuilder::join_zenoh`] are added to its own. It is read when serving
-    /// begins.
+    /// Puts the robot on the Zenoh network of this configuration file of Zenoh's (JSON5, JSON or YAML): TLS,
+    /// users, access control, whatever else it says stands. Locators of [`PolicyServerBuilder::listen_zenoh`]
+    /// and [`PolicyServerBuilder::join_zenoh`] are added to its own. It is read when serving begins.
     #[cfg(feature = "zenoh")]
     #[must_use]
     pub fn zenoh_config(mut self, file: impl Into<PathBuf>) -> Self {
@@ -197,8 +204,8 @@ impl PolicyServerBuilder {
         self
     }
 
-    /// Whether the robot can be found without its address, by multicast; true by default, for one on a Zenoh network who lets others in there. A
-    /// configuration file's own word on multicast goes before it.
+    /// Whether the robot can be found without its address, by multicast; true by default, for one on a Zenoh
+    /// network who lets others in there. A configuration file's own word on multicast goes before it.
     #[cfg(feature = "zenoh")]
     #[must_use]
     pub fn discovery(mut self, is_found: bool) -> Self {
@@ -206,21 +213,24 @@ impl PolicyServerBuilder {
         self
     }
 
-    /// Where observations come from, in place of the sensors' snapshot. The sensors still say what cameras and proprioception there are.
+    /// Where observations come from, in place of the sensors' snapshot. The sensors still say what cameras
+    /// and proprioception there are.
     #[must_use]
     pub fn observations(mut self, source: impl ObservationSource) -> Self {
         self.source = Some(Arc::new(source));
         self
     }
 
-    /// How long an observation waits for a sensor that has published nothing, or nothing since a reset or step; 1 s by default.
+    /// How long an observation waits for a sensor that has published nothing, or nothing since a reset or
+    /// step; 1 s by default.
     #[must_use]
     pub fn observe_timeout(mut self, timeout: Duration) -> Self {
         self.observe_timeout = timeout;
         self
     }
 
-    /// After how long without a word a peer counts as lost; 10 s by default. Peers ping every second; existing clients over WebSocket are pinged.
+    /// After how long without a word a peer counts as lost; 10 s by default. Peers ping every second;
+    /// existing clients over WebSocket are pinged.
     #[must_use]
     pub fn silence_limit(mut self, limit: Duration) -> Self {
         self.options.silence_limit = limit;
@@ -244,7 +254,8 @@ impl PolicyServerBuilder {
     /// Makes the server, which starts the control thread and nothing else.
     ///
     /// # Errors
-    /// [`Error::Declaration`] if the robot's action spec cannot be, or its name on a Zenoh network; [`Error::Start`] if there can be no thread.
+    /// [`Error::Declaration`] if the robot's action spec cannot be, or its name on a Zenoh network;
+    /// [`Error::Start`] if there can be no thread.
     #[cfg_attr(not(feature = "zenoh"), expect(unused_mut, reason = "only shared memory is decided here"))]
     pub fn build(mut self) -> Result<PolicyServer, Error> {
         #[cfg(feature = "zenoh")]
@@ -252,15 +263,17 @@ impl PolicyServerBuilder {
             keys::check_robot(&self.name).map_err(|error| Error::Declaration(error.to_string()))?;
         }
         let robot = self.robot;
-        let spec = catch_unwind(AssertUnwindSafe(|| robot.action_spec()))
-            .map_err(|panic| Error::Declaration(format!("the robot panicked in action_spec: {}", panic_text(&*panic))))?;
+        let spec = catch_unwind(AssertUnwindSafe(|| robot.action_spec())).map_err(|panic| {
+            Error::Declaration(format!("the robot panicked in action_spec: {}", panic_text(&*panic)))
+        })?;
         if spec.dimension == 0 || !(spec.control_hz > 0.0 && spec.control_hz.is_finite()) {
             let found = format!("dimension {} at {} Hz", spec.dimension, spec.control_hz);
             return Err(Error::Declaration(format!(
                 "expected an action spec of at least one dimension and a positive control_hz, found {found}"
             )));
         }
-        for (field, len) in [("names", spec.names.len()), ("low", spec.low.len()), ("high", spec.high.len())] {
+        for (field, len) in [("names", spec.names.len()), ("low", spec.low.len()), ("high", spec.high.len())]
+        {
             if len != 0 && len != spec.dimension {
                 return Err(Error::Declaration(format!(
                     "expected none or {} of the action spec's {field}, found {len}",
@@ -326,11 +339,13 @@ pub struct ServerStats {
     pub sessions: usize,
     /// Rows that the robot carried out.
     pub rows_applied: u64,
-    /// Actions refused on arrival, or dropped or cut short because a reset or the controller's end overtook them.
+    /// Actions refused on arrival, or dropped or cut short because a reset or the controller's end overtook
+    /// them.
     pub actions_refused: u64,
     /// Actions at which the robot's own code failed.
     pub actions_failed: u64,
-    /// Observations that streams left out: their ticks passed while the link, the client or a sensor was not ready for them.
+    /// Observations that streams left out: their ticks passed while the link, the client or a sensor was not
+    /// ready for them.
     pub observations_skipped: u64,
     /// Why the robot is out of service, if it is.
     pub out_of_service: Option<String>,
@@ -340,7 +355,8 @@ pub struct ServerStats {
 }
 
 impl ServerHandle {
-    /// Says goodbye to every peer, lets the robot hold, and stops. `run` and `serve` then return. Returns at once.
+    /// Says goodbye to every peer, lets the robot hold, and stops. `run` and `serve` then return. Returns at
+    /// once.
     pub fn shutdown(&self) {
         self.inner.stopping.send_replace(true);
     }

@@ -76,7 +76,9 @@ async fn receive_hello<T: Transport>(transport: &T) -> Result<(u64, Hello), Opti
         Ok(Some(frame)) => frame,
         Ok(None) | Err(_) => return Err(None),
     };
-    let expected = |id| Err(Some((id, Fault::new(Code::Protocol, "expected a hello as the first message, found another"))));
+    let expected = |id| {
+        Err(Some((id, Fault::new(Code::Protocol, "expected a hello as the first message, found another"))))
+    };
     match transport.codec().decode(frame) {
         Ok(Message::Request { id, request: Request::Hello(hello) }) => Ok((id, hello)),
         Ok(Message::Request { id, .. } | Message::Reply { id, .. } | Message::Unknown { id }) => expected(id),
@@ -129,7 +131,13 @@ impl Session {
     }
 
     /// A new session, which controls the robot if it is to.
-    pub(crate) fn open(server: &Arc<Inner>, role: Role, name: &str, software: &str, peer: &str) -> Result<Arc<Session>, Fault> {
+    pub(crate) fn open(
+        server: &Arc<Inner>,
+        role: Role,
+        name: &str,
+        software: &str,
+        peer: &str,
+    ) -> Result<Arc<Session>, Fault> {
         let id = server.session_began()?;
         let session = Arc::new(Session {
             id,
@@ -150,7 +158,8 @@ impl Session {
         check_version(hello)?;
         let session = lock(&server.lobby).join(&hello.attach_token, server.clock.now());
         // One that is still saying goodbye is over, and a stream that has begun stays where it is.
-        let may_join = |session: &Arc<Session>| session.ended.borrow().is_none() && session.observations().is_none();
+        let may_join =
+            |session: &Arc<Session>| session.ended.borrow().is_none() && session.observations().is_none();
         let session = session.filter(may_join).ok_or_else(|| {
             let text = "expected the token of a welcome not older than 5 s, never used before, of a session that lasts and has no stream; found another";
             Fault::new(Code::Invalid, text).field("hello.attach_token")
@@ -181,8 +190,13 @@ impl Session {
         }
     }
 
-    /// Runs the two loops of a connection, until the session has ended and nothing is half said; and why it has.
-    pub(crate) async fn run(&self, receiving: impl Future<Output = End>, sending: impl Future<Output = End>) -> End {
+    /// Runs the two loops of a connection, until the session has ended and nothing is half said; and why it
+    /// has.
+    pub(crate) async fn run(
+        &self,
+        receiving: impl Future<Output = End>,
+        sending: impl Future<Output = End>,
+    ) -> End {
         // Also if this future is dropped.
         let _ending = Ending(self);
         let receiving = async {

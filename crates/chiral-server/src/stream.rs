@@ -33,7 +33,8 @@ impl Stream {
         has_credit.then(|| (self.started + self.period().mul_f64(self.tick as f64)).since(now))
     }
 
-    /// An observation is being sent. Ticks that have passed meanwhile are skipped, so that none is sent in a burst; how many.
+    /// An observation is being sent. Ticks that have passed meanwhile are skipped, so that none is sent in a
+    /// burst; how many.
     pub(crate) fn take(&mut self, now: Timestamp) -> u64 {
         self.sent += 1;
         let passed = (now.since(self.started).as_secs_f64() * self.asked.hz).floor() as u64;
@@ -45,7 +46,8 @@ impl Stream {
     /// Only what was asked for.
     pub(crate) fn select(&self, observation: Observation) -> Observation {
         let Subscribe { cameras: wanted, depth, .. } = &self.asked;
-        let wanted = |camera: &Arc<Camera>| wanted.is_empty() || wanted.iter().any(|name| **name == *camera.name);
+        let wanted =
+            |camera: &Arc<Camera>| wanted.is_empty() || wanted.iter().any(|name| **name == *camera.name);
         let strip = |camera: Arc<Camera>| match (depth, &camera.depth) {
             (false, Some(_)) => Arc::new(Camera { depth: None, ..Camera::clone(&camera) }),
             _ => camera,
@@ -63,7 +65,8 @@ impl Stream {
 mod tests {
     use super::*;
 
-    /// Runs a stream whose observations each take `transfer_ms`, credited on arrival; the times at which they were taken, in ms. Every tick is taken or skipped.
+    /// Runs a stream whose observations each take `transfer_ms`, credited on arrival; the times at which they
+    /// were taken, in ms. Every tick is taken or skipped.
     fn check(hz: f64, window: u32, transfer_ms: i64, until_ms: i64) -> Vec<i64> {
         let asked = Subscribe { hz, cameras: vec![], depth: true, window };
         let mut stream = Stream::new(asked, Timestamp(0));

@@ -1,21 +1,26 @@
 //! What an existing client has asked for, and what of it is answered when. Pure: `now` is passed in.
 //!
-//! On a connection of its own every request is answered, one after another. On the keys that all of a Zenoh network shares nobody can be told from anybody
-//! else, and an answer goes to whoever listens; so a second client must be noticed by what it asks, before it is answered:
+//! On a connection of its own every request is answered, one after another. On the keys that all of a Zenoh
+//! network shares nobody can be told from anybody else, and an answer goes to whoever listens; so a second
+//! client must be noticed by what it asks, before it is answered:
 //!
-//! - A client has one request under way at a time. Another one, before the answer, is out of turn: it is dropped.
-//! - A client says `metadata` every half a second until it is answered. In a session in which nothing else was said yet, that is answered at once, and not
-//!   again while the answer is on its way: any one answer will do, and of the others the client may hear late. It may be an answer to an earlier probe that
-//!   the client goes on with, so what it asks next is in turn.
-//! - Later, `metadata` may be the client's own question, or a second client's probe. It is held back for a second: if anything else is asked meanwhile,
-//!   its asker was not waiting for it; if `metadata` comes again, somebody is probing, and everything of that kind is dropped until a second has passed
-//!   without it. Else the client is waiting for its answer, and gets it.
+//! - A client has one request under way at a time. Another one, before the answer, is out of turn: it is
+//!   dropped.
+//! - A client says `metadata` every half a second until it is answered. In a session in which nothing else
+//!   was said yet, that is answered at once, and not again while the answer is on its way: any one answer
+//!   will do, and of the others the client may hear late. It may be an answer to an earlier probe that the
+//!   client goes on with, so what it asks next is in turn.
+//! - Later, `metadata` may be the client's own question, or a second client's probe. It is held back for a
+//!   second: if anything else is asked meanwhile, its asker was not waiting for it; if `metadata` comes
+//!   again, somebody is probing, and everything of that kind is dropped until a second has passed without it.
+//!   Else the client is waiting for its answer, and gets it.
 
 use std::{collections::VecDeque, time::Duration};
 
 use chiral_proto::{Code, Fault, Request, Timestamp};
 
-/// Requests of a connection that may wait for their answers: minutes of a client that asks 30 times a second during a long reset, some 100 bytes each.
+/// Requests of a connection that may wait for their answers: minutes of a client that asks 30 times a second
+/// during a long reset, some 100 bytes each.
 const MAX_OWED: usize = 4096;
 /// Rows in those of them that are steps, each of some 30 to 130 bytes.
 const MAX_OWED_ROWS: usize = 1 << 16;
@@ -98,7 +103,9 @@ impl Turns {
                 let held = waiting.iter().map(rows).sum::<usize>() + rows(&asked);
                 let refuse = |text| Err(Fault::new(Code::QueueFull, text).retryable());
                 if waiting.len() == MAX_OWED {
-                    return refuse(format!("expected at most {MAX_OWED} requests that wait for their answers, found more"));
+                    return refuse(format!(
+                        "expected at most {MAX_OWED} requests that wait for their answers, found more"
+                    ));
                 }
                 if held > MAX_OWED_ROWS {
                     return refuse(format!(
@@ -135,7 +142,8 @@ impl Turns {
         }
     }
 
-    /// What was asked last is about to be answered, or was refused. Not later: whoever hears the answer may ask again before all of it is known to be sent.
+    /// What was asked last is about to be answered, or was refused. Not later: whoever hears the answer may
+    /// ask again before all of it is known to be sent.
     pub(crate) fn answered(&mut self) {
         if let Turns::Shared(shared) = self {
             shared.answering = None;
@@ -212,7 +220,9 @@ fn rows(asked: &Asked) -> usize {
 }
 
 fn second_client(what: &str) -> Fault {
-    let text = format!("two existing clients seem to be on this network, of which one is not answered: somebody {what}");
+    let text = format!(
+        "two existing clients seem to be on this network, of which one is not answered: somebody {what}"
+    );
     Fault::new(Code::Busy, text).retryable()
 }
 
@@ -315,37 +325,77 @@ mod tests {
     #[test]
     fn a_client_that_begins_is_answered_at_once() {
         let begin = [probe(0), probe(1), answer(2, Request::GetMetadata), probe(3), Answered(4), nothing(4)];
-        let again = [probe(500), answer(500, Request::GetMetadata), Answered(501), ask(502, RESET), answer(502, RESET)];
+        let again = [
+            probe(500),
+            answer(500, Request::GetMetadata),
+            Answered(501),
+            ask(502, RESET),
+            answer(502, RESET),
+        ];
         check("probes are answered, but not while an answer is on its way", begin.into_iter().chain(again));
-        let together = [probe(0), ask(0, RESET), Ask(1, Request::GetObs, true), answer(1, Request::GetMetadata), Answered(1)];
+        let together = [
+            probe(0),
+            ask(0, RESET),
+            Ask(1, Request::GetObs, true),
+            answer(1, Request::GetMetadata),
+            Answered(1),
+        ];
         check("a late probe", together.into_iter().chain([answer(2, RESET), Answered(3), nothing(4)]));
-        check("on its way", [probe(0), answer(0, Request::GetMetadata), ask(1, RESET), Answered(2), answer(2, RESET)]);
+        check(
+            "on its way",
+            [probe(0), answer(0, Request::GetMetadata), ask(1, RESET), Answered(2), answer(2, RESET)],
+        );
     }
 
     #[test]
     fn metadata_is_answered_later_if_somebody_waits_for_it() {
         let played = || [ask(0, RESET), answer(0, RESET), Answered(5000)];
-        let waited = [probe(6000), nothing(6999), answer(7000, Request::GetMetadata), Answered(7001), nothing(7002)];
+        let waited =
+            [probe(6000), nothing(6999), answer(7000, Request::GetMetadata), Answered(7001), nothing(7002)];
         check("the client itself asks", played().into_iter().chain(waited));
         let acting = [probe(6000), Act(6500), answer(7000, Request::GetMetadata)];
         check("actions need nobody who waits", played().into_iter().chain(acting));
-        let together = [ask(0, Request::GetObs), probe(0), answer(1, Request::GetObs), Answered(2), nothing(3)];
-        check("asked together with something else", together.into_iter().chain([answer(1000, Request::GetMetadata)]));
-        let busy = [ask(0, RESET), answer(0, RESET), probe(10), Answered(45_000), answer(45_000, Request::GetMetadata)];
+        let together =
+            [ask(0, Request::GetObs), probe(0), answer(1, Request::GetObs), Answered(2), nothing(3)];
+        check(
+            "asked together with something else",
+            together.into_iter().chain([answer(1000, Request::GetMetadata)]),
+        );
+        let busy = [
+            ask(0, RESET),
+            answer(0, RESET),
+            probe(10),
+            Answered(45_000),
+            answer(45_000, Request::GetMetadata),
+        ];
         check("not before what was asked first", busy);
     }
 
     #[test]
     fn a_second_client_is_noticed_and_not_answered() {
-        let out_of_turn =
-            [ask(0, RESET), answer(0, RESET), Ask(1, RESET, true), Ask(2, Request::GetObs, true), Answered(3), nothing(3)];
+        let out_of_turn = [
+            ask(0, RESET),
+            answer(0, RESET),
+            Ask(1, RESET, true),
+            Ask(2, Request::GetObs, true),
+            Answered(3),
+            nothing(3),
+        ];
         check("out of turn", out_of_turn);
         let played = || [Act(0), probe(1000)];
-        let not_waited_for =
-            [Ask(1500, Request::GetObs, true), answer(1500, Request::GetObs), Answered(1501), nothing(1501), nothing(3000)];
+        let not_waited_for = [
+            Ask(1500, Request::GetObs, true),
+            answer(1500, Request::GetObs),
+            Answered(1501),
+            nothing(1501),
+            nothing(3000),
+        ];
         check("somebody did not wait", played().into_iter().chain(not_waited_for));
         let probing = (1..20).map(|i| foreign_probe(1000 + 500 * i)).flat_map(|probe| [probe, nothing(1000)]);
-        check("probes, and no answer to the last of them", played().into_iter().chain(probing).chain([nothing(9999)]));
+        check(
+            "probes, and no answer to the last of them",
+            played().into_iter().chain(probing).chain([nothing(9999)]),
+        );
         let gone = [foreign_probe(1500), nothing(3000), probe(3100), answer(4100, Request::GetMetadata)];
         check("the probing has stopped", played().into_iter().chain(gone));
     }
@@ -353,7 +403,10 @@ mod tests {
     #[test]
     fn silence_is_the_clients_own() {
         check("nothing was said", [nothing(9999), Silent(10_000)]);
-        check("the robot is busy for it", [ask(0, RESET), answer(0, RESET), Answered(45_000), nothing(54_999), Silent(55_000)]);
+        check(
+            "the robot is busy for it",
+            [ask(0, RESET), answer(0, RESET), Answered(45_000), nothing(54_999), Silent(55_000)],
+        );
         let probed = (1..19).map(|i| foreign_probe(500 + 500 * i));
         let began = [Act(0), probe(500)];
         check("another one does not speak for it", began.into_iter().chain(probed).chain([Silent(10_000)]));

@@ -1,4 +1,5 @@
-//! WebSocket by axum and tungstenite's handshake: the route and the listener around it. What comes after the handshake is `chiral-transport`'s.
+//! WebSocket by axum and tungstenite's handshake: the route and the listener around it. What comes after the
+//! handshake is `chiral-transport`'s.
 
 use std::{future::IntoFuture, net::SocketAddr, sync::Arc};
 
@@ -13,8 +14,10 @@ use axum::{
     response::{IntoResponse, Response},
     routing::get,
 };
-use chiral_transport::{Host, Patience, Role, SUBPROTOCOL, WebSocketOptions, WebSocketTransport, lose_after, tune};
 use chiral_proto::{Codec, pool::Pool};
+use chiral_transport::{
+    Host, Patience, Role, SUBPROTOCOL, WebSocketOptions, WebSocketTransport, lose_after, tune,
+};
 use hyper::upgrade::Upgraded;
 use hyper_util::{
     rt::TokioIo,
@@ -38,7 +41,9 @@ impl PolicyServer {
         let address = listener.local_addr().map_err(Error::Listener)?;
         tracing::info!("serving robot {:?} at ws://{address}", self.inner.robot.name);
         if !address.ip().is_loopback() {
-            tracing::warn!("listening on {address}: whoever reaches it can move the robot, for there is no authentication yet");
+            tracing::warn!(
+                "listening on {address}: whoever reaches it can move the robot, for there is no authentication yet"
+            );
         }
         let inner = Arc::clone(&self.inner);
         let app = self.health_router().merge(self.into_router());
@@ -61,7 +66,8 @@ impl PolicyServer {
         Ok(())
     }
 
-    /// The WebSocket route alone, at `/`, for a host to merge or to nest under any path. The server lives as long as the router and its sessions.
+    /// The WebSocket route alone, at `/`, for a host to merge or to nest under any path. The server lives as
+    /// long as the router and its sessions.
     pub fn into_router(self) -> Router {
         let inner = self.inner;
         Router::new().route("/", get(move |request| upgrade_or_explain(inner, request)))
@@ -80,13 +86,14 @@ impl PolicyServer {
     }
 }
 
-/// So many times the silence limit an existing client may answer no ping: one may be busy with its model, or read only what it has asked for. That its host is
-/// gone shows in TCP, after the limit itself.
+/// So many times the silence limit an existing client may answer no ping: one may be busy with its model, or
+/// read only what it has asked for. That its host is gone shows in TCP, after the limit itself.
 const BUSY_FACTOR: u32 = 4;
 
 /// Does the handshake by hand, since axum's own WebSocket keeps its byte stream to itself.
 async fn upgrade_or_explain(inner: Arc<Inner>, mut request: Request) -> Response {
-    let offered = request.headers().get_all(SEC_WEBSOCKET_PROTOCOL).iter().filter_map(|value| value.to_str().ok());
+    let offered =
+        request.headers().get_all(SEC_WEBSOCKET_PROTOCOL).iter().filter_map(|value| value.to_str().ok());
     // Existing clients offer none.
     let codec = match offered.flat_map(|names| names.split(',')).any(|name| name.trim() == SUBPROTOCOL) {
         true => Some(Codec::Protobuf),
@@ -100,14 +107,16 @@ async fn upgrade_or_explain(inner: Arc<Inner>, mut request: Request) -> Response
         }
     };
     let Some(codec) = codec else {
-        let text = format!("expected WebSocket subprotocol {SUBPROTOCOL}, found none that this server speaks\n");
+        let text =
+            format!("expected WebSocket subprotocol {SUBPROTOCOL}, found none that this server speaks\n");
         return (StatusCode::BAD_REQUEST, text).into_response();
     };
     if codec == Codec::Protobuf {
         response.headers_mut().insert(SEC_WEBSOCKET_PROTOCOL, HeaderValue::from_static(SUBPROTOCOL));
     }
     let peer = request.extensions().get::<ConnectInfo<SocketAddr>>();
-    let peer = peer.map_or_else(|| "a peer of the host's".to_owned(), |ConnectInfo(address)| address.to_string());
+    let peer =
+        peer.map_or_else(|| "a peer of the host's".to_owned(), |ConnectInfo(address)| address.to_string());
     let upgrading = hyper::upgrade::on(&mut request);
     tokio::spawn(async move {
         match upgrading.await {
@@ -118,8 +127,8 @@ async fn upgrade_or_explain(inner: Arc<Inner>, mut request: Request) -> Response
     response
 }
 
-/// Serves a connection by a thread of its own, where there is a TCP socket beneath. A host's own listener may have wrapped it, say in TLS: then by the
-/// runtime that it is on.
+/// Serves a connection by a thread of its own, where there is a TCP socket beneath. A host's own listener may
+/// have wrapped it, say in TLS: then by the runtime that it is on.
 async fn serve_upgraded(inner: Arc<Inner>, upgraded: Upgraded, codec: Codec, peer: String) {
     let max_message = inner.options.max_frame;
     // What a client says is small.
@@ -128,9 +137,9 @@ async fn serve_upgraded(inner: Arc<Inner>, upgraded: Upgraded, codec: Codec, pee
     let (stream, read_already) = match downcast::<TokioIo<TcpStream>>(upgraded) {
         Ok(Parts { io, read_buf, .. }) => (io.into_inner(), read_buf),
         Err(upgraded) => {
-            inner
-                .says_once
-                .call_once(|| tracing::info!("connections are served by the host's runtime: they are no bare TCP sockets"));
+            inner.says_once.call_once(|| {
+                tracing::info!("connections are served by the host's runtime: they are no bare TCP sockets")
+            });
             return serve_stream(&inner, TokioIo::new(upgraded), &[], options).await;
         }
     };
@@ -148,7 +157,9 @@ async fn serve_upgraded(inner: Arc<Inner>, upgraded: Upgraded, codec: Codec, pee
     host.spawn(async move {
         match stream.and_then(TcpStream::from_std) {
             Ok(stream) => serve_stream(&inner, stream, &read_already, options).await,
-            Err(error) => tracing::warn!(peer = options.peer, "the connection cannot be moved to its thread: {error}"),
+            Err(error) => {
+                tracing::warn!(peer = options.peer, "the connection cannot be moved to its thread: {error}")
+            }
         }
     });
 }

@@ -1,13 +1,16 @@
-//! A robot on a Zenoh network: its presence there, and a thread for each connection. How peers meet, and what carries frames, is `chiral-transport`'s.
+//! A robot on a Zenoh network: its presence there, and a thread for each connection. How peers meet, and what
+//! carries frames, is `chiral-transport`'s.
 
 use std::{convert::Infallible, sync::Arc};
 
 use bytes::Bytes;
+use chiral_proto::{Code, Codec, Fault, Message, Reply, error::chain, keys::End, pool::Pool};
 use chiral_transport::{
     Host,
-    zenoh::{ExistingTransport, Network, NetworkError, NetworkOptions, Presence, ZenohOptions, ZenohTransport},
+    zenoh::{
+        ExistingTransport, Network, NetworkError, NetworkOptions, Presence, ZenohOptions, ZenohTransport,
+    },
 };
-use chiral_proto::{Code, Codec, Fault, Message, Reply, error::chain, keys::End, pool::Pool};
 use tokio::sync::oneshot;
 
 use crate::{
@@ -18,11 +21,13 @@ use crate::{
 };
 
 impl PolicyServer {
-    /// Serves until it is shut down, on the Zenoh network that the server was built for and nowhere else: for a host that takes the WebSocket route into
-    /// an application of its own. Needs a tokio runtime, of any kind.
+    /// Serves until it is shut down, on the Zenoh network that the server was built for and nowhere else: for
+    /// a host that takes the WebSocket route into an application of its own. Needs a tokio runtime, of any
+    /// kind.
     ///
     /// # Errors
-    /// [`Error::NameTaken`] if a robot of this name is alive on the network, [`Error::Zenoh`] if it cannot be joined.
+    /// [`Error::NameTaken`] if a robot of this name is alive on the network, [`Error::Zenoh`] if it cannot be
+    /// joined.
     pub async fn serve_zenoh(self) -> Result<(), Error> {
         self.enter_zenoh().await?.serve().await;
         Ok(())
@@ -43,7 +48,10 @@ impl PolicyServer {
         let NetworkOptions { listen, connect, config, .. } = &inner.options.network;
         match config {
             Some(file) => {
-                tracing::info!("serving robot {name:?} on Zenoh as {} says, at {listen:?} and by {connect:?}", file.display())
+                tracing::info!(
+                    "serving robot {name:?} on Zenoh as {} says, at {listen:?} and by {connect:?}",
+                    file.display()
+                )
             }
             None => {
                 tracing::info!("serving robot {name:?} on Zenoh, at {listen:?} and by {connect:?}");
@@ -113,7 +121,12 @@ fn info(inner: &Inner) -> Vec<u8> {
 }
 
 /// Serves existing clients, by a thread of its own, until the other end of `ended` is dropped.
-fn serve_existing(inner: &Arc<Inner>, network: &Network, transport: ExistingTransport, ended: oneshot::Receiver<Infallible>) {
+fn serve_existing(
+    inner: &Arc<Inner>,
+    network: &Network,
+    transport: ExistingTransport,
+    ended: oneshot::Receiver<Infallible>,
+) {
     let (inner, network) = (Arc::clone(inner), network.clone());
     host().spawn(async move {
         let serving = existing::serve_shared(&inner, &transport, || is_alone(&network, &inner.robot.name));
@@ -127,8 +140,9 @@ fn serve_existing(inner: &Arc<Inner>, network: &Network, transport: ExistingTran
 /// An existing client does not say which robot it means: no robot of ours takes its word where there are two.
 async fn is_alone(network: &Network, robot: &str) -> Result<(), Fault> {
     let robots = network.robots().await;
-    let robots =
-        robots.map_err(|error| Fault::new(Code::Busy, format!("which robots there are is not known: {}", chain(&error))))?;
+    let robots = robots.map_err(|error| {
+        Fault::new(Code::Busy, format!("which robots there are is not known: {}", chain(&error)))
+    })?;
     match robots.into_iter().find(|(name, _)| name != robot) {
         None => Ok(()),
         Some((other, _)) => {

@@ -1,4 +1,5 @@
-//! Servers embedded in a host's own HTTP application, asked over plain TCP as a browser or a load balancer would.
+//! Servers embedded in a host's own HTTP application, asked over plain TCP as a browser or a load balancer
+//! would.
 #![cfg(feature = "websocket")]
 #![allow(clippy::unwrap_used, reason = "helpers of tests, too, fail by panicking")]
 
@@ -10,7 +11,8 @@ use std::{
 
 use axum::{Router, routing::get};
 use chiral_server::{
-    ActionContext, ActionSpec, PolicyServer, Robot, RobotError, Sensors, ServerHandle, Value, ValueMap, action::Action, value,
+    ActionContext, ActionSpec, PolicyServer, Robot, RobotError, Sensors, ServerHandle, Value, ValueMap,
+    action::Action, value,
 };
 use tokio::{net::TcpListener, runtime::Runtime};
 
@@ -53,7 +55,8 @@ impl Host {
             .route("/healthz", get(|| async { "the host is up\n" }))
             .nest("/robot/left", left.health_router().merge(left.into_router()))
             .nest("/robot/right", right.health_router().merge(right.into_router()));
-        let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build().unwrap();
+        let runtime =
+            tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build().unwrap();
         let listener = runtime.block_on(TcpListener::bind("127.0.0.1:0")).unwrap();
         let address = listener.local_addr().unwrap();
         runtime.spawn(async { axum::serve(listener, app).await.unwrap() });
@@ -72,14 +75,18 @@ impl Host {
         connection.write_all((request + "\r\n").as_bytes()).unwrap();
         let mut answer = String::new();
         connection.read_to_string(&mut answer).unwrap();
-        assert!(answer.starts_with(&format!("HTTP/1.1 {status} ")), "{path}: expected status {status}, found {answer}");
+        assert!(
+            answer.starts_with(&format!("HTTP/1.1 {status} ")),
+            "{path}: expected status {status}, found {answer}"
+        );
         assert!(answer.contains(words), "{path}: expected {words:?}, found {answer}");
     }
 }
 
 const PLAIN: &[&str] = &["Connection: close"];
 
-/// An upgrade as browsers ask for it, here with a close, so that the answer of a server that declines is the connection's last.
+/// An upgrade as browsers ask for it, here with a close, so that the answer of a server that declines is the
+/// connection's last.
 const UPGRADE: &[&str] = &[
     "Connection: upgrade, close",
     "Upgrade: websocket",
@@ -92,7 +99,12 @@ fn two_servers_live_in_one_host() {
     let host = Host::start();
     host.check("/healthz", PLAIN, 200, "the host is up\n");
     host.check("/robot/left/healthz", PLAIN, 200, "\r\n\r\nok\n");
-    host.check("/robot/right/healthz", PLAIN, 503, "the robot panicked in metadata and is out of service: no encoder answers\n");
+    host.check(
+        "/robot/right/healthz",
+        PLAIN,
+        503,
+        "the robot panicked in metadata and is out of service: no encoder answers\n",
+    );
     for path in ["/robot/left", "/robot/right"] {
         host.check(path, PLAIN, 426, "this is a Chiral policy server: connect with a PolicyClient");
         let foreign = [UPGRADE, &["Sec-WebSocket-Protocol: mqtt"]].concat();

@@ -1,10 +1,13 @@
-//! The Franka Panda's arm: where its links are, how to bring its hand to a point, and the servo that moves it.
+//! The Franka Panda's arm: where its links are, how to bring its hand to a point, and the servo that moves
+//! it.
 //!
-//! Lives here: joint limits, forward and inverse kinematics, and [`Arm`], the rate-limited joint servo. Does not live here: what the arm
-//! looks like (`scene`), what it is told to do (`task`, the policy), and any clock: time arrives as `dt`.
+//! Lives here: joint limits, forward and inverse kinematics, and [`Arm`], the rate-limited joint servo. Does
+//! not live here: what the arm looks like (`scene`), what it is told to do (`task`, the policy), and any
+//! clock: time arrives as `dt`.
 //!
-//! The world frame is the robot's base: x forward, y left, z up, metres. Angles are radians, joints are counted from 0 in arrays.
-//! Numbers are Franka Emika's published ones (Franka Control Interface documentation, "Robot and interface specifications").
+//! The world frame is the robot's base: x forward, y left, z up, metres. Angles are radians, joints are
+//! counted from 0 in arrays. Numbers are Franka Emika's published ones (Franka Control Interface
+//! documentation, "Robot and interface specifications").
 
 use nalgebra::{Isometry3, Matrix3, Point3, SMatrix, SVector, Translation3, UnitQuaternion, Vector3};
 
@@ -20,7 +23,8 @@ pub const MAX_VELOCITY: Joints = [2.175, 2.175, 2.175, 2.175, 2.61, 2.61, 2.61];
 /// The highest acceleration of each joint, rad/s².
 pub const MAX_ACCELERATION: Joints = [15.0, 7.5, 10.0, 12.5, 15.0, 20.0, 20.0];
 
-/// Franka's "ready" posture, hand pointing straight down in front of the base: the posture that inverse kinematics leans towards.
+/// Franka's "ready" posture, hand pointing straight down in front of the base: the posture that inverse
+/// kinematics leans towards.
 pub const READY: Joints = {
     use std::f64::consts::{FRAC_PI_2, FRAC_PI_4};
     [0.0, -FRAC_PI_4, 0.0, -3.0 * FRAC_PI_4, 0.0, FRAC_PI_2, FRAC_PI_4]
@@ -29,8 +33,9 @@ pub const READY: Joints = {
 /// From the flange to the point between the fingertips along the flange's z axis, m (Franka Hand's `F_T_EE`).
 pub const TOOL_LENGTH: f64 = 0.1034;
 
-/// Modified Denavit-Hartenberg rows `(a, d, alpha in quarter turns)` in Craig's convention, where `a` and `alpha` lie before the joint:
-/// `T = RotX(alpha) TransX(a) RotZ(q) TransZ(d)` (J. J. Craig, Introduction to Robotics, section 3.4).
+/// Modified Denavit-Hartenberg rows `(a, d, alpha in quarter turns)` in Craig's convention, where `a` and
+/// `alpha` lie before the joint: `T = RotX(alpha) TransX(a) RotZ(q) TransZ(d)` (J. J. Craig, Introduction to
+/// Robotics, section 3.4).
 const DH: [(f64, f64, f64); 7] = [
     (0.0, 0.333, 0.0),
     (0.0, 0.0, -1.0),
@@ -45,11 +50,13 @@ const FLANGE: f64 = 0.107;
 /// Where every link is at one posture. Each pose maps a point of that frame to the base frame.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Links {
-    /// Frame of each of the seven links, at and turning with its joint; the joint turns about the frame's z axis.
+    /// Frame of each of the seven links, at and turning with its joint; the joint turns about the frame's z
+    /// axis.
     pub joints: [Isometry3<f64>; 7],
     /// The flange, to which the gripper is screwed; z points out of the arm.
     pub flange: Isometry3<f64>,
-    /// The hand: z is the approach direction, the fingers open along y, the origin lies between the fingertips.
+    /// The hand: z is the approach direction, the fingers open along y, the origin lies between the
+    /// fingertips.
     pub hand: Isometry3<f64>,
 }
 
@@ -59,13 +66,15 @@ impl Links {
         let mut pose = Isometry3::identity();
         let joints = std::array::from_fn(|i| {
             let (a, d, alpha) = DH[i];
-            let before = UnitQuaternion::from_axis_angle(&Vector3::x_axis(), alpha * std::f64::consts::FRAC_PI_2);
+            let before =
+                UnitQuaternion::from_axis_angle(&Vector3::x_axis(), alpha * std::f64::consts::FRAC_PI_2);
             let turn = UnitQuaternion::from_axis_angle(&Vector3::z_axis(), q[i]);
             pose = pose * before * Translation3::new(a, 0.0, 0.0) * turn * Translation3::new(0.0, 0.0, d);
             pose
         });
         let flange = pose * Translation3::new(0.0, 0.0, FLANGE);
-        // The Franka Hand is mounted an eighth of a turn back, so that at `READY` its fingers open along the base's y axis.
+        // The Franka Hand is mounted an eighth of a turn back, so that at `READY` its fingers open along the
+        // base's y axis.
         let mounting = UnitQuaternion::from_axis_angle(&Vector3::z_axis(), -std::f64::consts::FRAC_PI_4);
         Self { joints, flange, hand: flange * mounting * Translation3::new(0.0, 0.0, TOOL_LENGTH) }
     }
@@ -75,10 +84,12 @@ impl Links {
         self.hand.translation.vector.into()
     }
 
-    /// The geometric Jacobian of the hand, 6 x 7: multiplied by joint velocities (rad/s) it gives the linear velocity of the hand point
-    /// (rows 0 to 2, m/s) and the hand's angular velocity (rows 3 to 5, rad/s), both in the base frame.
+    /// The geometric Jacobian of the hand, 6 x 7: multiplied by joint velocities (rad/s) it gives the linear
+    /// velocity of the hand point (rows 0 to 2, m/s) and the hand's angular velocity (rows 3 to 5, rad/s),
+    /// both in the base frame.
     ///
-    /// Column i is `(z_i x (p_hand - o_i), z_i)` with joint i's axis `z_i` through `o_i` (Siciliano et al., Robotics, section 3.1).
+    /// Column i is `(z_i x (p_hand - o_i), z_i)` with joint i's axis `z_i` through `o_i` (Siciliano et al.,
+    /// Robotics, section 3.1).
     pub fn jacobian(&self) -> SMatrix<f64, 6, 7> {
         let hand = self.hand.translation.vector;
         let mut jacobian = SMatrix::<f64, 6, 7>::zeros();
@@ -97,10 +108,12 @@ pub fn clamp_to_limits(q: &Joints) -> Joints {
     std::array::from_fn(|i| q[i].clamp(LOWER[i], UPPER[i]))
 }
 
-/// Inverse kinematics: a posture within the joint limits whose hand point is within 0.1 mm of `point` (base frame, m).
+/// Inverse kinematics: a posture within the joint limits whose hand point is within 0.1 mm of `point` (base
+/// frame, m).
 ///
-/// The search begins at `start` and leans towards `rest` with whatever freedom the point leaves; if it gets stuck it begins again at `rest`
-/// and then at a few fixed postures. The same arguments always give the same answer. `None`: the point is out of reach.
+/// The search begins at `start` and leans towards `rest` with whatever freedom the point leaves; if it gets
+/// stuck it begins again at `rest` and then at a few fixed postures. The same arguments always give the same
+/// answer. `None`: the point is out of reach.
 pub fn inverse_kinematics(point: &Point3<f64>, start: &Joints, rest: &Joints) -> Option<Joints> {
     const RESTARTS: usize = 8;
     let spread = |k: usize| -> Joints {
@@ -109,11 +122,15 @@ pub fn inverse_kinematics(point: &Point3<f64>, start: &Joints, rest: &Joints) ->
             middle + 0.7 * half * (1.7 * k as f64 + 2.3 * i as f64).sin()
         })
     };
-    [*start, *rest].into_iter().chain((0..RESTARTS).map(spread)).find_map(|seed| descend(point, clamp_to_limits(&seed), rest))
+    [*start, *rest]
+        .into_iter()
+        .chain((0..RESTARTS).map(spread))
+        .find_map(|seed| descend(point, clamp_to_limits(&seed), rest))
 }
 
-/// Damped least squares from one posture, with the pull towards `rest` in the null space (Y. Nakamura and H. Hanafusa, 1986; A. Liegeois,
-/// 1977). A joint that stands at its limit and would leave it is frozen for that step, so that the others do its share.
+/// Damped least squares from one posture, with the pull towards `rest` in the null space (Y. Nakamura and H.
+/// Hanafusa, 1986; A. Liegeois, 1977). A joint that stands at its limit and would leave it is frozen for that
+/// step, so that the others do its share.
 fn descend(point: &Point3<f64>, mut q: Joints, rest: &Joints) -> Option<Joints> {
     const ITERATIONS: usize = 120;
     const TOLERANCE: f64 = 1e-4;
@@ -144,14 +161,16 @@ fn descend(point: &Point3<f64>, mut q: Joints, rest: &Joints) -> Option<Joints> 
 }
 
 fn damped_step(linear: &SMatrix<f64, 3, 7>, error: &Vector3<f64>, pull: &SVector<f64, 7>) -> SVector<f64, 7> {
-    // Far away the damping is strong, for calm steps near singular postures; close by it fades, for quick convergence.
+    // Far away the damping is strong, for calm steps near singular postures; close by it fades, for quick
+    // convergence.
     let damping = 1e-6 + 0.01 * error.norm_squared().min(0.25);
     let gram = linear * linear.transpose() + Matrix3::identity() * damping;
     let inverse = gram.try_inverse().expect("a Gram matrix plus a positive diagonal is positive definite");
     linear.transpose() * inverse * (error - linear * pull) + pull
 }
 
-/// The least time, s, in which [`Arm`] can travel from rest at `from` to rest at `to`: the slowest joint's trapezoid.
+/// The least time, s, in which [`Arm`] can travel from rest at `from` to rest at `to`: the slowest joint's
+/// trapezoid.
 pub fn travel_time(from: &Joints, to: &Joints) -> f64 {
     (0..7)
         .map(|i| {
@@ -161,8 +180,9 @@ pub fn travel_time(from: &Joints, to: &Joints) -> f64 {
         .fold(0.0, f64::max)
 }
 
-/// A joint-position servo: every joint runs on its own to its commanded position, as fast as its velocity and acceleration limits let it,
-/// and stands there exactly, without overshoot unless the command changed too late to brake.
+/// A joint-position servo: every joint runs on its own to its commanded position, as fast as its velocity and
+/// acceleration limits let it, and stands there exactly, without overshoot unless the command changed too
+/// late to brake.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Arm {
     position: Joints,
@@ -197,7 +217,8 @@ impl Arm {
         Links::at(&self.position)
     }
 
-    /// Sends the joints to `target` (rad), brought inside the limits. The numbers must be finite, as validated where they entered.
+    /// Sends the joints to `target` (rad), brought inside the limits. The numbers must be finite, as
+    /// validated where they entered.
     pub fn command(&mut self, target: &Joints) {
         self.target = clamp_to_limits(target);
     }
@@ -213,18 +234,21 @@ impl Arm {
         self.position == self.target && self.velocity == [0.0; 7]
     }
 
-    /// Moves the joints on by `dt` seconds (more than 0). Many short calls follow the trapezoid more closely than a long one.
+    /// Moves the joints on by `dt` seconds (more than 0). Many short calls follow the trapezoid more closely
+    /// than a long one.
     pub fn advance(&mut self, dt: f64) {
         for i in 0..7 {
             let ahead = self.target[i] - self.position[i];
             let reach = MAX_ACCELERATION[i] * dt;
-            // The last stretch, short enough to be covered and stopped from within one step's change of velocity.
+            // The last stretch, short enough to be covered and stopped from within one step's change of
+            // velocity.
             if ahead.abs() <= reach * dt && self.velocity[i].abs() <= reach * 2.0 {
                 self.position[i] = self.target[i];
                 self.velocity[i] = 0.0;
                 continue;
             }
-            let wanted = braking_speed(ahead.abs(), MAX_ACCELERATION[i], dt).min(MAX_VELOCITY[i]).copysign(ahead);
+            let wanted =
+                braking_speed(ahead.abs(), MAX_ACCELERATION[i], dt).min(MAX_VELOCITY[i]).copysign(ahead);
             let velocity = wanted.clamp(self.velocity[i] - reach, self.velocity[i] + reach);
             self.velocity[i] = velocity;
             self.position[i] = (self.position[i] + velocity * dt).clamp(LOWER[i], UPPER[i]);
@@ -232,7 +256,8 @@ impl Arm {
     }
 }
 
-/// The highest speed that, kept for `dt`, still leaves room to brake within `distance`: the root of `v dt + v²/(2a) = distance`.
+/// The highest speed that, kept for `dt`, still leaves room to brake within `distance`: the root of
+/// `v dt + v²/(2a) = distance`.
 fn braking_speed(distance: f64, acceleration: f64, dt: f64) -> f64 {
     acceleration * ((dt * dt + 2.0 * distance / acceleration).sqrt() - dt)
 }
@@ -245,7 +270,8 @@ mod tests {
     fn postures() -> impl Iterator<Item = Joints> + Clone {
         (0..200).map(|k| {
             std::array::from_fn(|i| {
-                let fraction = (0.5 + f64::from(k) * [0.618, 0.414, 0.732, 0.236, 0.162, 0.317, 0.873][i]).fract();
+                let fraction =
+                    (0.5 + f64::from(k) * [0.618, 0.414, 0.732, 0.236, 0.162, 0.317, 0.873][i]).fract();
                 LOWER[i] + fraction * (UPPER[i] - LOWER[i])
             })
         })
@@ -254,16 +280,25 @@ mod tests {
     /// The volume in which `scene` places targets, and some more.
     fn work_volume() -> impl Iterator<Item = Point3<f64>> {
         let axis = |low: f64, high: f64| (0..7).map(move |k| low + (high - low) * f64::from(k) / 6.0);
-        axis(0.32, 0.77)
-            .flat_map(move |x| axis(-0.27, 0.27).flat_map(move |y| axis(0.06, 0.44).map(move |z| Point3::new(x, y, z))))
+        axis(0.32, 0.77).flat_map(move |x| {
+            axis(-0.27, 0.27).flat_map(move |y| axis(0.06, 0.44).map(move |z| Point3::new(x, y, z)))
+        })
     }
 
     #[test]
     fn forward_kinematics_agrees_with_known_postures() {
         let check = |q: Joints, flange: [f64; 3], approach: [f64; 3]| {
             let links = Links::at(&q);
-            assert!((links.flange.translation.vector - Vector3::from(flange)).norm() < 1e-9, "{q:?}: {}", links.flange);
-            assert!((links.hand.rotation * Vector3::z() - Vector3::from(approach)).norm() < 1e-9, "{q:?}: {}", links.hand);
+            assert!(
+                (links.flange.translation.vector - Vector3::from(flange)).norm() < 1e-9,
+                "{q:?}: {}",
+                links.flange
+            );
+            assert!(
+                (links.hand.rotation * Vector3::z() - Vector3::from(approach)).norm() < 1e-9,
+                "{q:?}: {}",
+                links.hand
+            );
             let tool = links.hand.translation.vector - links.flange.translation.vector;
             assert!((tool - Vector3::from(approach) * TOOL_LENGTH).norm() < 1e-9);
         };
@@ -271,7 +306,8 @@ mod tests {
         check([0.0; 7], [0.088, 0.0, 0.333 + 0.316 + 0.384 - 0.107], [0.0, 0.0, -1.0]);
         check([quarter, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0], [0.0, 0.088, 0.926], [0.0, 0.0, -1.0]);
         check([0.0, quarter, 0.0, 0.0, 0.0, 0.0, 0.0], [0.7 - 0.107, 0.0, 0.333 - 0.088], [-1.0, 0.0, 0.0]);
-        // An upright upper arm and a level forearm: 0.0825 forward, 0.0825 up again, then 0.384 + 0.088 along x.
+        // An upright upper arm and a level forearm: 0.0825 forward, 0.0825 up again, then 0.384 + 0.088 along
+        // x.
         check(
             [0.0, 0.0, 0.0, -quarter, 0.0, quarter, 0.0],
             [0.0825 + 0.384 + 0.088, 0.0, 0.649 + 0.0825 - 0.107],
@@ -308,7 +344,8 @@ mod tests {
     fn inverse_kinematics_reaches_the_whole_work_volume_from_anywhere() {
         for (point, start) in work_volume().zip(postures().cycle()) {
             for start in [READY, start] {
-                let q = inverse_kinematics(&point, &start, &READY).unwrap_or_else(|| panic!("{point} from {start:?}"));
+                let q = inverse_kinematics(&point, &start, &READY)
+                    .unwrap_or_else(|| panic!("{point} from {start:?}"));
                 assert!((Links::at(&q).hand_point() - point).norm() < 1e-4, "{point}");
                 assert_eq!(q, clamp_to_limits(&q));
             }

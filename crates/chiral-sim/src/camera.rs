@@ -1,12 +1,14 @@
 //! The cameras: what a pixel sees, and where each camera of the robot is mounted.
 //!
-//! Lives here: the pinhole model with its intrinsics K and extrinsics T, and the mounts. Does not live here: what is in front of a camera
-//! (`scene`) and drawing it (`render`).
+//! Lives here: the pinhole model with its intrinsics K and extrinsics T, and the mounts. Does not live here:
+//! what is in front of a camera (`scene`) and drawing it (`render`).
 //!
-//! Conventions, which are OpenCV's: camera axes are x right, y down, z forward. T is camera-to-world, `p_world = T p_camera`. Depth is z in
-//! the camera frame, not the distance along the ray. **The centre of the pixel in column `u` and row `v` is at the image coordinates
-//! `(u, v)` themselves**, so the upper left corner of the picture is at (-0.5, -0.5), the principal point of a centred camera is
-//! `((width - 1) / 2, (height - 1) / 2)`, and a pixel's indices can be put into [`Pinhole::back_project`] as they are.
+//! Conventions, which are OpenCV's: camera axes are x right, y down, z forward. T is camera-to-world,
+//! `p_world = T p_camera`. Depth is z in the camera frame, not the distance along the ray. **The centre of
+//! the pixel in column `u` and row `v` is at the image coordinates `(u, v)` themselves**, so the upper left
+//! corner of the picture is at (-0.5, -0.5), the principal point of a centred camera is
+//! `((width - 1) / 2, (height - 1) / 2)`, and a pixel's indices can be put into [`Pinhole::back_project`] as
+//! they are.
 
 use nalgebra::{Isometry3, Matrix3, Matrix4, Point3, Rotation3, Translation3, UnitQuaternion, Vector3};
 
@@ -27,8 +29,8 @@ pub struct Pinhole {
 }
 
 impl Pinhole {
-    /// A camera with square pixels and a centred principal point. `fov` is the horizontal field of view between the outer edges of the
-    /// outermost columns, rad; `pose` maps camera points to the world.
+    /// A camera with square pixels and a centred principal point. `fov` is the horizontal field of view
+    /// between the outer edges of the outermost columns, rad; `pose` maps camera points to the world.
     pub fn new(width: usize, height: usize, fov: f64, pose: &Isometry3<f64>) -> Self {
         let focal = width as f64 / 2.0 / (fov / 2.0).tan();
         let (cx, cy) = ((width as f64 - 1.0) / 2.0, (height as f64 - 1.0) / 2.0);
@@ -46,8 +48,8 @@ impl Pinhole {
         self.extrinsics.fixed_view::<3, 3>(0, 0).into_owned()
     }
 
-    /// Image coordinates and depth `(u, v, z)` of a world point; `None` if it is not in front of the camera. The coordinates may lie
-    /// outside the picture.
+    /// Image coordinates and depth `(u, v, z)` of a world point; `None` if it is not in front of the camera.
+    /// The coordinates may lie outside the picture.
     pub fn project(&self, point: &Point3<f64>) -> Option<(f64, f64, f64)> {
         let local = self.rotation().tr_mul(&(point - self.position()));
         let image = self.intrinsics * local;
@@ -72,7 +74,8 @@ impl Pinhole {
 pub enum Mount {
     /// On the gripper, beside the fingers and looking along them: it moves with the hand.
     Wrist,
-    /// On a stand at the robot's right, looking down at the arm (left in the picture) and at the workspace (right).
+    /// On a stand at the robot's right, looking down at the arm (left in the picture) and at the workspace
+    /// (right).
     Head,
     /// One of any number of stands around the table, counted from 0.
     Extra(usize),
@@ -99,8 +102,8 @@ impl Mount {
         match self {
             Self::Wrist => Pinhole::new(width, height, degrees(78.0), &(links.hand * wrist_mount())),
             Self::Head => {
-                // Aimed well to the left of the workspace, so that no target stands near the optical axis, where a wrong focal length
-                // would do no harm and hence go unnoticed.
+                // Aimed well to the left of the workspace, so that no target stands near the optical axis,
+                // where a wrong focal length would do no harm and hence go unnoticed.
                 let pose = look_at(Point3::new(0.62, -1.0, 0.86), Point3::new(0.2, 0.0, 0.22));
                 Pinhole::new(width, height, degrees(66.0), &pose)
             }
@@ -115,8 +118,8 @@ impl Mount {
     }
 }
 
-/// From the wrist camera to the hand: beside the gripper, a little behind the fingertips, tilted so that the point between the fingertips
-/// lies in the lower part of the picture.
+/// From the wrist camera to the hand: beside the gripper, a little behind the fingertips, tilted so that the
+/// point between the fingertips lies in the lower part of the picture.
 fn wrist_mount() -> Isometry3<f64> {
     // Camera x along the fingers' y, camera y towards the fingers.
     let axes = Matrix3::from_columns(&[Vector3::y(), -Vector3::x(), Vector3::z()]);
@@ -125,8 +128,8 @@ fn wrist_mount() -> Isometry3<f64> {
     Isometry3::from_parts(Translation3::new(0.07, 0.0, -0.08), upright * tilt)
 }
 
-/// The pose of a camera at `eye` whose optical axis goes through `at`, with the world's z axis upwards in the picture. The
-/// line between them must not be vertical.
+/// The pose of a camera at `eye` whose optical axis goes through `at`, with the world's z axis upwards in the
+/// picture. The line between them must not be vertical.
 pub fn look_at(eye: Point3<f64>, at: Point3<f64>) -> Isometry3<f64> {
     let forward = (at - eye).normalize();
     let right = forward.cross(&Vector3::z()).normalize();
@@ -141,7 +144,8 @@ mod tests {
     use crate::arm::READY;
     use crate::scene::START;
 
-    /// Where `point` of the world appears to a camera of 5 x 3 pixels and 90 degrees at `eye` looking at `at`.
+    /// Where `point` of the world appears to a camera of 5 x 3 pixels and 90 degrees at `eye` looking at
+    /// `at`.
     fn check(eye: [f64; 3], at: [f64; 3], point: [f64; 3], expected: Option<(f64, f64, f64)>) {
         let camera = Pinhole::new(5, 3, std::f64::consts::FRAC_PI_2, &look_at(eye.into(), at.into()));
         let found = camera.project(&point.into());

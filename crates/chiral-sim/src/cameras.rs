@@ -1,7 +1,7 @@
 //! The cameras as sensors: each draws one instant and publishes it with the matrices of that instant.
 //!
-//! Lives here: drawing into the sensors' buffers, and replaying instants that were drawn beforehand. Does not live here: when a camera looks
-//! (`robot`), and what it sees (`world`).
+//! Lives here: drawing into the sensors' buffers, and replaying instants that were drawn beforehand. Does not
+//! live here: when a camera looks (`robot`), and what it sees (`world`).
 
 use std::sync::Mutex;
 use std::thread;
@@ -23,8 +23,8 @@ pub(crate) struct Camera {
     sensor: CameraSensor,
     /// Frames to be replayed, over and over; none to draw what is there.
     replay: Vec<CameraFrame>,
-    /// Number of the frame that is replayed next. Its lock is held from looking at the world until the picture is published, so that no
-    /// older instant follows a newer one.
+    /// Number of the frame that is replayed next. Its lock is held from looking at the world until the
+    /// picture is published, so that no older instant follows a newer one.
     turn: Mutex<usize>,
     tamper: Option<Tamper>,
 }
@@ -89,7 +89,8 @@ pub(crate) fn prerender(cameras: &mut [Camera], scene: &Scene, count: usize) {
         .map(|k| {
             let phase = std::f64::consts::TAU * k as f64 / count as f64;
             let swing = [0.6, 0.25, 0.2, 0.3, 0.2, 0.3, 0.5];
-            let posture = std::array::from_fn(|i| READY[i] + swing[i] * (phase * (1 + i % 2) as f64 + i as f64).sin());
+            let posture =
+                std::array::from_fn(|i| READY[i] + swing[i] * (phase * (1 + i % 2) as f64 + i as f64).sin());
             let links = Links::at(&clamp_to_limits(&posture));
             (Instant::new(scene.bodies(&links)), links)
         })
@@ -97,7 +98,9 @@ pub(crate) fn prerender(cameras: &mut [Camera], scene: &Scene, count: usize) {
     thread::scope(|scope| {
         for camera in cameras {
             let instants = &instants;
-            scope.spawn(|| camera.replay = instants.iter().map(|(instant, links)| camera.draw(instant, links)).collect());
+            scope.spawn(|| {
+                camera.replay = instants.iter().map(|(instant, links)| camera.draw(instant, links)).collect()
+            });
         }
     });
 }

@@ -37,15 +37,30 @@ impl Canvas {
         }
     }
 
-    /// Pastes a picture of `width` columns in with its upper left corner at `(x, y)`, each of its pixels `scale` times as large.
-    pub(crate) fn paste(&mut self, [x, y]: [usize; 2], width: usize, scale: usize, picture: impl Iterator<Item = Rgb>) {
+    /// Pastes a picture of `width` columns in with its upper left corner at `(x, y)`, each of its pixels
+    /// `scale` times as large.
+    pub(crate) fn paste(
+        &mut self,
+        [x, y]: [usize; 2],
+        width: usize,
+        scale: usize,
+        picture: impl Iterator<Item = Rgb>,
+    ) {
         for (i, color) in picture.enumerate() {
             self.square([x + i % width * scale, y + i / width * scale], scale, color);
         }
     }
 
-    /// A ring with four ticks, its edges dark, that leaves what is within to be seen. Only within the box from `low` to `high`.
-    pub(crate) fn ring(&mut self, [x, y]: [f64; 2], radius: f64, low: [usize; 2], high: [usize; 2], color: Rgb) {
+    /// A ring with four ticks, its edges dark, that leaves what is within to be seen. Only within the box
+    /// from `low` to `high`.
+    pub(crate) fn ring(
+        &mut self,
+        [x, y]: [f64; 2],
+        radius: f64,
+        low: [usize; 2],
+        high: [usize; 2],
+        color: Rgb,
+    ) {
         let reach = radius + 10.0;
         let span = |middle: f64, low: usize, high: usize| {
             let (first, last) = ((middle - reach).floor() as isize, (middle + reach).ceil() as isize);
@@ -65,8 +80,8 @@ impl Canvas {
         }
     }
 
-    /// Writes capital letters, digits and a few signs with their upper left corner at `(x, y)`. Small letters become capital ones; what
-    /// it has no letter for becomes a space.
+    /// Writes capital letters, digits and a few signs with their upper left corner at `(x, y)`. Small letters
+    /// become capital ones; what it has no letter for becomes a space.
     pub(crate) fn write(&mut self, [x, y]: [usize; 2], scale: usize, color: Rgb, text: &str) {
         for (i, letter) in text.chars().enumerate() {
             let letter = letter.to_ascii_uppercase();

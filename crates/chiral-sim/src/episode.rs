@@ -1,7 +1,7 @@
 //! Episodes: the policy drives, the evaluator counts.
 //!
-//! Lives here: the two loops, over an observation stream and in step, and what is measured in them. Does not live here: what is decided
-//! (`policy`), and how it is told (`main`).
+//! Lives here: the two loops, over an observation stream and in step, and what is measured in them. Does not
+//! live here: what is decided (`policy`), and how it is told (`main`).
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -82,16 +82,22 @@ pub struct Runner<'a> {
 }
 
 impl<'a> Runner<'a> {
-    /// Begins: with [`Coupling::Stream`] starts the observation stream at `hz` and the dispatch at the robot's own rate.
-    /// Once `interrupted` is set, the episode ends early, unsuccessful.
+    /// Begins: with [`Coupling::Stream`] starts the observation stream at `hz` and the dispatch at the
+    /// robot's own rate. Once `interrupted` is set, the episode ends early, unsuccessful.
     ///
     /// # Errors
     /// The client's.
-    pub async fn start(client: &'a Face, coupling: Coupling, hz: f64, interrupted: &'a AtomicBool) -> Result<Runner<'a>, Error> {
+    pub async fn start(
+        client: &'a Face,
+        coupling: Coupling,
+        hz: f64,
+        interrupted: &'a AtomicBool,
+    ) -> Result<Runner<'a>, Error> {
         let mut control_hz = client.robot().action_spec.control_hz;
         if client.codec() == Codec::Msgpack {
             // Existing servers declare nothing, and may not observe before their first reset.
-            control_hz = client.get_metadata().await?.get("control_hz").and_then(Value::as_f64).unwrap_or(USUAL_HZ);
+            control_hz =
+                client.get_metadata().await?.get("control_hz").and_then(Value::as_f64).unwrap_or(USUAL_HZ);
             client.reset_with(None, ValueMap::new()).await?;
         }
         if coupling == Coupling::Stream {
@@ -130,7 +136,8 @@ impl<'a> Runner<'a> {
             if episode.first.obs.cameras.is_empty() {
                 episode.first = episode.last.clone();
             }
-            if standing.has_ended || began.elapsed() > self.limit || self.interrupted.load(Ordering::Relaxed) {
+            if standing.has_ended || began.elapsed() > self.limit || self.interrupted.load(Ordering::Relaxed)
+            {
                 break;
             }
             let obs = match self.coupling {
@@ -145,7 +152,8 @@ impl<'a> Runner<'a> {
         episode.seconds = began.elapsed().as_secs_f64();
         if self.coupling == Coupling::Stream {
             episode.steps = after.actions_sent - before.actions_sent;
-            episode.obs_hz = Some((after.observations - before.observations) as f64 / driving.elapsed().as_secs_f64());
+            episode.obs_hz =
+                Some((after.observations - before.observations) as f64 / driving.elapsed().as_secs_f64());
         }
         Ok(episode)
     }
@@ -178,7 +186,8 @@ impl<'a> Runner<'a> {
     }
 }
 
-/// What the robot says of an episode: in every observation's `extra`, or, as some do, in the results of steps only.
+/// What the robot says of an episode: in every observation's `extra`, or, as some do, in the results of steps
+/// only.
 #[derive(Debug, Default)]
 struct Standing {
     has_ended: bool,

@@ -7,13 +7,14 @@ use std::task::{Context, Poll, Waker};
 use std::time::Duration;
 
 use chiral_client::{
-    ActionChunk, ClientStats, Codec, Error, Observation, PolicyClient, PutMode, RobotInfo, StepResult, Timestamp, ValueMap,
-    blocking,
+    ActionChunk, ClientStats, Codec, Error, Observation, PolicyClient, PutMode, RobotInfo, StepResult,
+    Timestamp, ValueMap, blocking,
 };
 
 type Result<T, E = Error> = std::result::Result<T, E>;
 
-/// Either client. Of the blocking one every future is ready when it is first polled, so that [`run_now`] can run it without a runtime.
+/// Either client. Of the blocking one every future is ready when it is first polled, so that [`run_now`] can
+/// run it without a runtime.
 #[derive(Clone, Debug)]
 pub enum Face {
     /// Within a tokio runtime.
@@ -82,7 +83,11 @@ impl Face {
     }
 
     /// See [`PolicyClient::reset_with`].
-    pub async fn reset_with(&self, seed: Option<u64>, options: ValueMap) -> Result<(Arc<Observation>, ValueMap)> {
+    pub async fn reset_with(
+        &self,
+        seed: Option<u64>,
+        options: ValueMap,
+    ) -> Result<(Arc<Observation>, ValueMap)> {
         either!(self, client => client.reset_with(seed, options))
     }
 

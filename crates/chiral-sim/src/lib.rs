@@ -1,7 +1,7 @@
 //! A simulated robot, a policy that drives it from pixels, and the tests and bench peers that need both ends.
 //!
-//! Its data is consistent: every camera sees one instant of one scene, so that a wrong matrix, a torn frame or a swapped channel is caught
-//! by geometry.
+//! Its data is consistent: every camera sees one instant of one scene, so that a wrong matrix, a torn frame
+//! or a swapped channel is caught by geometry.
 //!
 //! ```
 //! use chiral_server::PolicyServer;

@@ -1,4 +1,5 @@
-//! An in-memory transport with latency and bandwidth, that can be cut or go silent: for tests on a virtual clock, where the network is not the subject.
+//! An in-memory transport with latency and bandwidth, that can be cut or go silent: for tests on a virtual
+//! clock, where the network is not the subject.
 //!
 //! All waiting is tokio's, so under `tokio::time::pause` nothing here takes real time.
 
@@ -111,7 +112,8 @@ impl Transport for LinkEnd {
             let mut outgoing = self.outgoing.lock().await;
             // In one piece, as a socket would bring it.
             let frame = Frame::from(frame.into_bytes());
-            let duration = self.options.bandwidth.map_or(0.0, |bandwidth| frame.len() as f64 * 8.0 / bandwidth);
+            let duration =
+                self.options.bandwidth.map_or(0.0, |bandwidth| frame.len() as f64 * 8.0 / bandwidth);
             outgoing.free_at = outgoing.free_at.max(Instant::now()) + Duration::from_secs_f64(duration);
             wait_until(outgoing.free_at).await;
             if *self.fate.borrow() == Fate::Alive {

@@ -1,11 +1,13 @@
 //! A policy that knows only what came over the wire: pixels, depth, K, T and joint positions.
 //!
-//! Lives here: finding the red ball, saying where it is, and planning towards it. Does not live here: how observations come and actions
-//! go (`episode`). Of an observation nothing is used but the cameras and `joint_pos`: no reward, no `extra`, no metadata.
+//! Lives here: finding the red ball, saying where it is, and planning towards it. Does not live here: how
+//! observations come and actions go (`episode`). Of an observation nothing is used but the cameras and
+//! `joint_pos`: no reward, no `extra`, no metadata.
 //!
-//! Each camera that sees red measures the ball by itself: its red pixels are back-projected and must lie on a ball of the known size. The
-//! cameras must then agree. **Where they contradict each other, or what they saw is no ball, the arm stands still**: something between
-//! the sensors and here is wrong, and it is not for a policy to guess what.
+//! Each camera that sees red measures the ball by itself: its red pixels are back-projected and must lie on a
+//! ball of the known size. The cameras must then agree. **Where they contradict each other, or what they saw
+//! is no ball, the arm stands still**: something between the sensors and here is wrong, and it is not for a
+//! policy to guess what.
 
 use chiral_proto::{ActionChunk, Camera, Observation};
 use nalgebra::{Matrix3, Point3, Vector3, Vector4};
@@ -23,7 +25,8 @@ const RADIUS: f64 = 0.025;
 const FEWEST_PIXELS: usize = 6;
 /// Red points may lie this far from the ball's surface (root of mean squares), m.
 const ROUNDNESS: f64 = 0.002;
-/// Points that lie this close to one plane (root of mean squares), m, may be of two balls, one on each side of it: too little to tell.
+/// Points that lie this close to one plane (root of mean squares), m, may be of two balls, one on each side
+/// of it: too little to tell.
 const FLATNESS: f64 = 0.003;
 /// Two cameras may differ by this much, m.
 const AGREEMENT: f64 = 0.025;
@@ -46,7 +49,8 @@ pub struct Sighting {
 pub struct Plan {
     /// [`HORIZON`] rows of seven joint positions, rad.
     pub chunk: ActionChunk,
-    /// Where the target is, by all cameras together; `None` where none sees it, or they contradict each other.
+    /// Where the target is, by all cameras together; `None` where none sees it, or they contradict each
+    /// other.
     pub target: Option<Point3<f64>>,
 }
 
@@ -73,7 +77,8 @@ impl Policy {
         Policy { period: 1.0 / control_hz, goal: None, sweep: 1.0 }
     }
 
-    /// The next [`HORIZON`] rows. An observation without usable `joint_pos` leads nowhere: the chunk then is empty.
+    /// The next [`HORIZON`] rows. An observation without usable `joint_pos` leads nowhere: the chunk then is
+    /// empty.
     pub fn plan(&mut self, obs: &Observation) -> Plan {
         let Some(joints) = joints(obs) else {
             return Plan { chunk: ActionChunk::from(Vec::<f32>::new()), target: None };
@@ -101,9 +106,11 @@ impl Policy {
         goal
     }
 
-    /// Rows from where the joints are towards `goal`, straight in joint space and as fast as the slowest joint may.
+    /// Rows from where the joints are towards `goal`, straight in joint space and as fast as the slowest
+    /// joint may.
     fn waypoints(&self, from: &Joints, goal: &Joints) -> ActionChunk {
-        // The servo brakes before each waypoint; these rows ahead of it, it does not come near one before the last.
+        // The servo brakes before each waypoint; these rows ahead of it, it does not come near one before the
+        // last.
         const LEAD: usize = 3;
         const SPEED: f64 = 0.95;
         let rows = |i: usize| (goal[i] - from[i]).abs() / (MAX_VELOCITY[i] * SPEED * self.period);
@@ -158,7 +165,11 @@ fn red_points(camera: &Camera) -> Option<Vec<Vector3<f64>>> {
     let depth = camera.depth.as_ref()?.values::<f32>().ok()?;
     let rays = camera.intrinsics.try_inverse()?;
     let is_red = |rgb: &[u8]| rgb[0] > 60 && u32::from(rgb[0]) > 2 * u32::from(rgb[1].max(rgb[2]));
-    let red = pixels.chunks_exact(3).zip(&*depth).enumerate().filter(|(_, (rgb, z))| is_red(rgb) && z.is_finite() && **z > 0.0);
+    let red = pixels
+        .chunks_exact(3)
+        .zip(&*depth)
+        .enumerate()
+        .filter(|(_, (rgb, z))| is_red(rgb) && z.is_finite() && **z > 0.0);
     let place = |(pixel, (_, z)): (usize, (&[u8], &f32))| {
         let local = rays * Vector3::new((pixel % width) as f64, (pixel / width) as f64, 1.0) * f64::from(*z);
         (camera.extrinsics * Vector4::new(local.x, local.y, local.z, 1.0)).xyz()
@@ -173,8 +184,9 @@ fn flatness(points: &[Vector3<f64>]) -> f64 {
     (spread.symmetric_eigenvalues().min().max(0.0) / points.len() as f64).sqrt()
 }
 
-/// The centre of the ball of the known radius on whose surface the points lie, as seen from `eye`, and the root of their mean squared
-/// distance from it. Gauss-Newton on the distances, from the points' mean pushed on by two thirds of the radius.
+/// The centre of the ball of the known radius on whose surface the points lie, as seen from `eye`, and the
+/// root of their mean squared distance from it. Gauss-Newton on the distances, from the points' mean pushed
+/// on by two thirds of the radius.
 fn fit_ball(points: &[Vector3<f64>], eye: &Vector3<f64>) -> (Vector3<f64>, f64) {
     const ROUNDS: usize = 12;
     const MOST_POINTS: usize = 500;
@@ -233,7 +245,11 @@ mod tests {
         let joints = Tensor::from_vec([7], scene.start.map(|joint| joint as f32).to_vec()).unwrap();
         Observation {
             cameras: Mount::first(2).map(camera).collect(),
-            proprios: vec![Arc::new(Proprio { name: "joint_pos".into(), captured_at: Timestamp(1), data: joints })],
+            proprios: vec![Arc::new(Proprio {
+                name: "joint_pos".into(),
+                captured_at: Timestamp(1),
+                data: joints,
+            })],
             ..Observation::default()
         }
     }
@@ -253,7 +269,10 @@ mod tests {
             assert_eq!((plan.chunk.rows(), plan.chunk.dimension()), (HORIZON, 7));
             let last = plan.chunk.iter().last().unwrap();
             let reached = Links::at(&std::array::from_fn(|i| f64::from(last[i]))).hand_point();
-            assert!((reached - scene.target).norm() < (Links::at(&scene.start).hand_point() - scene.target).norm());
+            assert!(
+                (reached - scene.target).norm()
+                    < (Links::at(&scene.start).hand_point() - scene.target).norm()
+            );
         }
     }
 

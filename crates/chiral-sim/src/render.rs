@@ -1,10 +1,12 @@
 //! A small ray caster: colour and depth of one instant through one camera.
 //!
-//! Lives here: which body each pixel sees, whether the lamp reaches it, and the bookkeeping that makes it fast. Does not live here: what
-//! bodies there are (`scene`), where the camera is (`camera`), and colours (`shade`).
+//! Lives here: which body each pixel sees, whether the lamp reaches it, and the bookkeeping that makes it
+//! fast. Does not live here: what bodies there are (`scene`), where the camera is (`camera`), and colours
+//! (`shade`).
 //!
-//! Every pixel's depth belongs to the ray through its centre. Colours are smoothed along edges, but a pixel only takes on some colour of
-//! what lies behind the body its depth belongs to, never of one before it: **a body's colour is only seen where its depth is**.
+//! Every pixel's depth belongs to the ray through its centre. Colours are smoothed along edges, but a pixel
+//! only takes on some colour of what lies behind the body its depth belongs to, never of one before it: **a
+//! body's colour is only seen where its depth is**.
 
 use nalgebra::{Matrix3, Point3, Vector3};
 
@@ -19,7 +21,8 @@ pub const MAX_DEPTH: f64 = 6.0;
 const NEAREST: f64 = 1e-3;
 /// Side of the square tiles of the picture for which the bodies in sight are listed, pixels.
 const TILE: usize = 4;
-/// The grid of shadow casters covers this much of the world around `SHADOW_CENTER` across the light, m, with this many cells each way.
+/// The grid of shadow casters covers this much of the world around `SHADOW_CENTER` across the light, m, with
+/// this many cells each way.
 const SHADOW_REACH: f64 = 1.6;
 const SHADOW_CELLS: usize = 64;
 const SHADOW_CENTER: Point3<f64> = Point3::new(0.4, 0.0, 0.0);
@@ -40,7 +43,8 @@ impl Instant {
     pub fn new(bodies: Vec<Primitive>) -> Self {
         let to_light = Vector3::new(-0.38, -0.42, 1.0).normalize();
         let side = to_light.cross(&Vector3::x()).normalize();
-        let light = Matrix3::from_rows(&[side.cross(&to_light).transpose(), side.transpose(), to_light.transpose()]);
+        let light =
+            Matrix3::from_rows(&[side.cross(&to_light).transpose(), side.transpose(), to_light.transpose()]);
         let mut casters: Vec<_> = (0..)
             .zip(&bodies)
             .filter_map(|(index, body)| {
@@ -55,28 +59,41 @@ impl Instant {
             .collect();
         let casters = Bins::new(SHADOW_CELLS, SHADOW_CELLS, &mut casters);
         let top = |body: &Primitive| {
-            body.shape.extent(&Matrix3::identity(), &Point3::origin()).map_or(f64::INFINITY, |(_, high)| high.z)
+            body.shape
+                .extent(&Matrix3::identity(), &Point3::origin())
+                .map_or(f64::INFINITY, |(_, high)| high.z)
         };
         let tops = bodies.iter().map(top).collect();
         Self { bodies, tops, light, casters }
     }
 
-    /// Draws what `camera` sees into `rgb`, (H, W, 3) row by row, and `depth`, (H, W), metres along the optical axis, 0 where nothing is
-    /// seen within [`MAX_DEPTH`].
+    /// Draws what `camera` sees into `rgb`, (H, W, 3) row by row, and `depth`, (H, W), metres along the
+    /// optical axis, 0 where nothing is seen within [`MAX_DEPTH`].
     ///
     /// # Panics
     /// If a buffer's length does not fit the camera's width and height.
     pub fn render(&self, camera: &Pinhole, rgb: &mut [u8], depth: &mut [f32]) {
         let (width, height) = (camera.width, camera.height);
-        assert_eq!((rgb.len(), depth.len()), (width * height * 3, width * height), "rgb and depth of {width} x {height} pixels");
+        assert_eq!(
+            (rgb.len(), depth.len()),
+            (width * height * 3, width * height),
+            "rgb and depth of {width} x {height} pixels"
+        );
         let in_sight = self.in_sight(camera);
         let pixels = || (0..height).flat_map(move |v| (0..width).map(move |u| (u, v)));
         let candidates = |u: usize, v: usize| in_sight.list(u / TILE, v / TILE);
 
-        let samples: Vec<Sample> = pixels().map(|(u, v)| self.look(&camera.ray(u as f64, v as f64), candidates(u, v))).collect();
+        let samples: Vec<Sample> =
+            pixels().map(|(u, v)| self.look(&camera.ray(u as f64, v as f64), candidates(u, v))).collect();
         for (pixel, (u, v)) in pixels().enumerate() {
-            let inside = [(u > 0, -1), (u + 1 < width, 1), (v > 0, -(width as isize)), (v + 1 < height, width as isize)];
-            let neighbour = |(inside, step): (bool, isize)| inside.then(|| &samples[pixel.wrapping_add_signed(step)]);
+            let inside = [
+                (u > 0, -1),
+                (u + 1 < width, 1),
+                (v > 0, -(width as isize)),
+                (v + 1 < height, width as isize),
+            ];
+            let neighbour =
+                |(inside, step): (bool, isize)| inside.then(|| &samples[pixel.wrapping_add_signed(step)]);
             let color = samples[pixel].smoothed(inside.map(neighbour));
             rgb[3 * pixel..][..3].copy_from_slice(&<[u8; 3]>::from(color.map(|c| (c * 255.0 + 0.5) as u8)));
             depth[pixel] = samples[pixel].depth;
@@ -90,12 +107,18 @@ impl Instant {
         let span = |(index, body): (u16, &Primitive)| {
             let Some((low, high)) = body.shape.extent(&rotation, &origin) else {
                 // Whatever else a ray meets stands before the plane.
-                return Some(Span { index, near: MAX_DEPTH, columns: [0, columns as isize - 1], rows: [0, rows as isize - 1] });
+                return Some(Span {
+                    index,
+                    near: MAX_DEPTH,
+                    columns: [0, columns as isize - 1],
+                    rows: [0, rows as isize - 1],
+                });
             };
             if high.z < NEAREST {
                 return None;
             }
-            // A box in front of the camera looks widest at its near or at its far face; one pixel more against rounding.
+            // A box in front of the camera looks widest at its near or at its far face; one pixel more
+            // against rounding.
             let near = low.z.max(NEAREST);
             let tiles = |low_side: f64, high_side: f64, focal: f64, center: f64| {
                 let first = focal * (low_side / near).min(low_side / high.z) + center - 1.0;
@@ -145,10 +168,9 @@ impl Instant {
             return false;
         }
         let ray = Ray { origin: *point, direction: self.to_light() };
-        self.casters
-            .list(column as usize, row as usize)
-            .iter()
-            .any(|&(_, index)| self.tops[index as usize] > point.z && self.bodies[index as usize].shape.hit(&ray).is_some())
+        self.casters.list(column as usize, row as usize).iter().any(|&(_, index)| {
+            self.tops[index as usize] > point.z && self.bodies[index as usize].shape.hit(&ray).is_some()
+        })
     }
 }
 
@@ -163,7 +185,8 @@ struct Sample {
 }
 
 impl Sample {
-    /// The colour with a little of those neighbours' that see something else, behind this or, where bodies touch, at the same depth.
+    /// The colour with a little of those neighbours' that see something else, behind this or, where bodies
+    /// touch, at the same depth.
     fn smoothed(&self, neighbours: [Option<&Self>; 4]) -> Color {
         const SAME_DEPTH: f32 = 0.02;
         const SHARE: f32 = 0.12;
@@ -276,7 +299,8 @@ mod tests {
         let camera = camera(Point3::new(0.3, 0.0, 0.3));
         let (_, depth) = draw(vec![ball([0.8, 0.0, 0.0])], &camera);
         let hits = (0..depth.len()).filter(|&pixel| depth[pixel] > 0.0).inspect(|&pixel| {
-            let point = camera.back_project((pixel % 161) as f64, (pixel / 161) as f64, f64::from(depth[pixel]));
+            let point =
+                camera.back_project((pixel % 161) as f64, (pixel / 161) as f64, f64::from(depth[pixel]));
             assert!(((point - CENTER).norm() - RADIUS).abs() < 1e-5, "{point}");
         });
         assert!(hits.count() > 500);
@@ -288,9 +312,12 @@ mod tests {
         for (channel, color) in [[0.8, 0.0, 0.0], [0.0, 0.8, 0.0], [0.0, 0.0, 0.8]].into_iter().enumerate() {
             let (rgb, _) = draw(vec![ball(color)], &camera);
             let value = |pixel: &usize, c: usize| i32::from(rgb[3 * pixel + c]);
-            let strong = |pixel: &usize| (0..3).all(|c| c == channel || value(pixel, channel) > 2 * value(pixel, c));
+            let strong =
+                |pixel: &usize| (0..3).all(|c| c == channel || value(pixel, channel) > 2 * value(pixel, c));
             let found: Vec<_> = (0..161 * 121).filter(strong).collect();
-            let mean = |of: fn(usize) -> usize| found.iter().map(|&pixel| of(pixel) as f64).sum::<f64>() / found.len() as f64;
+            let mean = |of: fn(usize) -> usize| {
+                found.iter().map(|&pixel| of(pixel) as f64).sum::<f64>() / found.len() as f64
+            };
             let (u, v, _) = camera.project(&CENTER).unwrap();
             // A sphere off the axis appears as an ellipse, whose middle lies a little further out.
             let (du, dv) = (mean(|pixel| pixel % 161) - u, mean(|pixel| pixel / 161) - v);
@@ -300,17 +327,21 @@ mod tests {
 
     #[test]
     fn tiles_leave_nothing_out() {
-        let boxed = |x: f64, y: f64, z: f64| Shape::upright_box(Point3::new(x, y, z), Vector3::new(0.1, 0.2, 0.05));
-        let capsule = Shape::Capsule { ends: [Point3::new(0.2, -1.3, 1.0), Point3::new(0.4, -0.3, 0.2)], radius: 0.1 };
+        let boxed =
+            |x: f64, y: f64, z: f64| Shape::upright_box(Point3::new(x, y, z), Vector3::new(0.1, 0.2, 0.05));
+        let capsule =
+            Shape::Capsule { ends: [Point3::new(0.2, -1.3, 1.0), Point3::new(0.4, -0.3, 0.2)], radius: 0.1 };
         let ground = Shape::Plane { normal: Vector3::z(), height: 0.0 };
         let shapes = [boxed(0.5, 0.0, 0.3), ground, capsule, boxed(0.2, -0.9, 0.2), boxed(-0.2, 0.3, 0.3)];
-        let bodies: Vec<_> = shapes.map(|shape| body(shape, [0.5; 3])).into_iter().chain([ball([0.8, 0.0, 0.0])]).collect();
+        let bodies: Vec<_> =
+            shapes.map(|shape| body(shape, [0.5; 3])).into_iter().chain([ball([0.8, 0.0, 0.0])]).collect();
         for (width, height) in [(161, 121), (50, 70), (1, 1)] {
             let camera = Pinhole { width, height, ..camera(CENTER) };
             let (_, depth) = draw(bodies.clone(), &camera);
             for (pixel, depth) in depth.into_iter().enumerate() {
                 let ray = camera.ray((pixel % width) as f64, (pixel / width) as f64);
-                let nearest = bodies.iter().filter_map(|body| body.shape.hit(&ray)).fold(f64::INFINITY, f64::min);
+                let nearest =
+                    bodies.iter().filter_map(|body| body.shape.hit(&ray)).fold(f64::INFINITY, f64::min);
                 let expected = if nearest < MAX_DEPTH { nearest as f32 } else { 0.0 };
                 assert_eq!(depth, expected, "pixel {pixel} of {width} x {height}");
             }
@@ -320,7 +351,8 @@ mod tests {
     #[test]
     fn a_colour_is_only_seen_where_its_depth_is() {
         let camera = camera(Point3::new(0.3, 0.0, 0.3));
-        let wall = body(Shape::upright_box(Point3::new(0.3, 1.0, 0.3), Vector3::new(3.0, 0.1, 3.0)), [0.1; 3]);
+        let wall =
+            body(Shape::upright_box(Point3::new(0.3, 1.0, 0.3), Vector3::new(3.0, 0.1, 3.0)), [0.1; 3]);
         let (rgb, depth) = draw(vec![wall, ball([0.8, 0.0, 0.0])], &camera);
         for (pixel, depth) in depth.into_iter().enumerate() {
             let point = camera.back_project((pixel % 161) as f64, (pixel / 161) as f64, f64::from(depth));
@@ -338,9 +370,14 @@ mod tests {
         let (shaded, depth) = draw(vec![ground, ball([0.8, 0.0, 0.0])], &camera);
         // The light comes from low x and low y.
         let darker = |pixel: &usize| i32::from(bare[3 * pixel]) > i32::from(shaded[3 * pixel]) + 40;
-        let on_ground = |pixel: &usize| camera.back_project((pixel % 161) as f64, (pixel / 161) as f64, f64::from(depth[*pixel]));
-        let shadow: Vec<_> =
-            (0..161 * 121).filter(darker).map(|pixel| on_ground(&pixel)).filter(|point| point.z.abs() < 1e-3).collect();
+        let on_ground = |pixel: &usize| {
+            camera.back_project((pixel % 161) as f64, (pixel / 161) as f64, f64::from(depth[*pixel]))
+        };
+        let shadow: Vec<_> = (0..161 * 121)
+            .filter(darker)
+            .map(|pixel| on_ground(&pixel))
+            .filter(|point| point.z.abs() < 1e-3)
+            .collect();
         assert!(shadow.len() > 100);
         let middle = shadow.iter().map(|point| point.coords).sum::<Vector3<f64>>() / shadow.len() as f64;
         assert!(middle.x > CENTER.x && middle.y > CENTER.y, "the shadow lies around {middle}");

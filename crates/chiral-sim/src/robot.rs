@@ -1,14 +1,16 @@
 //! The simulated robot: a [`Robot`] and its [`Sensors`], with the threads that make them live.
 //!
-//! Lives here: when time passes, when cameras look, and in which order what they saw is published. Does not live here: what a tick does
-//! (`world`) and how a picture is made (`cameras`).
+//! Lives here: when time passes, when cameras look, and in which order what they saw is published. Does not
+//! live here: what a tick does (`world`) and how a picture is made (`cameras`).
 //!
-//! Two paces. In *real time*, one thread advances the arm at 500 Hz and each camera has a thread that looks at its rate. In *lock-step*, the
-//! world moves only within `step`, by exactly `1 / control_hz` a row, and `step` publishes every sensor itself. An episode's time begins
-//! with its first action: `apply_action` begins (or resumes) real time, `step` begins lock-step.
+//! Two paces. In *real time*, one thread advances the arm at 500 Hz and each camera has a thread that looks
+//! at its rate. In *lock-step*, the world moves only within `step`, by exactly `1 / control_hz` a row, and
+//! `step` publishes every sensor itself. An episode's time begins with its first action: `apply_action`
+//! begins (or resumes) real time, `step` begins lock-step.
 //!
-//! Locks: a camera's before the world's. Joints are published under the world's lock and pictures under their camera's, both from looking at
-//! the world until it is done, so that **nothing older is ever published after something newer**.
+//! Locks: a camera's before the world's. Joints are published under the world's lock and pictures under their
+//! camera's, both from looking at the world until it is done, so that **nothing older is ever published after
+//! something newer**.
 
 use std::collections::hash_map::RandomState;
 use std::fmt;
@@ -19,7 +21,9 @@ use std::time::{Duration, Instant};
 
 use chiral_proto::action::Action;
 use chiral_proto::{ActionChunk, ActionSpec, ProprioSpec, Value, ValueMap, value};
-use chiral_server::{ActionContext, CameraFrame, Error, Robot, RobotError, SensorError, Sensors, StepOutcome, monotonic};
+use chiral_server::{
+    ActionContext, CameraFrame, Error, Robot, RobotError, SensorError, Sensors, StepOutcome, monotonic,
+};
 use nalgebra::Point3;
 
 use crate::arm::{LOWER, UPPER};
@@ -52,7 +56,8 @@ pub struct SimConfig {
     pub time_limit: f64,
     /// How long a reset takes, as an arm takes to move home, in seconds.
     pub homing: f64,
-    /// Draw so many instants once and replay them, whatever the arm does: for load tests, which are to measure the transport.
+    /// Draw so many instants once and replay them, whatever the arm does: for load tests, which are to
+    /// measure the transport.
     pub prerender: Option<usize>,
     /// For tests only: a fault between drawing and publishing.
     pub tamper: Option<Tamper>,
@@ -89,29 +94,43 @@ impl SimConfig {
 impl fmt::Debug for SimConfig {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let SimConfig { width, height, fps, cameras, control_hz, .. } = self;
-        write!(f, "SimConfig({cameras} cameras of {width} x {height} at {fps} Hz, actions at {control_hz} Hz)")
+        write!(
+            f,
+            "SimConfig({cameras} cameras of {width} x {height} at {fps} Hz, actions at {control_hz} Hz)"
+        )
     }
 }
 
-/// Starts the robot's threads, which end when the robot is dropped. On return every sensor has published once.
+/// Starts the robot's threads, which end when the robot is dropped. On return every sensor has published
+/// once.
 ///
 /// # Errors
 /// [`Error::Declaration`] if a size or rate cannot be, [`Error::Start`] if there can be no threads.
 pub fn start(config: SimConfig) -> Result<(SimRobot, Sensors), Error> {
-    for (name, value) in [("fps", config.fps), ("control_hz", config.control_hz), ("time_limit", config.time_limit)] {
+    for (name, value) in
+        [("fps", config.fps), ("control_hz", config.control_hz), ("time_limit", config.time_limit)]
+    {
         if !(value > 0.0 && value.is_finite()) {
             return Err(Error::Declaration(format!("expected a positive {name}, found {value}")));
         }
     }
     let SimConfig { width, height, cameras: count, .. } = config;
     if width == 0 || height == 0 {
-        return Err(Error::Declaration(format!("expected pictures of at least one pixel, found {width} x {height}")));
+        return Err(Error::Declaration(format!(
+            "expected pictures of at least one pixel, found {width} x {height}"
+        )));
     }
     let proprios = [ProprioSpec::new("joint_pos", 7, "rad"), ProprioSpec::new("joint_vel", 7, "rad/s")];
     let sensors = Sensors::new(cameras::specs(count, width, height), proprios)?;
     let scene = Scene::sample(0);
     let mut cameras: Vec<Camera> = Mount::first(count)
-        .map(|mount| Camera::new(mount, sensors.camera(&mount.name()).expect("declared just now"), config.tamper.clone()))
+        .map(|mount| {
+            Camera::new(
+                mount,
+                sensors.camera(&mount.name()).expect("declared just now"),
+                config.tamper.clone(),
+            )
+        })
         .collect();
     if let Some(instants) = config.prerender {
         cameras::prerender(&mut cameras, &scene, instants);
@@ -130,7 +149,8 @@ pub fn start(config: SimConfig) -> Result<(SimRobot, Sensors), Error> {
 
 /// A Panda arm before a table, to be served by a [`PolicyServer`](chiral_server::PolicyServer).
 ///
-/// `reset` takes the option `target`, a list of x, y, z in metres, in place of the seed's own target; it ignores other options.
+/// `reset` takes the option `target`, a list of x, y, z in metres, in place of the seed's own target; it
+/// ignores other options.
 #[derive(Debug)]
 pub struct SimRobot {
     shared: Arc<Shared>,
@@ -141,7 +161,8 @@ impl SimRobot {
     fn spawn(&mut self, name: String, run: impl FnOnce(&Shared) + Send + 'static) -> Result<(), Error> {
         let shared = Arc::clone(&self.shared);
         let spawned = thread::Builder::new().name(name).spawn(move || run(&shared));
-        self.threads.push(spawned.map_err(|source| Error::Start { what: "a thread of the simulation", source })?);
+        self.threads
+            .push(spawned.map_err(|source| Error::Start { what: "a thread of the simulation", source })?);
         Ok(())
     }
 }
@@ -220,7 +241,8 @@ impl Robot for SimRobot {
         true
     }
 
-    /// Stops the arm where it is; time runs on by the clock, so that whoever watches goes on seeing the robot.
+    /// Stops the arm where it is; time runs on by the clock, so that whoever watches goes on seeing the
+    /// robot.
     fn hold(&mut self) {
         let mut world = lock(&self.shared.world);
         world.stop();

@@ -1,10 +1,12 @@
 //! The world at one instant: table, target, decoys and the arm's body, all from one seed.
 //!
-//! Lives here: what stands where and in which colour. Does not live here: the arm's movement (`arm`), cameras (`camera`), drawing (`render`).
+//! Lives here: what stands where and in which colour. Does not live here: the arm's movement (`arm`), cameras
+//! (`camera`), drawing (`render`).
 //!
-//! The frame is the robot's base (`arm`), the table top is at z = 0. Each thing is drawn from a random stream of its own, and the target
-//! comes last: **moving the target changes nothing else**, so that only pixels and depth can tell where it is. The target is the only red
-//! thing: `r > 2 max(g, b)` holds for its pixels and for no others.
+//! The frame is the robot's base (`arm`), the table top is at z = 0. Each thing is drawn from a random stream
+//! of its own, and the target comes last: **moving the target changes nothing else**, so that only pixels and
+//! depth can tell where it is. The target is the only red thing: `r > 2 max(g, b)` holds for its pixels and
+//! for no others.
 
 use nalgebra::{Matrix3, Point3, Vector3};
 
@@ -17,11 +19,12 @@ pub const VOLUME_LOW: [f64; 3] = [0.34, -0.26, 0.08];
 /// Highest corner of the volume in which targets' centres are placed, base frame, m.
 pub const VOLUME_HIGH: [f64; 3] = [0.75, 0.26, 0.40];
 
-/// Radius of the target, a sphere, m. A camera sees the sphere's surface, which is nearer than its centre: averaged over a small sphere's
-/// visible pixels, by two thirds of the radius along the ray.
+/// Radius of the target, a sphere, m. A camera sees the sphere's surface, which is nearer than its centre:
+/// averaged over a small sphere's visible pixels, by two thirds of the radius along the ray.
 pub const TARGET_RADIUS: f64 = 0.025;
 
-/// The posture around which every episode starts, rad: hand raised and drawn back, clear of the volume, looking down into it.
+/// The posture around which every episode starts, rad: hand raised and drawn back, clear of the volume,
+/// looking down into it.
 pub const START: Joints = [0.0, -0.95, 0.0, -2.45, 0.0, 2.17, READY[6]];
 
 /// No decoy comes nearer to the target's surface than this, m.
@@ -57,7 +60,8 @@ impl Scene {
         Self { target, start, decoys }
     }
 
-    /// The same world, but for the target's place (base frame, m). The place is taken as it is: it may be hidden or out of reach.
+    /// The same world, but for the target's place (base frame, m). The place is taken as it is: it may be
+    /// hidden or out of reach.
     pub fn with_target(self, target: Point3<f64>) -> Self {
         Self { target, ..self }
     }
@@ -81,7 +85,10 @@ fn surroundings(links: &Links, decoys: &[Primitive]) -> Vec<Primitive> {
 fn on_stalk(center: Point3<f64>, surface: Surface) -> [Primitive; 2] {
     let stalk = [Point3::new(center.x, center.y, 0.0), center - Vector3::z() * (TARGET_RADIUS + 0.002)];
     let foot = Shape::Capsule { ends: stalk, radius: 0.004 };
-    [Primitive { shape: Shape::Sphere { center, radius: TARGET_RADIUS }, surface }, Primitive { shape: foot, surface: STALK }]
+    [
+        Primitive { shape: Shape::Sphere { center, radius: TARGET_RADIUS }, surface },
+        Primitive { shape: foot, surface: STALK },
+    ]
 }
 
 fn furniture() -> Vec<Primitive> {
@@ -89,8 +96,10 @@ fn furniture() -> Vec<Primitive> {
     let floor = Surface { color: [0.50, 0.51, 0.53], pattern: Pattern::Plain, gloss: 0.0 };
     let wood = Surface { color: [0.56, 0.37, 0.21], pattern: Pattern::Wood, gloss: 0.0 };
     let mat = Surface { color: [0.045, 0.085, 0.10], pattern: Pattern::Grid, gloss: 0.0 };
-    let boxed =
-        |center: [f64; 3], half: [f64; 3], surface| Primitive { shape: Shape::upright_box(center.into(), half.into()), surface };
+    let boxed = |center: [f64; 3], half: [f64; 3], surface| Primitive {
+        shape: Shape::upright_box(center.into(), half.into()),
+        surface,
+    };
     let mut bodies = vec![
         Primitive { shape: Shape::Plane { normal: Vector3::z(), height: FLOOR }, surface: floor },
         boxed([0.38, 0.0, -0.023], [0.66, 0.58, 0.02], wood),
@@ -108,7 +117,9 @@ fn arm_body(links: &Links) -> Vec<Primitive> {
     let origin = |i: usize| Point3::from(links.joints[i].translation.vector);
     // A point of a link's frame, given in it.
     let point = |frame: &nalgebra::Isometry3<f64>, x: f64, y: f64, z: f64| frame * Point3::new(x, y, z);
-    let across = |frame: &nalgebra::Isometry3<f64>, half: f64| [point(frame, 0.0, 0.0, -half), point(frame, 0.0, 0.0, half)];
+    let across = |frame: &nalgebra::Isometry3<f64>, half: f64| {
+        [point(frame, 0.0, 0.0, -half), point(frame, 0.0, 0.0, half)]
+    };
     // Where the forearm begins: joint 5's axis, level with the elbow.
     let (forearm, hand) = (point(&elbow, -0.0825, 0.0, 0.0), links.hand);
     let capsules = [
@@ -132,8 +143,9 @@ fn arm_body(links: &Links) -> Vec<Primitive> {
         shape: Shape::Box { center: hand * Point3::from(center), axes, half: half.into() },
         surface,
     };
-    let mut bodies: Vec<_> =
-        capsules.map(|(ends, radius, surface)| Primitive { shape: Shape::Capsule { ends, radius }, surface }).into();
+    let mut bodies: Vec<_> = capsules
+        .map(|(ends, radius, surface)| Primitive { shape: Shape::Capsule { ends, radius }, surface })
+        .into();
     bodies.extend([
         in_hand([0.0, 0.0, -0.073], [0.030, 0.100, 0.030], SHELL),
         in_hand([0.0, 0.0, -0.040], [0.020, 0.092, 0.006], JOINT),
@@ -159,8 +171,16 @@ fn sample_decoys(stream: &mut Stream) -> Vec<Primitive> {
         plain([0.75, 0.76, 0.74], 0.1),
     ];
     // Places around the volume, low where the head camera looks over them.
-    let mut places =
-        [(0.24, 0.42), (0.50, 0.44), (0.77, 0.42), (0.93, 0.16), (0.93, -0.20), (0.66, -0.44), (0.34, -0.44), (0.10, -0.42)];
+    let mut places = [
+        (0.24, 0.42),
+        (0.50, 0.44),
+        (0.77, 0.42),
+        (0.93, 0.16),
+        (0.93, -0.20),
+        (0.66, -0.44),
+        (0.34, -0.44),
+        (0.10, -0.42),
+    ];
     stream.shuffle(&mut places);
     let mut decoys = Vec::new();
     for (k, (x, y)) in places.into_iter().enumerate() {
@@ -169,7 +189,8 @@ fn sample_decoys(stream: &mut Stream) -> Vec<Primitive> {
         decoys.push(standing(k % 4, foot, surface, stream));
     }
     // A blue twin of the target, inside the volume: who mistakes blue for red will go there.
-    let twin = Point3::new(stream.uniform(0.40, 0.70), stream.uniform(-0.22, 0.22), stream.uniform(0.10, 0.22));
+    let twin =
+        Point3::new(stream.uniform(0.40, 0.70), stream.uniform(-0.22, 0.22), stream.uniform(0.10, 0.22));
     decoys.extend(on_stalk(twin, BLUE));
     decoys
 }
@@ -187,7 +208,10 @@ fn standing(kind: usize, foot: Point3<f64>, surface: Surface, stream: &mut Strea
         }
         2 => {
             let along = Vector3::new(cos, sin, 0.0) * 0.04;
-            Shape::Capsule { ends: [raised(size * 0.7) - along, raised(size * 0.7) + along], radius: size * 0.7 }
+            Shape::Capsule {
+                ends: [raised(size * 0.7) - along, raised(size * 0.7) + along],
+                radius: size * 0.7,
+            }
         }
         _ => Shape::Capsule { ends: [raised(size * 0.8), raised(0.09)], radius: size * 0.8 },
     };
@@ -199,8 +223,9 @@ fn sample_target(stream: &mut Stream, start: &Joints, decoys: &[Primitive]) -> P
     let links = Links::at(start);
     let bodies = surroundings(&links, decoys);
     let eye = Mount::Head.camera(&links, 1, 1);
-    let candidates =
-        std::iter::repeat_with(|| Point3::from(std::array::from_fn(|i| stream.uniform(VOLUME_LOW[i], VOLUME_HIGH[i]))));
+    let candidates = std::iter::repeat_with(|| {
+        Point3::from(std::array::from_fn(|i| stream.uniform(VOLUME_LOW[i], VOLUME_HIGH[i])))
+    });
     let axes = eye.rotation();
     let edge = |x: f64, y: f64| (axes.column(0) * x + axes.column(1) * y) * (TARGET_RADIUS * 1.2);
     let edges = [edge(0.0, 0.0), edge(1.0, 0.0), edge(-1.0, 0.0), edge(0.0, 1.0), edge(0.0, -1.0)];
@@ -212,15 +237,20 @@ fn sample_target(stream: &mut Stream, start: &Joints, decoys: &[Primitive]) -> P
     };
     let clear = |target: &Point3<f64>| {
         decoys.iter().all(|decoy| {
-            let (low, high) = decoy.shape.extent(&Matrix3::identity(), target).expect("decoys are not planes");
+            let (low, high) =
+                decoy.shape.extent(&Matrix3::identity(), target).expect("decoys are not planes");
             let nearest = Vector3::zeros().sup(&low).inf(&high);
             nearest.norm() > TARGET_RADIUS + CLEARANCE
         })
     };
-    candidates.take(1000).find(|target| clear(target) && in_sight(target)).expect("most of the volume is clear and in sight")
+    candidates
+        .take(1000)
+        .find(|target| clear(target) && in_sight(target))
+        .expect("most of the volume is clear and in sight")
 }
 
-/// A stream of random numbers (splitmix64: S. Vigna, prng.di.unimi.it/splitmix64.c), the same ones for the same seed and purpose.
+/// A stream of random numbers (splitmix64: S. Vigna, prng.di.unimi.it/splitmix64.c), the same ones for the
+/// same seed and purpose.
 struct Stream(u64);
 
 impl Stream {
@@ -257,7 +287,8 @@ mod tests {
 
     const SEEDS: u64 = 200;
 
-    /// The first instant of a scene as one camera sees it: the camera, and the world points of all red pixels.
+    /// The first instant of a scene as one camera sees it: the camera, and the world points of all red
+    /// pixels.
     fn red_points(scene: &Scene, mount: Mount) -> (Pinhole, Vec<Point3<f64>>) {
         let (width, height) = (160, 120);
         let links = Links::at(&scene.start);
@@ -268,7 +299,9 @@ mod tests {
             let [r, g, b] = [0, 1, 2].map(|c| u32::from(rgb[3 * pixel + c]));
             r > 60 && r > 2 * g.max(b)
         };
-        let place = |pixel: usize| camera.back_project((pixel % width) as f64, (pixel / width) as f64, f64::from(depth[pixel]));
+        let place = |pixel: usize| {
+            camera.back_project((pixel % width) as f64, (pixel / width) as f64, f64::from(depth[pixel]))
+        };
         (camera, (0..width * height).filter(is_red).map(place).collect())
     }
 
@@ -287,7 +320,8 @@ mod tests {
 
     #[test]
     fn the_wrist_camera_mostly_sees_the_target_from_the_start() {
-        let seen = (0..SEEDS).filter(|&seed| red_points(&Scene::sample(seed), Mount::Wrist).1.len() >= 8).count();
+        let seen =
+            (0..SEEDS).filter(|&seed| red_points(&Scene::sample(seed), Mount::Wrist).1.len() >= 8).count();
         assert!(seen > 180, "in {seen} scenes of {SEEDS}");
     }
 
@@ -307,8 +341,9 @@ mod tests {
         for (axis, size) in [0.4, 0.5, 0.3].into_iter().enumerate() {
             let (low, high) = (VOLUME_LOW[axis], VOLUME_HIGH[axis]);
             assert!(high - low >= size);
-            let (first, last) =
-                targets.iter().fold((high, low), |(first, last), target| (target[axis].min(first), target[axis].max(last)));
+            let (first, last) = targets
+                .iter()
+                .fold((high, low), |(first, last), target| (target[axis].min(first), target[axis].max(last)));
             assert!(low <= first && last <= high && last - first > 0.95 * size, "{first} to {last}");
         }
     }
@@ -318,9 +353,15 @@ mod tests {
         for seed in 0..SEEDS {
             let Scene { target, start, .. } = Scene::sample(seed);
             let outward = Vector3::new(target.x, target.y, 0.0).normalize() * 0.03;
-            for point in [target, target + outward, target - outward, target + Vector3::z() * 0.03, target - Vector3::z() * 0.03]
-            {
-                let q = inverse_kinematics(&point, &start, &READY).unwrap_or_else(|| panic!("seed {seed}: {point}"));
+            for point in [
+                target,
+                target + outward,
+                target - outward,
+                target + Vector3::z() * 0.03,
+                target - Vector3::z() * 0.03,
+            ] {
+                let q = inverse_kinematics(&point, &start, &READY)
+                    .unwrap_or_else(|| panic!("seed {seed}: {point}"));
                 assert!(travel_time(&start, &q) < 2.0, "seed {seed}");
             }
         }
@@ -332,7 +373,10 @@ mod tests {
             let Scene { target, decoys, .. } = Scene::sample(seed);
             for decoy in decoys {
                 if let Shape::Sphere { center, radius } = decoy.shape {
-                    assert!((center - target).norm() > radius + TARGET_RADIUS + CLEARANCE - 1e-9, "seed {seed}");
+                    assert!(
+                        (center - target).norm() > radius + TARGET_RADIUS + CLEARANCE - 1e-9,
+                        "seed {seed}"
+                    );
                 }
             }
         }
@@ -341,7 +385,8 @@ mod tests {
     #[test]
     fn moving_the_target_changes_nothing_else() {
         for seed in 0..20 {
-            let (scene, moved) = (Scene::sample(seed), Scene::sample(seed).with_target(Point3::new(0.5, 0.0, 0.3)));
+            let (scene, moved) =
+                (Scene::sample(seed), Scene::sample(seed).with_target(Point3::new(0.5, 0.0, 0.3)));
             assert_ne!(scene.target, moved.target);
             assert_eq!((scene.start, &scene.decoys), (moved.start, &moved.decoys));
             let [bodies, others] = [&scene, &moved].map(|scene| scene.bodies(&Links::at(&scene.start)));

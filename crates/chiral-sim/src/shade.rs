@@ -1,7 +1,8 @@
 //! How a surface is lit: its colour and pattern, one lamp, the light of sky and ground, a highlight, haze.
 //!
-//! Lives here: everything about colour. Does not live here: which surface a pixel sees and whether the lamp reaches it (`render`). Shading
-//! keeps hues: a red surface stays red in the shade and under the highlight, so that it can be found by its colour.
+//! Lives here: everything about colour. Does not live here: which surface a pixel sees and whether the lamp
+//! reaches it (`render`). Shading keeps hues: a red surface stays red in the shade and under the highlight,
+//! so that it can be found by its colour.
 
 use nalgebra::{Point3, Vector3};
 
@@ -20,7 +21,8 @@ pub(crate) struct Place {
     pub(crate) lit: bool,
 }
 
-/// The light that a surface sends back at `place` to where `view` comes from; the lamp is in the direction `to_light` (unit).
+/// The light that a surface sends back at `place` to where `view` comes from; the lamp is in the direction
+/// `to_light` (unit).
 pub(crate) fn shade(surface: &Surface, place: &Place, view: &Vector3<f64>, to_light: &Vector3<f64>) -> Color {
     const KEY: f32 = 0.78;
     const SKY: Color = Color::new(0.36, 0.39, 0.44);
@@ -64,7 +66,8 @@ fn albedo(surface: &Surface, point: &Point3<f64>) -> Color {
     }
 }
 
-/// What `x` has more than the next lower whole number. Right for `x` above -1000, and faster than `floor` without SSE 4.1.
+/// What `x` has more than the next lower whole number. Right for `x` above -1000, and faster than `floor`
+/// without SSE 4.1.
 fn fraction(x: f64) -> f64 {
     let x = x + 1000.0;
     x - x as i64 as f64
@@ -83,7 +86,8 @@ pub(crate) fn background(direction: &Vector3<f64>) -> Color {
     horizon.lerp(&above, (up * 1.6).clamp(0.0, 1.0))
 }
 
-/// `color` as seen through the haze from the depth `t`, in a direction: at [`MAX_DEPTH`] nothing but the background is left of it.
+/// `color` as seen through the haze from the depth `t`, in a direction: at [`MAX_DEPTH`] nothing but the
+/// background is left of it.
 pub(crate) fn through_haze(color: Color, t: f64, direction: &Vector3<f64>) -> Color {
     const START: f64 = 1.8;
     if t <= START {
@@ -109,13 +113,17 @@ mod tests {
         for k in 0..500 {
             let k = f64::from(k);
             let normal = Vector3::new((k * 0.7).sin(), (k * 1.3).cos(), (k * 0.37).sin()).normalize();
-            let view = Vector3::new((k * 0.3).cos(), (k * 1.9).sin(), -(k * 0.77).sin().abs() - 0.2).normalize();
+            let view =
+                Vector3::new((k * 0.3).cos(), (k * 1.9).sin(), -(k * 0.77).sin().abs() - 0.2).normalize();
             if normal.dot(&view) >= 0.0 {
                 continue;
             }
             let lit = normal.dot(&to_light) > 0.0 && k % 3.0 > 0.0;
             let seen = shown(shade(&red, &Place { point: Point3::origin(), normal, lit }, &view, &to_light));
-            assert!(seen.x > 0.3 && seen.x > 2.0 * seen.y.max(seen.z), "{seen} with normal {normal} seen along {view}");
+            assert!(
+                seen.x > 0.3 && seen.x > 2.0 * seen.y.max(seen.z),
+                "{seen} with normal {normal} seen along {view}"
+            );
         }
     }
 

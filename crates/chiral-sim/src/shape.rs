@@ -1,10 +1,10 @@
 //! The shapes a scene is made of, and where a ray meets them.
 //!
-//! Lives here: planes, spheres, capsules and boxes, their surfaces' colours, and the arithmetic of one ray against one shape. Does not live
-//! here: which shapes there are (`scene`) and how they are lit (`render`).
+//! Lives here: planes, spheres, capsules and boxes, their surfaces' colours, and the arithmetic of one ray
+//! against one shape. Does not live here: which shapes there are (`scene`) and how they are lit (`render`).
 //!
-//! Lengths are metres in the world frame (`arm` says which). Formulas: the quadratic of each shape, as in I. Quilez, "Intersectors"
-//! (iquilezles.org/articles/intersectors), for directions of any length.
+//! Lengths are metres in the world frame (`arm` says which). Formulas: the quadratic of each shape, as in I.
+//! Quilez, "Intersectors" (iquilezles.org/articles/intersectors), for directions of any length.
 
 use nalgebra::{Matrix3, Point3, Vector3};
 
@@ -27,7 +27,8 @@ impl Ray {
 /// A body's surface.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub enum Shape {
-    /// The ground: all points `p` with `normal . p = height`. Everything else is on the side that `normal` points to.
+    /// The ground: all points `p` with `normal . p = height`. Everything else is on the side that `normal`
+    /// points to.
     Plane {
         /// Unit vector.
         normal: Vector3<f64>,
@@ -118,7 +119,8 @@ impl Shape {
             Self::Sphere { center, radius } => (point - center) / *radius,
             Self::Capsule { ends: [a, b], radius } => {
                 let along = b - a;
-                let share = ((point - a).dot(&along) / along.norm_squared().max(f64::MIN_POSITIVE)).clamp(0.0, 1.0);
+                let share =
+                    ((point - a).dot(&along) / along.norm_squared().max(f64::MIN_POSITIVE)).clamp(0.0, 1.0);
                 (point - (a + along * share)) / *radius
             }
             Self::Box { center, axes, half } => {
@@ -129,9 +131,14 @@ impl Shape {
         }
     }
 
-    /// The smallest box along the axes of another frame that holds the shape, as its lowest and highest corner in that frame, where
-    /// `rotation` and `origin` take a world point to `rotation (p - origin)`. `None` for a plane, which has no end.
-    pub fn extent(&self, rotation: &Matrix3<f64>, origin: &Point3<f64>) -> Option<(Vector3<f64>, Vector3<f64>)> {
+    /// The smallest box along the axes of another frame that holds the shape, as its lowest and highest
+    /// corner in that frame, where `rotation` and `origin` take a world point to `rotation (p - origin)`.
+    /// `None` for a plane, which has no end.
+    pub fn extent(
+        &self,
+        rotation: &Matrix3<f64>,
+        origin: &Point3<f64>,
+    ) -> Option<(Vector3<f64>, Vector3<f64>)> {
         let local = |point: &Point3<f64>| rotation * (point - origin);
         let (low, high, margin) = match self {
             Self::Plane { .. } => return None,
@@ -140,7 +147,9 @@ impl Shape {
                 let (a, b) = (local(a), local(b));
                 (a.inf(&b), a.sup(&b), Vector3::repeat(*radius))
             }
-            Self::Box { center, axes, half } => (local(center), local(center), (rotation * axes).abs() * half),
+            Self::Box { center, axes, half } => {
+                (local(center), local(center), (rotation * axes).abs() * half)
+            }
         };
         Some((low - margin, high + margin))
     }
@@ -148,7 +157,8 @@ impl Shape {
 
 fn hit_sphere(ray: &Ray, center: &Point3<f64>, radius: f64) -> Option<f64> {
     let offset = ray.origin - center;
-    let (a, b, c) = (ray.direction.norm_squared(), offset.dot(&ray.direction), offset.norm_squared() - radius * radius);
+    let (a, b, c) =
+        (ray.direction.norm_squared(), offset.dot(&ray.direction), offset.norm_squared() - radius * radius);
     let discriminant = b * b - a * c;
     if discriminant < 0.0 {
         return None;
@@ -176,20 +186,23 @@ fn hit_capsule(ray: &Ray, [start, end]: &[Point3<f64>; 2], radius: f64) -> Optio
     hit_sphere(ray, if place < 0.0 { start } else { end }, radius)
 }
 
-/// The components of `v` along the columns of `axes` (nalgebra's `tr_mul` does the same in a loop, several times slower).
+/// The components of `v` along the columns of `axes` (nalgebra's `tr_mul` does the same in a loop, several
+/// times slower).
 fn along(axes: &Matrix3<f64>, v: &Vector3<f64>) -> Vector3<f64> {
     Vector3::new(axes.column(0).dot(v), axes.column(1).dot(v), axes.column(2).dot(v))
 }
 
 fn hit_box(ray: &Ray, center: &Point3<f64>, axes: &Matrix3<f64>, half: &Vector3<f64>) -> Option<f64> {
     let (origin, direction) = (along(axes, &(ray.origin - center)), along(axes, &ray.direction));
-    // Along a face the quotients are infinite and the comparisons still right. Not `f64::min`, whose care for NaN is slow.
+    // Along a face the quotients are infinite and the comparisons still right. Not `f64::min`, whose care for
+    // NaN is slow.
     let lesser = |a: f64, b: f64| if a < b { a } else { b };
     let greater = |a: f64, b: f64| if a > b { a } else { b };
     let inverse = direction.map(|d| 1.0 / d);
     let (low, high) = ((-half - origin).component_mul(&inverse), (half - origin).component_mul(&inverse));
     let (first, last) = (low.zip_map(&high, lesser), low.zip_map(&high, greater));
-    let (enter, leave) = (greater(first.x, greater(first.y, first.z)), lesser(last.x, lesser(last.y, last.z)));
+    let (enter, leave) =
+        (greater(first.x, greater(first.y, first.z)), lesser(last.x, lesser(last.y, last.z)));
     (enter <= leave && enter > 0.0).then_some(enter)
 }
 
@@ -212,13 +225,18 @@ mod tests {
         ]
     }
 
-    /// How far outside a shape's surface a point is, by the definition of each shape (Euclidean outside, roughly so inside).
+    /// How far outside a shape's surface a point is, by the definition of each shape (Euclidean outside,
+    /// roughly so inside).
     fn distance(shape: &Shape, p: &Point3<f64>) -> f64 {
         match shape {
             Shape::Plane { normal, height } => normal.dot(&p.coords) - height,
             Shape::Sphere { center, radius } => (p - center).norm() - radius,
             Shape::Capsule { ends: [a, b], radius } => {
-                let share = if a == b { 0.0 } else { ((p - a).dot(&(b - a)) / (b - a).norm_squared()).clamp(0.0, 1.0) };
+                let share = if a == b {
+                    0.0
+                } else {
+                    ((p - a).dot(&(b - a)) / (b - a).norm_squared()).clamp(0.0, 1.0)
+                };
                 (p - (a + (b - a) * share)).norm() - radius
             }
             Shape::Box { center, axes, half } => {
@@ -251,7 +269,10 @@ mod tests {
                     let (point, normal) = (ray.at(t), shape.normal(&ray.at(t)));
                     assert!(distance(&shape, &point).abs() < 1e-6, "{shape:?} {ray:?}");
                     assert!((normal.norm() - 1.0).abs() < 1e-9 && normal.dot(&ray.direction) < 1e-9);
-                    assert!((distance(&shape, &(point + normal * 0.01)) - 0.01).abs() < 1e-5, "{shape:?} {ray:?}");
+                    assert!(
+                        (distance(&shape, &(point + normal * 0.01)) - 0.01).abs() < 1e-5,
+                        "{shape:?} {ray:?}"
+                    );
                 } else {
                     misses += 1;
                 }
@@ -270,7 +291,8 @@ mod tests {
             let found = shape.hit(&Ray { origin: origin.into(), direction: direction.into() });
             assert_eq!(found.map(|t| (t * 1e9).round()), expected.map(|t| (t * 1e9).round()), "{shape:?}");
         };
-        let capsule = Shape::Capsule { ends: [Point3::new(0.0, 0.0, 0.2), Point3::new(0.0, 0.0, 0.8)], radius: 0.1 };
+        let capsule =
+            Shape::Capsule { ends: [Point3::new(0.0, 0.0, 0.2), Point3::new(0.0, 0.0, 0.8)], radius: 0.1 };
         check(capsule, [0.0, 0.0, 2.0], [0.0, 0.0, -1.0], Some(1.1));
         check(capsule, [0.0, 0.0, -1.0], [0.0, 0.0, 2.0], Some(0.55));
         check(capsule, [0.2, 0.0, 2.0], [0.0, 0.0, -1.0], None);

@@ -27,7 +27,8 @@ const BRIGHT: Rgb = [236, 240, 246];
 const GOOD: Rgb = [120, 220, 140];
 const BAD: Rgb = [255, 120, 100];
 
-/// Writes the sheet as PNG: for each camera colour and depth, first above last, with a ring where the policy believed the target to be.
+/// Writes the sheet as PNG: for each camera colour and depth, first above last, with a ring where the policy
+/// believed the target to be.
 ///
 /// # Errors
 /// The file's.
@@ -40,14 +41,20 @@ fn draw(episode: &Episode) -> Canvas {
     let panels: Vec<Panel> = cameras.iter().filter_map(|camera| Panel::of(camera, episode)).collect();
     let columns = (1..).find(|n| n * n >= panels.len()).unwrap_or(1).max(panels.len().min(2));
     let block = |f: fn(&Panel) -> usize| panels.iter().map(f).max().unwrap_or(0);
-    let (block_width, block_height) = (block(|p| 2 * (p.width() + MARGIN)), block(|p| 2 * (p.height() + LINE + MARGIN)));
+    let (block_width, block_height) =
+        (block(|p| 2 * (p.width() + MARGIN)), block(|p| 2 * (p.height() + LINE + MARGIN)));
     let rows = panels.len().div_ceil(columns);
     let mut canvas = Canvas::new(MARGIN + columns * block_width, TITLE + rows * block_height, DARK);
     title(&mut canvas, episode);
     for (i, panel) in panels.iter().enumerate() {
         let corner = [MARGIN + i % columns * block_width, TITLE + i / columns * block_height];
         for (row, snapshot, when) in [(0, &episode.first, "first"), (1, &episode.last, "last")] {
-            panel.draw(&mut canvas, [corner[0], corner[1] + row * (panel.height() + LINE + MARGIN)], snapshot, when);
+            panel.draw(
+                &mut canvas,
+                [corner[0], corner[1] + row * (panel.height() + LINE + MARGIN)],
+                snapshot,
+                when,
+            );
         }
     }
     canvas
@@ -79,7 +86,8 @@ impl Panel {
         let &[height, width, 3] = camera.image.shape() else { return None };
         camera.image.values::<u8>().ok()?;
         let snapshots = [&episode.first, &episode.last];
-        let mut depths: Vec<f32> = snapshots.into_iter().flat_map(|snapshot| depths(find(snapshot, &camera.name))).collect();
+        let mut depths: Vec<f32> =
+            snapshots.into_iter().flat_map(|snapshot| depths(find(snapshot, &camera.name))).collect();
         depths.retain(|z| z.is_finite() && *z > 0.0);
         depths.sort_unstable_by(f32::total_cmp);
         // A few pixels at either end should not cost the others their colours.
@@ -109,13 +117,30 @@ impl Panel {
         canvas.write([left, corner[1] + 3], 1, BRIGHT, &self.camera);
         let time = format!("{when}, {:.2} s", snapshot.obs.timestamp);
         canvas.write([left + (self.camera.len() + 2) * LETTER, corner[1] + 3], 1, TEXT, &time);
-        canvas.write([right, corner[1] + 3], 1, TEXT, &format!("depth {:.2} - {:.2} m", self.nearest, self.farthest));
+        canvas.write(
+            [right, corner[1] + 3],
+            1,
+            TEXT,
+            &format!("depth {:.2} - {:.2} m", self.nearest, self.farthest),
+        );
 
         let Some(camera) = camera else { return };
         let image = camera.image.values::<u8>().unwrap_or_default();
-        canvas.paste([left, top], self.size[0], self.scale, image.chunks_exact(3).map(|rgb| [rgb[0], rgb[1], rgb[2]]));
-        canvas.paste([right, top], self.size[0], self.scale, depths(Some(camera)).into_iter().map(|z| self.color(z)));
-        let Some((x, y, radius)) = snapshot.target.and_then(|target| self.place(camera, &target)) else { return };
+        canvas.paste(
+            [left, top],
+            self.size[0],
+            self.scale,
+            image.chunks_exact(3).map(|rgb| [rgb[0], rgb[1], rgb[2]]),
+        );
+        canvas.paste(
+            [right, top],
+            self.size[0],
+            self.scale,
+            depths(Some(camera)).into_iter().map(|z| self.color(z)),
+        );
+        let Some((x, y, radius)) = snapshot.target.and_then(|target| self.place(camera, &target)) else {
+            return;
+        };
         for left in [left, right] {
             let high = [left + self.width(), top + self.height()];
             canvas.ring([left as f64 + x, top as f64 + y], radius, [left, top], high, BRIGHT);

@@ -1,8 +1,8 @@
 //! The task: bring the hand to the target and hold it there.
 //!
-//! Lives here: reward, success and the time limit, as a pure state machine fed with the hand's position. Does not live here: where the
-//! target stands (`scene`) or how the hand moves (`arm`). Nothing it says before the first movement depends on the target, so that a policy
-//! can learn the target's place from pixels only.
+//! Lives here: reward, success and the time limit, as a pure state machine fed with the hand's position. Does
+//! not live here: where the target stands (`scene`) or how the hand moves (`arm`). Nothing it says before the
+//! first movement depends on the target, so that a policy can learn the target's place from pixels only.
 
 use nalgebra::Point3;
 
@@ -14,8 +14,8 @@ pub const HOLD: f64 = 0.2;
 /// What one advance of the world brought.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Outcome {
-    /// How much nearer the hand came to the target's centre, m (negative: further away). The rewards of an episode add up to the
-    /// distance covered.
+    /// How much nearer the hand came to the target's centre, m (negative: further away). The rewards of an
+    /// episode add up to the distance covered.
     pub reward: f64,
     /// The episode ended by the hand having held the target.
     pub terminated: bool,
@@ -37,7 +37,8 @@ pub struct Task {
 }
 
 impl Task {
-    /// An episode towards `target`, with the hand now at `hand` (both base frame, m), truncated after `limit` seconds of simulated time.
+    /// An episode towards `target`, with the hand now at `hand` (both base frame, m), truncated after `limit`
+    /// seconds of simulated time.
     pub fn new(target: Point3<f64>, hand: Point3<f64>, limit: f64) -> Self {
         Self { target, limit, distance: (target - hand).norm(), elapsed: 0.0, held: 0.0, ended: None }
     }
@@ -47,8 +48,8 @@ impl Task {
         self.elapsed
     }
 
-    /// Tells the task that `dt` seconds passed and the hand is now at `hand` (base frame, m). Once the episode has ended it stays ended
-    /// the same way, with no further reward.
+    /// Tells the task that `dt` seconds passed and the hand is now at `hand` (base frame, m). Once the
+    /// episode has ended it stays ended the same way, with no further reward.
     pub fn advance(&mut self, hand: Point3<f64>, dt: f64) -> Outcome {
         // Sums of many small steps fall short of the limit by rounding.
         const ROUNDING: f64 = 1e-9;
@@ -75,7 +76,8 @@ mod tests {
 
     const DT: f64 = 0.02;
 
-    /// Runs the hand through `distances` from the target, one per step of `DT`, and tells at which step and how the episode ended.
+    /// Runs the hand through `distances` from the target, one per step of `DT`, and tells at which step and
+    /// how the episode ended.
     fn check(distances: impl IntoIterator<Item = f64>, limit: f64, expected: Option<(usize, bool)>) {
         let target = Point3::new(0.5, 0.1, 0.2);
         let at = |distance: f64| target + nalgebra::Vector3::new(0.0, 0.0, distance);

@@ -1,7 +1,7 @@
 //! The world in time: scene, arm and task of one episode, advanced tick by tick.
 //!
-//! Lives here: what one tick does, and what the world says of itself. Does not live here: clocks and threads (`robot`), and who looks
-//! (`cameras`).
+//! Lives here: what one tick does, and what the world says of itself. Does not live here: clocks and threads
+//! (`robot`), and who looks (`cameras`).
 
 use chiral_proto::{Timestamp, ValueMap, value};
 
@@ -13,7 +13,8 @@ use crate::task::{Outcome, Task};
 /// What makes the world's time pass.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Pace {
-    /// Nothing yet: an episode's time begins with its first action, so that its first observation is the same whenever it is taken.
+    /// Nothing yet: an episode's time begins with its first action, so that its first observation is the same
+    /// whenever it is taken.
     Ready,
     /// The clock on the wall.
     RealTime,
@@ -96,7 +97,8 @@ impl World {
         [rounded(self.arm.position()), rounded(self.arm.velocity())]
     }
 
-    /// What observations say of the episode besides what the sensors see: for whoever evaluates a policy, not for the policy.
+    /// What observations say of the episode besides what the sensors see: for whoever evaluates a policy, not
+    /// for the policy.
     pub(crate) fn extra(&self) -> ValueMap {
         value::map([
             ("success", self.outcome.success.into()),

@@ -1,4 +1,5 @@
-//! Existing clients at our server: what they say in either generation, over WebSocket and over Zenoh, and what keeps the robot safe from them.
+//! Existing clients at our server: what they say in either generation, over WebSocket and over Zenoh, and
+//! what keeps the robot safe from them.
 #![allow(clippy::unwrap_used, reason = "helpers of tests, too, fail by panicking")]
 
 mod stand;
@@ -83,7 +84,7 @@ fn has_held(stand: &Stand) -> bool {
     stand.script.events().ends_with(&[Event::Held, Event::Disconnected])
 }
 
-// ---- WebSocket -------------------------------------------------------------------------------------------------------------------------
+// ---- WebSocket --------------------------------------------------------------------------------------------
 
 async fn serve(stand: &Stand) -> SocketAddr {
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
@@ -117,7 +118,11 @@ impl Peer {
     /// The next message, but for the server's pings, which the library answers.
     async fn hear(&mut self) -> tungstenite::Message {
         loop {
-            let message = timeout(GUARD, self.0.next()).await.expect("an answer").expect("the connection is open").unwrap();
+            let message = timeout(GUARD, self.0.next())
+                .await
+                .expect("an answer")
+                .expect("the connection is open")
+                .unwrap();
             if !message.is_ping() {
                 return message;
             }
@@ -169,7 +174,8 @@ async fn both_generations_in_one_session() {
 
     // Whose turn it is does not depend on what is asked; and what is unknown is passed over.
     peer.say(Bytes::from_static(b"\x0e\x00\x00\x00\x81\xa4type\xa7unheard")).await;
-    let episodes = |stand: &Stand| stand.script.events().iter().filter(|event| **event == Event::ResetDone).count();
+    let episodes =
+        |stand: &Stand| stand.script.events().iter().filter(|event| **event == Event::ResetDone).count();
     assert_eq!(kind(&peer.ask(reset()).await), "reset_response");
     assert_eq!(episodes(&stand), 2);
     peer.0.close(None).await.unwrap();
@@ -181,7 +187,8 @@ async fn both_generations_in_one_session() {
 async fn requests_that_do_not_wait_are_answered_in_their_order() {
     let stand = Stand::new();
     let mut peer = Peer::connect(serve(&stand).await).await;
-    let asked = [Request::GetMetadata, reset(), step(1), Request::GetObs, reset(), step(2), Request::GetMetadata];
+    let asked =
+        [Request::GetMetadata, reset(), step(1), Request::GetObs, reset(), step(2), Request::GetMetadata];
     for request in asked {
         peer.say(frame_of(request)).await;
     }
@@ -197,7 +204,9 @@ async fn an_action_that_is_refused_is_dropped_and_counted() {
     let stand = Stand::new();
     let mut peer = Peer::connect(serve(&stand).await).await;
     peer.ask(reset()).await;
-    for refused in [apply_action([0.5; DIMENSION + 1]), apply_action([f32::NAN; DIMENSION]), lying_apply_action()] {
+    for refused in
+        [apply_action([0.5; DIMENSION + 1]), apply_action([f32::NAN; DIMENSION]), lying_apply_action()]
+    {
         peer.say(refused).await;
     }
     stand.until("they are counted", |stand| stand.handle.stats().actions_refused == 3).await;
@@ -236,7 +245,8 @@ async fn a_robot_that_fails_at_an_action_is_no_end() {
     assert!(code == 1011 && reason.contains("out of service"), "{code}: {reason}");
 }
 
-/// The server closes with this code and reason on hearing these frames, after having answered the reset before them; and then serves another.
+/// The server closes with this code and reason on hearing these frames, after having answered the reset
+/// before them; and then serves another.
 async fn check_closes(what: &str, script: impl FnOnce(&Script), frames: &[Bytes], code: u16, reason: &str) {
     let stand = Stand::new();
     let address = serve(&stand).await;
@@ -249,10 +259,17 @@ async fn check_closes(what: &str, script: impl FnOnce(&Script), frames: &[Bytes]
     }
     assert_eq!(kind(&peer.reply().await), "obs_response", "{what}: what was asked before is answered");
     let (found, why) = peer.closed().await;
-    assert!(found == code && why.contains(reason), "{what}: expected {code} and {reason:?}, found {found} and {why:?}");
+    assert!(
+        found == code && why.contains(reason),
+        "{what}: expected {code} and {reason:?}, found {found} and {why:?}"
+    );
     assert!(why.len() <= 123);
     stand.until("the robot holds", has_held).await;
-    assert_eq!(kind(&Peer::connect(address).await.ask(Request::GetMetadata).await), "metadata_response", "{what}");
+    assert_eq!(
+        kind(&Peer::connect(address).await.ask(Request::GetMetadata).await),
+        "metadata_response",
+        "{what}"
+    );
 }
 
 #[tokio::test]
@@ -260,7 +277,8 @@ async fn a_refused_request_closes_with_the_reason() {
     let none = |_: &Script| {};
     let dimension = ActionChunk::from([0.5; DIMENSION + 1]);
     let dimension = frame_of(Request::Step { session: 0, episode: 0, actions: dimension });
-    check_closes("another dimension", none, &[dimension], 1008, "expected actions of dimension 3, found 4").await;
+    check_closes("another dimension", none, &[dimension], 1008, "expected actions of dimension 3, found 4")
+        .await;
     let nan = ActionChunk::from([f32::NAN; DIMENSION]);
     let nan = frame_of(Request::Step { session: 0, episode: 0, actions: nan });
     check_closes("no number", none, &[nan], 1008, "expected finite values, found NaN").await;
@@ -269,7 +287,14 @@ async fn a_refused_request_closes_with_the_reason() {
     check_closes("what servers say", none, &[answer], 1008, "expected what a client says").await;
 
     let fails = |text: String| move |script: &Script| *script.reset_fails.lock().unwrap() = Some(text);
-    check_closes("a reset that fails", fails("no gripper".to_owned()), &[frame_of(reset())], 1011, "no gripper").await;
+    check_closes(
+        "a reset that fails",
+        fails("no gripper".to_owned()),
+        &[frame_of(reset())],
+        1011,
+        "no gripper",
+    )
+    .await;
     // Cut between two characters, not within one.
     check_closes("with many words", fails("ä".repeat(200)), &[frame_of(reset())], 1011, "ää").await;
     let panics = |script: &Script| *script.panics_in.lock().unwrap() = Some("step");
@@ -383,11 +408,14 @@ async fn shake_hands(address: SocketAddr, headers: &str) -> (String, TcpStream) 
 async fn compression_is_declined_and_no_subprotocol_is_made_up() {
     let stand = Stand::new();
     let address = serve(&stand).await;
-    let (head, stream) = shake_hands(address, "Sec-WebSocket-Extensions: permessage-deflate; client_max_window_bits\r\n").await;
+    let (head, stream) =
+        shake_hands(address, "Sec-WebSocket-Extensions: permessage-deflate; client_max_window_bits\r\n")
+            .await;
     assert!(head.starts_with("http/1.1 101"), "{head}");
     assert!(!head.contains("sec-websocket-extensions") && !head.contains("sec-websocket-protocol"), "{head}");
     let stream = MaybeTlsStream::Plain(stream);
-    let mut peer = Peer(WebSocketStream::from_raw_socket(stream, tungstenite::protocol::Role::Client, None).await);
+    let mut peer =
+        Peer(WebSocketStream::from_raw_socket(stream, tungstenite::protocol::Role::Client, None).await);
     assert_eq!(kind(&peer.ask(Request::GetMetadata).await), "metadata_response");
     // Who offers subprotocols, but not ours, is neither.
     let (head, _) = shake_hands(address, "Sec-WebSocket-Protocol: mqtt\r\n").await;
@@ -419,12 +447,14 @@ async fn messages_may_come_in_fragments() {
     let stand = Stand::new();
     let mut peer = Peer::connect(serve(&stand).await).await;
     peer.ask(reset()).await;
-    // 48 KiB of rows, and little of it at once at the beginning: within the header's length, and within the header.
+    // 48 KiB of rows, and little of it at once at the beginning: within the header's length, and within the
+    // header.
     let message = frame_of(step(4096));
     let cuts = [0, 2, 9, 32 * 1024, 32 * 1024, message.len()];
     for (i, range) in cuts.windows(2).map(|cut| cut[0]..cut[1]).enumerate() {
         let opcode = if i == 0 { Data::Binary } else { Data::Continue };
-        let fragment = WebSocketFrame::message(message.slice(range), OpCode::Data(opcode), i == cuts.len() - 2);
+        let fragment =
+            WebSocketFrame::message(message.slice(range), OpCode::Data(opcode), i == cuts.len() - 2);
         peer.0.send(tungstenite::Message::Frame(fragment)).await.unwrap();
         peer.0.send(tungstenite::Message::Ping(Bytes::from_static(b"between"))).await.unwrap();
     }
@@ -451,12 +481,14 @@ async fn a_connection_that_breaks_or_goes_silent_lets_the_robot_hold() {
     drop(peer);
     stand.until("the robot holds", has_held).await;
 
-    // One that thinks for long but is there, which its library says for it: the server's pings are what ends the wait below.
+    // One that thinks for long but is there, which its library says for it: the server's pings are what ends
+    // the wait below.
     let mut thinker = Peer::connect(address).await;
     thinker.ask(reset()).await;
     let mut pings = 0;
     while pings < 6 {
-        let message = timeout(GUARD, thinker.0.next()).await.expect("a ping").expect("the connection is open").unwrap();
+        let message =
+            timeout(GUARD, thinker.0.next()).await.expect("a ping").expect("the connection is open").unwrap();
         assert!(message.is_ping(), "found {message:?}");
         pings += 1;
     }
@@ -473,7 +505,7 @@ async fn a_connection_that_breaks_or_goes_silent_lets_the_robot_hold() {
     drop(unplugged);
 }
 
-// ---- Zenoh -----------------------------------------------------------------------------------------------------------------------------
+// ---- Zenoh ------------------------------------------------------------------------------------------------
 
 /// A stand that serves on a network of its own, and where.
 fn serve_zenoh(configure: impl FnOnce(PolicyServerBuilder) -> PolicyServerBuilder) -> (Stand, String) {
@@ -495,7 +527,9 @@ impl Voice {
         until_open(uri).await;
         let session = session("peer", uri);
         let (sender, heard) = mpsc::unbounded_channel();
-        let hear = move |sample: zenoh::sample::Sample| drop(sender.send(sample.payload().to_bytes().into_owned().into()));
+        let hear = move |sample: zenoh::sample::Sample| {
+            drop(sender.send(sample.payload().to_bytes().into_owned().into()))
+        };
         session.declare_subscriber(keys::existing(End::Server)).callback(hear).background().wait().unwrap();
         Voice { session: Some(session), heard }
     }
@@ -517,7 +551,8 @@ impl Voice {
         kind(&self.reply().await)
     }
 
-    /// Probes until it is answered, and drops the answers, as clients do. Afterwards no more come: the last was asked after all others were answered.
+    /// Probes until it is answered, and drops the answers, as clients do. Afterwards no more come: the last
+    /// was asked after all others were answered.
     async fn begin(&mut self) {
         let mut asked = 0;
         loop {
@@ -565,14 +600,18 @@ async fn both_generations_over_zenoh() {
     voice.ask(step(2));
     assert!(matches!(voice.reply().await, Reply::Step(result) if result.reward == 2.0));
     let error = client(&uri).connect().await.unwrap_err();
-    assert!(matches!(&error, Error::Busy(fault) if fault.text.contains("an existing client at chiral/c2s")), "{error}");
+    assert!(
+        matches!(&error, Error::Busy(fault) if fault.text.contains("an existing client at chiral/c2s")),
+        "{error}"
+    );
 
     // What is wrong is dropped, and the session goes on.
     *stand.script.reset_fails.lock().unwrap() = Some("no gripper".to_owned());
     for wrong in [lying_apply_action(), Bytes::from_static(b"garbage"), frame_of(reset())] {
         voice.say(wrong);
     }
-    let resets = |stand: &Stand| stand.script.events().iter().filter(|event| **event == Event::ResetBegan).count();
+    let resets =
+        |stand: &Stand| stand.script.events().iter().filter(|event| **event == Event::ResetBegan).count();
     stand.until("the reset has failed", |stand| resets(stand) == 2).await;
     assert_eq!(stand.handle.stats().actions_refused, 1);
     // Asked again until it is heard: nobody is told when the failed one is over.
@@ -598,7 +637,9 @@ fn check_pixels(reply: &Reply) {
 #[tokio::test]
 async fn an_observation_of_17_mb_arrives_as_it_was_taken() {
     let uri = format!("tcp/{}", free_address());
-    let stand = Stand::with(Arc::default(), 1228, 2000, |builder| builder.name("arm").listen_zenoh(&uri).discovery(false));
+    let stand = Stand::with(Arc::default(), 1228, 2000, |builder| {
+        builder.name("arm").listen_zenoh(&uri).discovery(false)
+    });
     let mut peer = Peer::connect(serve(&stand).await).await;
     for _ in 0..3 {
         peer.say(frame_of(Request::GetObs)).await;
@@ -662,7 +703,9 @@ async fn a_second_clients_words_over_zenoh_are_not_answered() {
 #[tokio::test]
 async fn whoever_asks_as_soon_as_it_is_answered_is_in_turn() {
     let uri = format!("tcp/{}", free_address());
-    let stand = Stand::with(Arc::default(), 128, 96, |builder| builder.name("arm").listen_zenoh(&uri).discovery(false));
+    let stand = Stand::with(Arc::default(), 128, 96, |builder| {
+        builder.name("arm").listen_zenoh(&uri).discovery(false)
+    });
     tokio::spawn(stand.server.clone().serve());
     let mut voice = Voice::on(&uri).await;
     voice.begin().await;
@@ -689,7 +732,8 @@ async fn silence_over_zenoh_frees_the_robot() {
     let ours = client(&uri).name("the night shift").connect().await.unwrap();
     assert_eq!(ours.reset().await.unwrap().0.episode, 2);
 
-    // Held by another: not answered, and the robot is not moved. By its own pings, ours outlives the existing client's limit.
+    // Held by another: not answered, and the robot is not moved. By its own pings, ours outlives the existing
+    // client's limit.
     voice.say(apply_action([0.5; DIMENSION]));
     voice.ask(step(1));
     assert!(timeout(Duration::from_millis(500), voice.heard.recv()).await.is_err());
@@ -720,7 +764,12 @@ async fn where_there_are_two_robots_none_takes_an_existing_clients_word() {
     tokio::spawn(leg.server.clone().serve());
     let alive = async {
         loop {
-            let error = client(&uri).robot("nobody").deadline(Duration::from_millis(900)).connect().await.unwrap_err();
+            let error = client(&uri)
+                .robot("nobody")
+                .deadline(Duration::from_millis(900))
+                .connect()
+                .await
+                .unwrap_err();
             if ["arm", "leg"].iter().all(|name| error.to_string().contains(name)) {
                 break;
             }

@@ -1,4 +1,5 @@
-//! Our client at servers that were there before us: raw ones, which know nothing but their wire; and at our own, which knows it, too.
+//! Our client at servers that were there before us: raw ones, which know nothing but their wire; and at our
+//! own, which knows it, too.
 #![allow(clippy::unwrap_used, reason = "helpers of tests, too, fail by panicking")]
 #![allow(clippy::result_large_err, reason = "tungstenite's callback has such an error")]
 
@@ -11,8 +12,8 @@ use std::{
 
 use bytes::Bytes;
 use chiral_client::{
-    Camera, Code, Codec, Error, Observation, PolicyClient, PolicyClientBuilder, PutMode, StreamOptions, Timestamp, Value,
-    ValueMap, blocking,
+    Camera, Code, Codec, Error, Observation, PolicyClient, PolicyClientBuilder, PutMode, StreamOptions,
+    Timestamp, Value, ValueMap, blocking,
     proto::{
         Frame, Message, Notice, Proprio, Reply, Request, StepResult, Tensor,
         codec::msgpack::{self, ID, Said},
@@ -150,7 +151,9 @@ impl Server {
     async fn hear(&mut self) -> Option<Said> {
         loop {
             match timeout(GUARD, self.socket.next()).await.expect("something is said")? {
-                Ok(tungstenite::Message::Binary(frame)) => return Some(msgpack::decode(frame.into()).unwrap()),
+                Ok(tungstenite::Message::Binary(frame)) => {
+                    return Some(msgpack::decode(frame.into()).unwrap());
+                }
                 Ok(tungstenite::Message::Close(_)) | Err(_) => return None,
                 Ok(_) => {}
             }
@@ -224,7 +227,13 @@ impl Server {
 }
 
 fn stepped(obs: Arc<Observation>) -> StepResult {
-    StepResult { obs, reward: 0.5, terminated: true, truncated: false, info: value::map([("success", true.into())]) }
+    StepResult {
+        obs,
+        reward: 0.5,
+        terminated: true,
+        truncated: false,
+        info: value::map([("success", true.into())]),
+    }
 }
 
 /// Two cameras, one with depth, and joints.
@@ -241,8 +250,11 @@ fn observation(n: u64) -> Arc<Observation> {
         })
     };
     let depth = Tensor::from_vec([2, 2], vec![n as f32; 4]).unwrap();
-    let joints =
-        Proprio { name: "joint_pos".into(), captured_at: Timestamp(0), data: Tensor::from_vec([3], vec![n as f32; 3]).unwrap() };
+    let joints = Proprio {
+        name: "joint_pos".into(),
+        captured_at: Timestamp(0),
+        data: Tensor::from_vec([3], vec![n as f32; 3]).unwrap(),
+    };
     Arc::new(Observation {
         timestamp: n as f64,
         cameras: vec![camera("wrist_cam", Some(depth)), camera("head_cam", None)],
@@ -256,14 +268,17 @@ async fn within<T>(future: impl Future<Output = T>) -> T {
     timeout(GUARD, future).await.expect("it is over in time")
 }
 
-// ---- Which wire ----------------------------------------------------------------------------------------------------------------------------
+// ---- Which wire -------------------------------------------------------------------------------------------
 
 #[tokio::test]
 async fn a_server_that_chooses_no_subprotocol_is_an_existing_one() {
     let existing = Existing::streaming();
     let (uri, _serving) = serve(&existing).await;
     let env = builder(&uri).connect().await.unwrap();
-    assert_eq!((env.codec(), env.robot().name.as_str(), env.robot().action_spec.dimension), (Codec::Msgpack, uri.as_str(), 0));
+    assert_eq!(
+        (env.codec(), env.robot().name.as_str(), env.robot().action_spec.dimension),
+        (Codec::Msgpack, uri.as_str(), 0)
+    );
     assert_eq!(env.get_metadata().await.unwrap()["kind"].as_str(), Some("existing"));
     env.close().await.unwrap();
 
@@ -273,7 +288,8 @@ async fn a_server_that_chooses_no_subprotocol_is_an_existing_one() {
 }
 
 #[tokio::test]
-async fn a_client_that_is_to_speak_msgpack_offers_nothing_else_and_one_that_is_refused_for_its_offer_asks_again() {
+async fn a_client_that_is_to_speak_msgpack_offers_nothing_else_and_one_that_is_refused_for_its_offer_asks_again()
+ {
     let (listener, uri) = listener().await;
     let serving = tokio::spawn(async move {
         let mut offers = Vec::new();
@@ -313,7 +329,7 @@ async fn what_answers_no_metadata_is_no_server() {
     assert!(matches!(error, Error::Timeout { .. }), "{error:?}");
 }
 
-// ---- Generations ---------------------------------------------------------------------------------------------------------------------------
+// ---- Generations ------------------------------------------------------------------------------------------
 
 #[tokio::test]
 async fn a_streaming_server_is_found_by_its_observation_and_asked_for_each() {
@@ -371,7 +387,10 @@ async fn a_gym_like_server_is_found_by_its_metadata_and_observes_in_reset_and_st
     assert_eq!((result.reward, result.terminated, result.info["success"].as_bool()), (0.5, true, Some(true)));
     assert_eq!(env.get_obs().await.unwrap().seq, result.obs.seq);
     let error = env.start_obs_stream(30.0).await.unwrap_err();
-    assert_eq!(error.to_string(), "the server cannot stream observations: it observes in reset and step only");
+    assert_eq!(
+        error.to_string(),
+        "the server cannot stream observations: it observes in reset and step only"
+    );
     // Actions move it all the same, and what they led to is the newest.
     env.start_action_dispatch(200.0).unwrap();
     env.put_action(ROW).await.unwrap();
@@ -399,7 +418,10 @@ async fn steps_are_made_of_actions_and_observations_where_there_are_none() {
     env.reset().await.unwrap();
     for n in 2..4 {
         let result = env.step([ROW, ROW]).await.unwrap();
-        assert_eq!((result.obs.seq, result.reward, result.terminated, result.truncated), (n, 0.0, false, false));
+        assert_eq!(
+            (result.obs.seq, result.reward, result.terminated, result.truncated),
+            (n, 0.0, false, false)
+        );
     }
     // What it ignores moves nothing.
     let first = ["action", "metadata", "apply_action", "obs_request", "metadata"];
@@ -417,13 +439,15 @@ async fn of_a_server_that_speaks_both_each_call_takes_its_own() {
     assert_eq!(env.get_obs().await.unwrap().seq, 3);
     env.send_action(ROW).await.unwrap();
     env.step(ROW).await.unwrap();
-    let expected = ["metadata", "reset", "action", "metadata", "obs_request", "metadata", "apply_action", "action"];
+    let expected =
+        ["metadata", "reset", "action", "metadata", "obs_request", "metadata", "apply_action", "action"];
     assert_eq!(existing.kinds(), expected);
 }
 
-// ---- Actions -------------------------------------------------------------------------------------------------------------------------------
+// ---- Actions ----------------------------------------------------------------------------------------------
 
-/// Whatever times a server puts into an observation come back with the actions that were chosen by it, and not with others.
+/// Whatever times a server puts into an observation come back with the actions that were chosen by it, and
+/// not with others.
 #[tokio::test]
 async fn capture_times_come_back_bit_for_bit() {
     let frames: [&[u8]; 3] = [
@@ -439,7 +463,8 @@ async fn capture_times_come_back_bit_for_bit() {
     let obs = server.observe();
     server.answer("reset", Reply::Reset { obs, info: ValueMap::new() }).await;
     reset.await.unwrap().unwrap();
-    let reset_times = value::map([("wrist_cam", Value::Float(1.000_000_001)), ("head_cam", Value::Float(1.000_000_001))]);
+    let reset_times =
+        value::map([("wrist_cam", Value::Float(1.000_000_001)), ("head_cam", Value::Float(1.000_000_001))]);
     for (n, frame) in frames.into_iter().enumerate() {
         let expected = msgpack::decode(Frame::from(Bytes::from_static(frame))).unwrap().capture_times;
         assert!(!expected.is_empty());
@@ -465,7 +490,11 @@ async fn capture_times_come_back_bit_for_bit() {
         assert!(n > 0 || before == reset_times, "{before:?}");
         for _ in 0..2 {
             let said = server.expect("apply_action").await;
-            assert_eq!((bits(&said.capture_times), rows(&said)), (bits(&expected), Some(1)), "from the queue");
+            assert_eq!(
+                (bits(&said.capture_times), rows(&said)),
+                (bits(&expected), Some(1)),
+                "from the queue"
+            );
         }
         env.stop_action_dispatch();
     }
@@ -496,7 +525,11 @@ async fn calls_and_the_stream_take_turns_and_actions_wait_for_neither() {
     }
     existing.until("all actions", |existing| existing.count("apply_action") == 10).await;
     assert!(existing.times().iter().all(|times| times.len() == 2), "{:?}", existing.times());
-    assert_eq!(*existing.out_of_turn.lock().unwrap(), ["metadata"], "only the question which generation it is");
+    assert_eq!(
+        *existing.out_of_turn.lock().unwrap(),
+        ["metadata"],
+        "only the question which generation it is"
+    );
 }
 
 #[tokio::test]
@@ -530,7 +563,7 @@ async fn actions_that_a_reset_overtakes_are_not_sent() {
     assert_eq!(env.stats().actions_discarded, 1);
 }
 
-// ---- What cannot be said -------------------------------------------------------------------------------------------------------------------
+// ---- What cannot be said ----------------------------------------------------------------------------------
 
 #[tokio::test]
 async fn what_the_wire_has_no_words_for_fails_and_says_so() {
@@ -552,7 +585,7 @@ async fn what_the_wire_has_no_words_for_fails_and_says_so() {
     assert_eq!(env.reset().await.unwrap().0.episode, 1, "nothing was sent");
 }
 
-// ---- What goes wrong -----------------------------------------------------------------------------------------------------------------------
+// ---- What goes wrong --------------------------------------------------------------------------------------
 
 #[tokio::test]
 async fn an_answer_that_comes_late_is_nobody_elses() {
@@ -640,7 +673,10 @@ async fn resets_and_steps_outlast_the_silence_limit_also_while_no_ping_is_answer
     let (step, ()) = within(async { tokio::join!(env.step(ROW), stepping) }).await;
     assert_eq!(step.unwrap().reward, 0.5);
     let error = within(env.get_obs()).await.unwrap_err();
-    assert!(matches!(&error, Error::Disconnected { reason, .. } if reason.contains("nothing heard for 1 s")), "{error:?}");
+    assert!(
+        matches!(&error, Error::Disconnected { reason, .. } if reason.contains("nothing heard for 1 s")),
+        "{error:?}"
+    );
     assert!(env.latest_obs().is_err());
 }
 
@@ -664,7 +700,8 @@ async fn what_a_server_never_answers_fails_in_time_and_the_session_lives() {
     };
     within(async { tokio::join!(asking, passing_over) }).await;
 
-    // A step that is passed over shows at once, by the metadata that is asked for behind it; and says nothing of the next one.
+    // A step that is passed over shows at once, by the metadata that is asked for behind it; and says nothing
+    // of the next one.
     let passing_over = async {
         server.expect("action").await;
         server.answer("metadata", Reply::Metadata(ValueMap::new())).await;
@@ -676,7 +713,9 @@ async fn what_a_server_never_answers_fails_in_time_and_the_session_lives() {
     let error = step.unwrap_err();
     assert!(matches!(&error, Error::Unsupported { why, .. } if why.contains("passed over")), "{error:?}");
     let obs = server.observe();
-    let (step, _) = within(async { tokio::join!(env.step(ROW), server.answer("action", Reply::Step(stepped(obs)))) }).await;
+    let (step, _) =
+        within(async { tokio::join!(env.step(ROW), server.answer("action", Reply::Step(stepped(obs)))) })
+            .await;
     assert_eq!(step.unwrap().reward, 0.5);
 }
 
@@ -703,7 +742,10 @@ async fn an_answer_that_comes_slowly_is_no_silence() {
 async fn garbage_and_answers_that_nobody_asked_for_end_the_session_and_a_broken_answer_its_request() {
     for (said, expected) in [
         (b"garbage".to_vec(), "malformed"),
-        (include_bytes!("../../chiral-proto/tests/msgpack/step_response.bin").to_vec(), "found a step_response"),
+        (
+            include_bytes!("../../chiral-proto/tests/msgpack/step_response.bin").to_vec(),
+            "found a step_response",
+        ),
         (include_bytes!("../../chiral-proto/tests/msgpack/reset.bin").to_vec(), "expected answers"),
     ] {
         let (env, mut server) = met(|builder| builder).await;
@@ -727,7 +769,9 @@ async fn garbage_and_answers_that_nobody_asked_for_end_the_session_and_a_broken_
             server.answer("metadata", Reply::Metadata(ValueMap::new())).await;
         }
     };
-    let asking = async { if answered == "reset" { env.reset().await.map(drop) } else { env.get_obs().await.map(drop) } };
+    let asking = async {
+        if answered == "reset" { env.reset().await.map(drop) } else { env.get_obs().await.map(drop) }
+    };
     let (outcome, ()) = within(async { tokio::join!(asking, telling) }).await;
     let error = outcome.unwrap_err();
     assert!(matches!(&error, Error::Malformed(error) if error.field == field), "{error:?}");
@@ -754,7 +798,11 @@ async fn why_a_server_closes_reaches_the_caller() {
         let (env, mut server) = met(|builder| builder).await;
         let closing = async {
             server.expect("reset").await;
-            server.socket.close(Some(CloseFrame { code: CloseCode::from(code), reason: reason.into() })).await.unwrap();
+            server
+                .socket
+                .close(Some(CloseFrame { code: CloseCode::from(code), reason: reason.into() }))
+                .await
+                .unwrap();
             // Until the client has gone, too.
             server.hear().await
         };
@@ -787,10 +835,11 @@ async fn the_blocking_client_is_the_same() {
     assert!(existing.count("apply_action") >= 2);
 }
 
-// ---- Zenoh ---------------------------------------------------------------------------------------------------------------------------------
+// ---- Zenoh ------------------------------------------------------------------------------------------------
 
-/// A server on a Zenoh network, where it is a peer that listens, as existing ones are. It answers the third time that it is asked for metadata, and the
-/// two times before no sooner than a reset; and of resets the first. Each observation is followed by an answer to nobody. It stays until the process ends.
+/// A server on a Zenoh network, where it is a peer that listens, as existing ones are. It answers the third
+/// time that it is asked for metadata, and the two times before no sooner than a reset; and of resets the
+/// first. Each observation is followed by an answer to nobody. It stays until the process ends.
 fn serve_zenoh(existing: &Existing) -> String {
     let uri = format!("tcp/{}", free_address());
     let (existing, listen) = (existing.clone(), uri.clone());
@@ -865,7 +914,12 @@ async fn over_zenoh_a_server_is_probed_and_late_answers_are_known_for_what_they_
 async fn over_zenoh_a_gym_like_server_is_found_as_well_and_forced() {
     let existing = Existing::gym();
     let uri = serve_zenoh(&existing);
-    let error = builder(&uri).codec(Codec::Protobuf).deadline(Duration::from_millis(1500)).connect().await.unwrap_err();
+    let error = builder(&uri)
+        .codec(Codec::Protobuf)
+        .deadline(Duration::from_millis(1500))
+        .connect()
+        .await
+        .unwrap_err();
     assert!(matches!(error, Error::NoServer { .. }), "{error:?}");
     assert_eq!(existing.kinds(), [""; 0], "it was never asked");
     let env = builder(&uri).codec(Codec::Msgpack).connect().await.unwrap();
@@ -876,7 +930,7 @@ async fn over_zenoh_a_gym_like_server_is_found_as_well_and_forced() {
     assert!(matches!(named, Error::Address { .. }), "{named:?}");
 }
 
-// ---- Our own server ------------------------------------------------------------------------------------------------------------------------
+// ---- Our own server ---------------------------------------------------------------------------------------
 
 /// The whole loop by msgpack, both generations of it.
 async fn check_everything_works(stand: &Stand, env: &PolicyClient) {
@@ -906,12 +960,19 @@ async fn our_own_server_takes_our_client_for_an_existing_one_if_told_to() {
     check_everything_works(&stand, &env).await;
     for builder in [builder(&uri), builder(&uri).codec(Codec::Msgpack)] {
         let error = builder.connect().await.unwrap_err();
-        assert!(matches!(&error, Error::Busy(fault) if fault.text.contains("an existing client at")), "{error:?}");
+        assert!(
+            matches!(&error, Error::Busy(fault) if fault.text.contains("an existing client at")),
+            "{error:?}"
+        );
     }
     let watcher = builder(&uri).observer().connect().await.unwrap();
     assert_eq!(watcher.codec(), Codec::Protobuf);
     env.close().await.unwrap();
-    stand.until("the robot is free", |stand| stand.script.events().ends_with(&[Event::Held, Event::Disconnected])).await;
+    stand
+        .until("the robot is free", |stand| {
+            stand.script.events().ends_with(&[Event::Held, Event::Disconnected])
+        })
+        .await;
 
     let env = builder(&uri).codec(Codec::Msgpack).connect().await.unwrap();
     *stand.script.reset_fails.lock().unwrap() = Some("no power".to_owned());
@@ -923,7 +984,8 @@ async fn our_own_server_takes_our_client_for_an_existing_one_if_told_to() {
 #[tokio::test]
 async fn our_own_server_does_so_over_zenoh_as_well() {
     let uri = format!("tcp/{}", free_address());
-    let stand = Stand::with(Arc::default(), 8, 8, |builder| builder.name("arm").listen_zenoh(&uri).discovery(false));
+    let stand =
+        Stand::with(Arc::default(), 8, 8, |builder| builder.name("arm").listen_zenoh(&uri).discovery(false));
     let _serving = tokio::spawn(stand.server.clone().serve());
     let env = builder(&uri).codec(Codec::Msgpack).connect().await.unwrap();
     check_everything_works(&stand, &env).await;

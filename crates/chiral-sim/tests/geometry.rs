@@ -1,5 +1,5 @@
-//! What keeps the simulation honest: only pixels and depth tell where the target is, and whatever is wrong with what a camera says makes the
-//! policy fail.
+//! What keeps the simulation honest: only pixels and depth tell where the target is, and whatever is wrong
+//! with what a camera says makes the policy fail.
 
 #![allow(clippy::unwrap_used, reason = "helpers of tests, too, fail by panicking")]
 
@@ -99,7 +99,8 @@ async fn swapped_channels_are_caught() {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn stale_extrinsics_are_caught() {
-    check_fault("T stale by 10 frames", lagging(|frame, earlier| frame.extrinsics = earlier.extrinsics)).await;
+    check_fault("T stale by 10 frames", lagging(|frame, earlier| frame.extrinsics = earlier.extrinsics))
+        .await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -125,12 +126,14 @@ async fn scaled_depth_is_caught() {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn depth_of_another_instant_is_caught() {
-    check_fault("depth of 10 frames ago", lagging(|frame, earlier| frame.depth = earlier.depth.clone())).await;
+    check_fault("depth of 10 frames ago", lagging(|frame, earlier| frame.depth = earlier.depth.clone()))
+        .await;
 }
 
 /// All of an observation but pixels and depth, and the numbers and times of its taking.
 fn beside_pixels(obs: &Observation) -> String {
-    let cameras: Vec<_> = obs.cameras.iter().map(|c| (&c.name, c.image.shape(), &c.intrinsics, &c.extrinsics)).collect();
+    let cameras: Vec<_> =
+        obs.cameras.iter().map(|c| (&c.name, c.image.shape(), &c.intrinsics, &c.extrinsics)).collect();
     let proprios: Vec<_> = obs.proprios.iter().map(|p| (&p.name, p.data.shape(), p.data.data())).collect();
     format!("{cameras:?} {proprios:?} {:?} {:?}", obs.timestamp.to_bits(), obs.extra)
 }
@@ -152,9 +155,14 @@ async fn moving_the_target_changes_nothing_but_pixels_and_depth() {
         };
         assert_eq!(words(&seen[0]), words(&seen[1]));
         assert_eq!(words(&seen[0]), words(&seen[2]));
-        let pixels = |i: usize, camera: &str| (seen[i].0[camera].image.clone(), seen[i].0[camera].depth.clone());
+        let pixels =
+            |i: usize, camera: &str| (seen[i].0[camera].image.clone(), seen[i].0[camera].depth.clone());
         assert_ne!(pixels(0, "head_cam"), pixels(1, "head_cam"), "the target is somewhere else");
-        assert_eq!(pixels(0, "head_cam"), pixels(2, "head_cam"), "the same seed and target are the same picture");
+        assert_eq!(
+            pixels(0, "head_cam"),
+            pixels(2, "head_cam"),
+            "the same seed and target are the same picture"
+        );
         assert_eq!(pixels(0, "wrist_cam"), pixels(2, "wrist_cam"));
         assert!(!format!("{:?}", words(&seen[0])).contains("target"));
     }
@@ -178,7 +186,8 @@ async fn wander(client: &PolicyClient, seed: u64) -> Vec<Arc<Observation>> {
     let from = first.proprio("joint_pos").unwrap().values().into_owned();
     let mut seen = vec![first];
     for k in 1..20 {
-        let row: Vec<f32> = from.iter().enumerate().map(|(i, q)| q + 0.3 * (0.2 * (k * (i + 1)) as f32).sin()).collect();
+        let row: Vec<f32> =
+            from.iter().enumerate().map(|(i, q)| q + 0.3 * (0.2 * (k * (i + 1)) as f32).sin()).collect();
         seen.push(client.step(row).await.unwrap().obs);
     }
     seen
@@ -192,12 +201,18 @@ async fn in_lock_step_everything_is_of_one_instant() {
     for seed in 0..20 {
         for (k, obs) in wander(&client, seed).await.iter().enumerate() {
             assert!((obs.timestamp - 0.05 * k as f64).abs() < 1e-9, "step moves time by 1 / control_hz");
-            let joints: Joints = std::array::from_fn(|i| f64::from(obs.proprio("joint_pos").unwrap().values()[i]));
+            let joints: Joints =
+                std::array::from_fn(|i| f64::from(obs.proprio("joint_pos").unwrap().values()[i]));
             for mount in Mount::first(2) {
                 let camera = &obs[mount.name().as_str()];
                 let expected = mount.camera(&Links::at(&joints), width, height);
                 // Joints are f32 on the wire.
-                assert!((camera.extrinsics - expected.extrinsics).amax() < 1e-5, "{}: {}", mount.name(), camera.extrinsics);
+                assert!(
+                    (camera.extrinsics - expected.extrinsics).amax() < 1e-5,
+                    "{}: {}",
+                    mount.name(),
+                    camera.extrinsics
+                );
                 assert_eq!(camera.intrinsics, expected.intrinsics);
             }
         }
@@ -209,7 +224,8 @@ async fn in_lock_step_everything_is_of_one_instant() {
 async fn a_seed_and_actions_make_an_episode() {
     let (client, server) = connect(small()).await;
     let everything = |obs: &Arc<Observation>| {
-        let pixels: Vec<_> = obs.cameras.iter().map(|camera| (camera.image.clone(), camera.depth.clone())).collect();
+        let pixels: Vec<_> =
+            obs.cameras.iter().map(|camera| (camera.image.clone(), camera.depth.clone())).collect();
         (beside_pixels(obs), pixels)
     };
     let runs = [wander(&client, 7).await, wander(&client, 8).await, wander(&client, 7).await];

@@ -1,8 +1,8 @@
-//! What must hold, each promise one test. Rates, deadlines and long waits run on tokio's paused clock over the in-memory link; limits of
-//! wall-clock time only guard against hanging.
+//! What must hold, each promise one test. Rates, deadlines and long waits run on tokio's paused clock over
+//! the in-memory link; limits of wall-clock time only guard against hanging.
 //!
-//! A paused clock leaps ahead whenever the runtime is idle, also while the robot's own thread has work to do. So tests in which that thread answers
-//! run in real time, and pause the clock only for their long waits.
+//! A paused clock leaps ahead whenever the runtime is idle, also while the robot's own thread has work to do.
+//! So tests in which that thread answers run in real time, and pause the clock only for their long waits.
 #![allow(clippy::unwrap_used, reason = "helpers of tests, too, fail by panicking")]
 
 mod stand;
@@ -34,7 +34,11 @@ fn reset(seed: u64) -> Request {
 }
 
 /// Counts the observations that a stream brings while `during` runs; also their greatest age on arrival.
-async fn count_stream<T>(env: &PolicyClient, stand: &Stand, during: impl Future<Output = T>) -> (u64, Duration, T) {
+async fn count_stream<T>(
+    env: &PolicyClient,
+    stand: &Stand,
+    during: impl Future<Output = T>,
+) -> (u64, Duration, T) {
     // What arrived before has aged since.
     env.latest_obs().unwrap();
     let before = env.stats().observations;
@@ -88,10 +92,16 @@ async fn an_observation_is_one_instant_per_camera_however_fast_the_sensor_writes
         let obs = env.get_obs().await.unwrap();
         let camera = &obs[CAMERA];
         let n = camera.intrinsics[0];
-        assert!(camera.image.data().iter().all(|&pixel| f64::from(pixel) == n), "image of another instant than K");
+        assert!(
+            camera.image.data().iter().all(|&pixel| f64::from(pixel) == n),
+            "image of another instant than K"
+        );
         let depth = camera.depth.as_ref().unwrap().values::<f32>().unwrap();
         assert!(depth.iter().all(|&metres| f64::from(metres) == n), "depth of another instant than K");
-        assert!(camera.intrinsics.iter().chain(camera.extrinsics.iter()).all(|&value| value == n), "K and T of two instants");
+        assert!(
+            camera.intrinsics.iter().chain(camera.extrinsics.iter()).all(|&value| value == n),
+            "K and T of two instants"
+        );
         instants.insert(camera.seq);
     }
     done.store(true, Ordering::Relaxed);
@@ -120,7 +130,10 @@ async fn the_stream_holds_its_rate_while_reset_blocks_and_every_request_is_answe
     assert!(!first.is_finished() && !second.is_finished());
     stand.script.reset_gate.open();
     let answers = [first.await.unwrap().unwrap(), second.await.unwrap().unwrap()];
-    assert_eq!(answers.each_ref().map(|(obs, info)| (obs.episode, info["seed"].as_i64())), [(1, Some(7)), (2, Some(8))]);
+    assert_eq!(
+        answers.each_ref().map(|(obs, info)| (obs.episode, info["seed"].as_i64())),
+        [(1, Some(7)), (2, Some(8))]
+    );
 
     stand.script.reset_gate.close();
     let long = spawn_reset(9);
@@ -177,7 +190,8 @@ async fn actions_that_are_not_of_now_never_reach_the_robot() {
         assert_eq!((fault.code, fault.action_seq), (Code::QueueFull, seq));
     }
     stand.until("the robot is busy", |stand| stand.script.apply_gate.is_waited_at()).await;
-    // What waits when a reset comes is dropped; only the row that the robot is busy with already is carried out.
+    // What waits when a reset comes is dropped; only the row that the robot is busy with already is carried
+    // out.
     let step = raw.request(Request::Step { session, episode: 1, actions: ROW.into() }).await;
     let id = raw.request(reset(2)).await;
     assert!(matches!(raw.ask(Request::GetMetadata).await, Reply::Metadata(_)), "the reset has arrived");
@@ -197,12 +211,16 @@ async fn actions_that_are_not_of_now_never_reach_the_robot() {
 /// The same with a client whose policy never stops putting actions.
 async fn dispatch_through_a_reset(stand: &Stand) {
     let script = &stand.script;
-    stand.until("the raw peer has left", |stand| stand.script.events().last() == Some(&Event::Disconnected)).await;
+    stand
+        .until("the raw peer has left", |stand| stand.script.events().last() == Some(&Event::Disconnected))
+        .await;
     let env = stand.connect().await;
     let (obs, _) = env.reset().await.unwrap();
     env.start_action_dispatch(100.0).unwrap();
     let policy = env.clone();
-    let policy = tokio::spawn(async move { while !matches!(policy.put_action(ROW).await, Err(Error::Disconnected { .. })) {} });
+    let policy = tokio::spawn(async move {
+        while !matches!(policy.put_action(ROW).await, Err(Error::Disconnected { .. })) {}
+    });
     sleep(ms(500)).await;
     script.reset_gate.close();
     script.events.lock().unwrap().clear();
@@ -212,7 +230,11 @@ async fn dispatch_through_a_reset(stand: &Stand) {
     pass(ms(2000)).await;
     script.reset_gate.open();
     assert_eq!(resetting.await.unwrap().unwrap().0.episode, obs.episode + 1);
-    stand.until("actions flow again", |stand| matches!(stand.script.events().last(), Some(Event::Applied { .. }))).await;
+    stand
+        .until("actions flow again", |stand| {
+            matches!(stand.script.events().last(), Some(Event::Applied { .. }))
+        })
+        .await;
     let events = script.events();
     let began = events.iter().position(|event| *event == Event::ResetBegan).unwrap();
     assert_eq!(events[began + 1], Event::ResetDone, "no row was applied while the reset ran");
@@ -264,7 +286,10 @@ async fn when_the_server_is_lost_every_call_fails_with_a_typed_error_and_nothing
         env.start_obs_stream(30.0).await,
         env.start_action_dispatch(10.0),
     ];
-    assert!(outcomes.iter().all(|outcome| matches!(outcome, Err(Error::Disconnected { .. }))), "{outcomes:?}");
+    assert!(
+        outcomes.iter().all(|outcome| matches!(outcome, Err(Error::Disconnected { .. }))),
+        "{outcomes:?}"
+    );
     assert_eq!(began.elapsed(), Duration::ZERO, "at once");
     env.close().await.unwrap();
 }
@@ -341,7 +366,8 @@ async fn a_second_controller_is_told_who_holds_the_robot_and_observers_may_watch
         Err(Error::Busy(fault)) => assert!(fault.text.contains("tester") && fault.retryable, "{fault}"),
         other => panic!("{other:?}"),
     }
-    let observer = stand.builder().observer().connect_over(stand.dial(LinkOptions::default()).0).await.unwrap();
+    let observer =
+        stand.builder().observer().connect_over(stand.dial(LinkOptions::default()).0).await.unwrap();
     assert_eq!(observer.get_obs().await.unwrap().cameras.len(), 1);
     match observer.reset().await {
         Err(Error::Rejected(fault)) => assert_eq!(fault.code, Code::NotController),
@@ -357,7 +383,13 @@ async fn malformed_and_unknown_messages_get_an_error_and_the_server_serves_on() 
     let stand = Stand::new();
     let mut raw = stand.raw().await;
     let session = raw.welcome.session;
-    let action = chiral_proto::message::ActionMessage { session, episode: 0, seq: 1, actions: ROW.into(), observation_seq: 0 };
+    let action = chiral_proto::message::ActionMessage {
+        session,
+        episode: 0,
+        seq: 1,
+        actions: ROW.into(),
+        observation_seq: 0,
+    };
     let action = Codec::Protobuf.encode(&Message::Notice(Notice::Action(action))).unwrap().into_bytes();
     let lying = |change: fn(&mut Vec<u8>)| {
         let mut bytes = action.to_vec();
@@ -397,7 +429,8 @@ async fn malformed_and_unknown_messages_get_an_error_and_the_server_serves_on() 
 async fn actions_of_a_wrong_shape_or_not_finite_are_refused_on_both_sides() {
     let stand = Stand::new();
     let env = stand.connect().await;
-    let bad: [Vec<f32>; 5] = [vec![], vec![0.0; 2], vec![0.0; 4], vec![0.0, f32::NAN, 0.0], vec![0.0, 0.0, f32::NEG_INFINITY]];
+    let bad: [Vec<f32>; 5] =
+        [vec![], vec![0.0; 2], vec![0.0; 4], vec![0.0, f32::NAN, 0.0], vec![0.0, 0.0, f32::NEG_INFINITY]];
     for values in &bad {
         assert!(matches!(env.put_action(values).await, Err(Error::InvalidAction(_))), "{values:?}");
         assert!(matches!(env.step(values).await, Err(Error::InvalidAction(_))), "{values:?}");
@@ -441,11 +474,15 @@ async fn what_the_robot_fails_at_is_told_and_the_server_serves_on() {
 async fn a_panic_in_any_robot_method_is_told_and_the_server_serves_on() {
     let script = Arc::new(Script::default());
     *script.panics_in.lock().unwrap() = Some("action_spec");
-    let built =
-        chiral_server::PolicyServer::new(ScriptedRobot(Arc::clone(&script)), chiral_server::Sensors::new([], []).unwrap());
+    let built = chiral_server::PolicyServer::new(
+        ScriptedRobot(Arc::clone(&script)),
+        chiral_server::Sensors::new([], []).unwrap(),
+    );
     assert!(built.unwrap_err().to_string().contains("panicked in action_spec"));
 
-    for method in ["metadata", "reset", "is_lock_step", "apply_action", "apply_chunk", "step", "hold", "on_disconnect"] {
+    for method in
+        ["metadata", "reset", "is_lock_step", "apply_action", "apply_chunk", "step", "hold", "on_disconnect"]
+    {
         let script = Arc::new(Script::default());
         *script.panics_in.lock().unwrap() = Some(method);
         let stand = Stand::with(Arc::clone(&script), 8, 8, |builder| builder);
@@ -474,7 +511,8 @@ async fn a_panic_in_any_robot_method_is_told_and_the_server_serves_on() {
         }
         assert!(told.to_string().contains(&format!("panicked in {method}")), "{method}: {told}");
         assert!(script.applied().is_empty(), "{method}");
-        let watching = stand.builder().observer().connect_over(stand.dial(LinkOptions::default()).0).await.unwrap();
+        let watching =
+            stand.builder().observer().connect_over(stand.dial(LinkOptions::default()).0).await.unwrap();
         assert!(watching.get_obs().await.is_ok(), "{method}: observations are still served");
         assert!(stand.handle.stats().out_of_service.unwrap().contains(method));
     }
@@ -527,7 +565,10 @@ async fn dispatch_at_100_hz_for_60_s_sends_6000_and_never_a_burst() {
     assert!((5974..=5976).contains(&sent), "{sent}");
     assert!((24..=26).contains(&skipped), "{skipped}");
     let gaps = arrivals.windows(2).map(|pair| pair[1].0.since(pair[0].0));
-    assert!(gaps.min().unwrap() >= ms(4), "one that is late by half a period is followed by one in time, never by a burst");
+    assert!(
+        gaps.min().unwrap() >= ms(4),
+        "one that is late by half a period is followed by one in time, never by a burst"
+    );
 }
 
 #[tokio::test(start_paused = true)]
@@ -537,7 +578,9 @@ async fn put_action_waits_for_room_while_dispatch_runs_and_fails_when_it_does_no
     for _ in 0..256 {
         env.put_action(ROW).await.unwrap();
     }
-    let full = |outcome| matches!(outcome, Err(Error::QueueFull { rows: 1, queued: 256, capacity: 256, dispatching: false }));
+    let full = |outcome| {
+        matches!(outcome, Err(Error::QueueFull { rows: 1, queued: 256, capacity: 256, dispatching: false }))
+    };
     assert!(full(env.put_action(ROW).await));
     assert!(matches!(env.try_put_action(ROW), Err(Error::QueueFull { .. })));
 
@@ -585,15 +628,22 @@ async fn a_refusal_is_returned_by_the_next_put_and_counted() {
 #[tokio::test]
 async fn a_sensor_that_never_publishes_is_named() {
     let stand = Stand::with(Arc::default(), 8, 8, |builder| builder.observe_timeout(ms(50)));
-    let sensors = chiral_server::Sensors::new([chiral_server::CameraSpec::rgb("left_cam", 2, 2)], []).unwrap();
-    let silent =
-        chiral_server::PolicyServer::builder(ScriptedRobot(Arc::default()), sensors).observe_timeout(ms(50)).build().unwrap();
+    let sensors =
+        chiral_server::Sensors::new([chiral_server::CameraSpec::rgb("left_cam", 2, 2)], []).unwrap();
+    let silent = chiral_server::PolicyServer::builder(ScriptedRobot(Arc::default()), sensors)
+        .observe_timeout(ms(50))
+        .build()
+        .unwrap();
     let (ours, theirs, _) = chiral_sim::link::link(LinkOptions::default());
     tokio::spawn(async move { silent.serve_connection(theirs).await });
     let env = stand.builder().connect_over(ours).await.unwrap();
-    for outcome in [env.get_obs().await.map(drop), env.start_obs_stream(30.0).await, env.reset().await.map(drop)] {
+    for outcome in
+        [env.get_obs().await.map(drop), env.start_obs_stream(30.0).await, env.reset().await.map(drop)]
+    {
         match outcome {
-            Err(Error::Rejected(fault)) => assert_eq!((fault.code, &*fault.field), (Code::SensorTimeout, "camera left_cam")),
+            Err(Error::Rejected(fault)) => {
+                assert_eq!((fault.code, &*fault.field), (Code::SensorTimeout, "camera left_cam"))
+            }
             other => panic!("{other:?}"),
         }
     }
@@ -639,13 +689,19 @@ async fn the_picture_in_a_step_reply_shows_the_arm_after_the_action() {
     let env = PolicyClient::builder("link").connect_over(ours).await.unwrap();
 
     let scene = Scene::sample(SEED);
-    let joints =
-        |obs: &Observation| -> arm::Joints { std::array::from_fn(|i| f64::from(obs.proprio("joint_pos").unwrap().values()[i])) };
-    let depth = |obs: &Observation| obs["head_cam"].depth.as_ref().unwrap().values::<f32>().unwrap().into_owned();
+    let joints = |obs: &Observation| -> arm::Joints {
+        std::array::from_fn(|i| f64::from(obs.proprio("joint_pos").unwrap().values()[i]))
+    };
+    let depth =
+        |obs: &Observation| obs["head_cam"].depth.as_ref().unwrap().values::<f32>().unwrap().into_owned();
     let drawn = |joints: &arm::Joints| {
         let links = arm::Links::at(joints);
         let (mut rgb, mut depth) = (vec![0; SIZE.0 * SIZE.1 * 3], vec![0.0; SIZE.0 * SIZE.1]);
-        render::Instant::new(scene.bodies(&links)).render(&Mount::Head.camera(&links, SIZE.0, SIZE.1), &mut rgb, &mut depth);
+        render::Instant::new(scene.bodies(&links)).render(
+            &Mount::Head.camera(&links, SIZE.0, SIZE.1),
+            &mut rgb,
+            &mut depth,
+        );
         depth
     };
 
@@ -660,7 +716,8 @@ async fn the_picture_in_a_step_reply_shows_the_arm_after_the_action() {
         let result = env.step(ActionChunk::new(7, action.repeat(5)).unwrap()).await.unwrap();
         let (now, then) = (joints(&result.obs), joints(&before));
         assert!((now[0] - then[0]).abs() > 0.05, "the arm moved: {then:?} to {now:?}");
-        let (as_now, as_then) = (share_moved(&depth(&result.obs), &drawn(&now)), share_moved(&depth(&result.obs), &drawn(&then)));
+        let (as_now, as_then) =
+            (share_moved(&depth(&result.obs), &drawn(&now)), share_moved(&depth(&result.obs), &drawn(&then)));
         assert!(
             as_now < 0.005 && as_then > 10.0 * as_now.max(0.001),
             "off by {as_now} from the arm as it is, {as_then} as it was"

@@ -1,4 +1,5 @@
-//! What happens when the process on the other side is killed, or stops without a word, with real processes and real sockets.
+//! What happens when the process on the other side is killed, or stops without a word, with real processes
+//! and real sockets.
 #![allow(clippy::unwrap_used, reason = "helpers of tests, too, fail by panicking")]
 
 mod company;
@@ -14,7 +15,8 @@ use chiral_sim::robot::{SimConfig, start};
 use company::{GUARD, Process, Told, Watched, free_address, until};
 use rustix::process::Signal;
 
-/// After so long without a word the other side is lost: Zenoh's lease, and what sessions over WebSocket are told here.
+/// After so long without a word the other side is lost: Zenoh's lease, and what sessions over WebSocket are
+/// told here.
 const SILENCE: Duration = Duration::from_secs(2);
 
 /// What sessions at this address are told: over Zenoh nothing, which has to notice by itself.
@@ -121,7 +123,11 @@ async fn check_client_of_each_transport(fate: Fate) {
     check_client(fate, |builder| builder.listen_zenoh(&locator).discovery(false), &locator).await;
 }
 
-async fn check_client(fate: Fate, listen: impl FnOnce(PolicyServerBuilder) -> PolicyServerBuilder, uri: &str) {
+async fn check_client(
+    fate: Fate,
+    listen: impl FnOnce(PolicyServerBuilder) -> PolicyServerBuilder,
+    uri: &str,
+) {
     let (robot, sensors) = start(SimConfig { width: 64, height: 48, ..SimConfig::default() }).unwrap();
     let told = Arc::<Mutex<Told>>::default();
     let builder = PolicyServer::builder(Watched { robot, told: Arc::clone(&told) }, sensors);

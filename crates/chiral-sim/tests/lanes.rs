@@ -1,5 +1,5 @@
-//! A session's two connections: which carries what, who may join, and that the end of either is the end of both. Which of these run in real time, and
-//! why, is said in `holds.rs`.
+//! A session's two connections: which carries what, who may join, and that the end of either is the end of
+//! both. Which of these run in real time, and why, is said in `holds.rs`.
 #![allow(clippy::unwrap_used, reason = "helpers of tests, too, fail by panicking")]
 
 mod stand;
@@ -50,7 +50,9 @@ async fn join(stand: &Stand, token: &[u8]) -> Result<Raw, Fault> {
     let hello = Hello { attach_token: Bytes::copy_from_slice(token), ..hello(Role::Controller) };
     raw.say(&Message::Request { id: 1, request: Request::Hello(hello) }).await;
     match raw.hear().await {
-        Message::Reply { reply: Reply::Welcome(welcome), .. } if welcome.attach_token.is_empty() => raw.welcome = *welcome,
+        Message::Reply { reply: Reply::Welcome(welcome), .. } if welcome.attach_token.is_empty() => {
+            raw.welcome = *welcome
+        }
         Message::Reply { reply: Reply::Error(fault), .. } => return Err(fault),
         other => panic!("expected a welcome without a token or an error, found {other:?}"),
     }
@@ -59,7 +61,9 @@ async fn join(stand: &Stand, token: &[u8]) -> Result<Raw, Fault> {
 
 async fn check_refused(stand: &Stand, token: &[u8], why: &str) {
     match join(stand, token).await {
-        Err(fault) => assert_eq!((fault.code, &*fault.field), (Code::Invalid, "hello.attach_token"), "{why}: {fault}"),
+        Err(fault) => {
+            assert_eq!((fault.code, &*fault.field), (Code::Invalid, "hello.attach_token"), "{why}: {fault}")
+        }
         Ok(joined) => panic!("{why}, and joined session {}", joined.welcome.session),
     }
 }
@@ -84,7 +88,8 @@ async fn kinds(raw: &Raw, at_most: usize) -> Vec<String> {
 
 /// A client on two links of the stand.
 async fn connect_by(stand: &Stand, builder: PolicyClientBuilder) -> (PolicyClient, [LinkControl; 2]) {
-    let ((control, first), (observations, second)) = (stand.dial(LinkOptions::default()), stand.dial(LinkOptions::default()));
+    let ((control, first), (observations, second)) =
+        (stand.dial(LinkOptions::default()), stand.dial(LinkOptions::default()));
     (builder.connect_over_two(control, observations).await.unwrap(), [first, second])
 }
 
@@ -113,7 +118,9 @@ fn tapped(stand: &Stand) -> (LinkEnd, Said) {
         }
         to.close().await;
     };
-    tokio::spawn(async move { tokio::join!(pass(&noted[0], &middle, &beyond), pass(&noted[1], &beyond, &middle)) });
+    tokio::spawn(async move {
+        tokio::join!(pass(&noted[0], &middle, &beyond), pass(&noted[1], &beyond, &middle))
+    });
     (ours, said)
 }
 
@@ -141,8 +148,9 @@ async fn every_frame_with_an_observation_comes_by_the_second_connection_wherever
     let observations = join(&stand, &control.welcome.attach_token).await.unwrap();
     let session = control.welcome.session;
     let reset = || Request::Reset { seed: None, options: ValueMap::new() };
-    let subscribe =
-        |camera: &str| Request::Subscribe(Subscribe { hz: 99.0, cameras: vec![camera.into()], depth: true, window: 2 });
+    let subscribe = |camera: &str| {
+        Request::Subscribe(Subscribe { hz: 99.0, cameras: vec![camera.into()], depth: true, window: 2 })
+    };
     let mut asked = 10;
     for (asking, episode) in [(&control, 1), (&observations, 3)] {
         let step = |episode| Request::Step { session, episode, actions: ROW.into() };
@@ -176,7 +184,10 @@ async fn every_frame_with_an_observation_comes_by_the_second_connection_wherever
     control.say(&goodbye("")).await;
     assert_eq!(kinds(&observations, usize::MAX).await, ["Notice Goodbye"]);
     // All that was ever said on the first.
-    assert_eq!(kinds(&control, usize::MAX).await, ["Reply Metadata", "Notice Pong", "Notice Error", "Notice Goodbye"]);
+    assert_eq!(
+        kinds(&control, usize::MAX).await,
+        ["Reply Metadata", "Notice Pong", "Notice Error", "Notice Goodbye"]
+    );
 }
 
 #[tokio::test]
@@ -186,12 +197,23 @@ async fn the_client_says_what_concerns_observations_by_the_second_connection_and
     let env = stand.builder().connect_over_two(control, observations).await.unwrap();
     check_everything_works(&stand, &env).await;
     let cases = [
-        (&control_said[0], "Notice Action, Notice Ping, Request GetMetadata, Request Hello, Request Reset, Request Step"),
+        (
+            &control_said[0],
+            "Notice Action, Notice Ping, Request GetMetadata, Request Hello, Request Reset, Request Step",
+        ),
         (&control_said[1], "Notice Pong, Reply Metadata, Reply Welcome"),
-        (&said[0], "Notice Credit, Notice Ping, Request GetObs, Request Hello, Request Subscribe, Request Unsubscribe"),
+        (
+            &said[0],
+            "Notice Credit, Notice Ping, Request GetObs, Request Hello, Request Subscribe, Request Unsubscribe",
+        ),
     ];
     for (said, expected) in cases {
-        let kinds = || BTreeSet::from_iter(said.lock().unwrap().iter().map(kind)).into_iter().collect::<Vec<_>>().join(", ");
+        let kinds = || {
+            BTreeSet::from_iter(said.lock().unwrap().iter().map(kind))
+                .into_iter()
+                .collect::<Vec<_>>()
+                .join(", ")
+        };
         stand.until("it is pinged", |_| kinds().contains("Notice P")).await;
         assert_eq!(kinds(), expected);
     }
@@ -280,7 +302,11 @@ async fn when_either_connection_is_cut_every_call_fails_and_the_robot_is_free() 
                 }
             }),
         ];
-        stand.until("all wait", |stand| stand.script.reset_gate.is_waited_at() && env.stats().actions_queued == 1).await;
+        stand
+            .until("all wait", |stand| {
+                stand.script.reset_gate.is_waited_at() && env.stats().actions_queued == 1
+            })
+            .await;
         assert!(waiting.iter().all(|call| !call.is_finished()));
         links[lost].cut();
         let waited = within(join_all(waiting)).await.into_iter().map(Result::unwrap);
@@ -297,7 +323,10 @@ async fn when_either_connection_is_cut_every_call_fails_and_the_robot_is_free() 
             env.start_action_dispatch(10.0),
         ];
         let outcomes: Vec<_> = waited.chain(later).collect();
-        assert!(outcomes.iter().all(|outcome| matches!(outcome, Err(Error::Disconnected { .. }))), "{lost}: {outcomes:?}");
+        assert!(
+            outcomes.iter().all(|outcome| matches!(outcome, Err(Error::Disconnected { .. }))),
+            "{lost}: {outcomes:?}"
+        );
 
         // Even though the robot is still busy with the lost one's reset.
         check_left(&stand, &[RESET, RESET].concat()).await;
@@ -313,7 +342,10 @@ async fn when_either_connection_goes_silent_both_sides_notice() {
         links[silent].silence();
         virtually(async { while env.next_obs(Duration::from_secs(60)).await.is_ok() {} }).await;
         let error = env.latest_obs().unwrap_err();
-        assert!(matches!(error, Error::Disconnected { .. }) && error.to_string().contains("nothing heard"), "{silent}: {error}");
+        assert!(
+            matches!(error, Error::Disconnected { .. }) && error.to_string().contains("nothing heard"),
+            "{silent}: {error}"
+        );
         // The server may still try to say goodbye, for a second.
         virtually(sleep(Duration::from_secs(3))).await;
         check_left(&stand, &[]).await;
@@ -368,10 +400,12 @@ async fn actions_and_pings_do_not_wait_for_an_observation_that_takes_long() {
     let stand = Stand::with(Arc::default(), 480, 640, |builder| builder);
     let (control, said) = tapped(&stand);
     let (observations, _link) = stand.dial(LinkOptions { bandwidth: Some(400e3), ..LinkOptions::default() });
-    let builder = stand.builder().request_timeout(Duration::from_secs(100)).silence_limit(Duration::from_secs(100));
+    let builder =
+        stand.builder().request_timeout(Duration::from_secs(100)).silence_limit(Duration::from_secs(100));
     let env = builder.connect_over_two(control, observations).await.unwrap();
     // Whoever counts the observations sees when the slow one was taken.
-    let watching = stand.builder().observer().connect_over(stand.dial(LinkOptions::default()).0).await.unwrap();
+    let watching =
+        stand.builder().observer().connect_over(stand.dial(LinkOptions::default()).0).await.unwrap();
     let mut newest = watching.get_obs().await.unwrap().seq;
     let asking = env.clone();
     let asking = tokio::spawn(async move { asking.get_obs().await });
@@ -413,7 +447,11 @@ async fn a_client_uses_two_sockets_or_makes_do_with_one_connection_for_everythin
         let builder = if only_one { builder.one_connection() } else { builder };
         let env = builder.connect().await.unwrap();
         check_everything_works(&stand, &env).await;
-        assert_eq!((*came.lock().unwrap(), stand.handle.stats().sessions), (expected, 1), "{let_through} may pass");
+        assert_eq!(
+            (*came.lock().unwrap(), stand.handle.stats().sessions),
+            (expected, 1),
+            "{let_through} may pass"
+        );
     }
 }
 

@@ -1,5 +1,6 @@
-//! What observations cost in memory: server and client in this process, over real sockets. What is allocated for each is counted by the allocator; what
-//! is held is what the system says, since large buffers are mapped without it.
+//! What observations cost in memory: server and client in this process, over real sockets. What is allocated
+//! for each is counted by the allocator; what is held is what the system says, since large buffers are mapped
+//! without it.
 #![allow(clippy::unwrap_used, reason = "helpers of tests, too, fail by panicking")]
 
 mod stand;
@@ -32,7 +33,8 @@ fn in_use() -> usize {
     stats.bytes_allocated - stats.bytes_deallocated
 }
 
-/// Has one test run at a time, since the allocator's counters are the whole process's; and what it took it must give back.
+/// Has one test run at a time, since the allocator's counters are the whole process's; and what it took it
+/// must give back.
 async fn alone(test: impl Future<Output = ()>) {
     static ONE_AT_A_TIME: Mutex<()> = Mutex::const_new(());
     let _turn = ONE_AT_A_TIME.lock().await;
@@ -104,7 +106,12 @@ impl Robot {
     }
 
     async fn connect(&self) -> PolicyClient {
-        PolicyClient::builder(&format!("ws://{}", self.address)).quiet().deadline(GUARD).connect().await.unwrap()
+        PolicyClient::builder(&format!("ws://{}", self.address))
+            .quiet()
+            .deadline(GUARD)
+            .connect()
+            .await
+            .unwrap()
     }
 
     async fn stop(self, env: PolicyClient) {
@@ -119,7 +126,7 @@ fn pixel_bytes(observation: &Observation) -> usize {
     tensors.flatten().map(|tensor| tensor.data().len()).sum()
 }
 
-// ---- Allocated ---------------------------------------------------------------------------------------------------------------------------
+// ---- Allocated --------------------------------------------------------------------------------------------
 
 /// What one more observation has both ends allocate, in bytes, and how many pixels it has.
 async fn allocated_per_observation(size: [usize; 2], pixels: Pixels, way: Way) -> (usize, usize) {
@@ -143,8 +150,9 @@ async fn allocated_per_observation(size: [usize; 2], pixels: Pixels, way: Way) -
     for _ in 0..WARM_UP {
         held = next().await;
     }
-    // The least of some rounds: where the machine is busy, the policy now and then holds more observations than in the last seconds, and the pool's spare
-    // buffer is not there any more. That is not once per observation; what is, is in every round.
+    // The least of some rounds: where the machine is busy, the policy now and then holds more observations
+    // than in the last seconds, and the pool's spare buffer is not there any more. That is not once per
+    // observation; what is, is in every round.
     let mut least = usize::MAX;
     for _ in 0..ROUNDS {
         let (first, before) = (held.seq, ALLOCATOR.stats().bytes_allocated);
@@ -163,10 +171,12 @@ async fn allocated_per_observation(size: [usize; 2], pixels: Pixels, way: Way) -
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn no_observation_has_memory_allocated_that_grows_with_its_pixels() {
-    /// Some 7 kB an observation are headers, requests and reference counts, the same at every size. What differs are pings, which come by the second,
-    /// and what it takes to wait where the link was not ready at once: some hundred bytes. One copy of the larger image would be 218,880.
+    /// Some 7 kB an observation are headers, requests and reference counts, the same at every size. What
+    /// differs are pings, which come by the second, and what it takes to wait where the link was not ready at
+    /// once: some hundred bytes. One copy of the larger image would be 218,880.
     const MARGIN: usize = 2_000;
-    /// An observation of these is less than the 1 MiB from which on buffers are mapped, which the allocator would not count.
+    /// An observation of these is less than the 1 MiB from which on buffers are mapped, which the allocator
+    /// would not count.
     const LARGE: [usize; 2] = [240, 304];
     alone(async {
         for way in [Way::GetObs, Way::Stream] {
@@ -183,23 +193,26 @@ async fn no_observation_has_memory_allocated_that_grows_with_its_pixels() {
     .await;
 }
 
-// ---- Held --------------------------------------------------------------------------------------------------------------------------------
+// ---- Held -------------------------------------------------------------------------------------------------
 
-/// This process's memory that is in RAM and is no file's, in bytes: large buffers are mapped, and the allocator knows nothing of them.
+/// This process's memory that is in RAM and is no file's, in bytes: large buffers are mapped, and the
+/// allocator knows nothing of them.
 fn resident() -> usize {
     let status = fs::read_to_string("/proc/self/status").unwrap();
     let line = status.lines().find_map(|line| line.strip_prefix("RssAnon:")).unwrap();
     line.trim().strip_suffix(" kB").unwrap().parse::<usize>().unwrap() * 1024
 }
 
-/// A policy holds one observation, then `KEPT` more, then one again. Streamed ones go on arriving all the time; for others it then does not ask any more.
+/// A policy holds one observation, then `KEPT` more, then one again. Streamed ones go on arriving all the
+/// time; for others it then does not ask any more.
 async fn check_what_is_held(way: Way) {
     const WARM_UP: usize = 30;
     const KEPT: usize = 10;
     /// What connections, requests and the allocator itself take.
     const SMALL_THINGS: usize = 4 * MB;
 
-    // As large as the bench's largest. Publishing what was prepared takes nothing, so that what is measured is the client's.
+    // As large as the bench's largest. Publishing what was prepared takes nothing, so that what is measured
+    // is the client's.
     let robot = Robot::serve(8, [480, 640], Pixels::Prepared).await;
     let before = resident();
     let since_connect = || resident().saturating_sub(before);
@@ -217,7 +230,10 @@ async fn check_what_is_held(way: Way) {
     for _ in 0..WARM_UP {
         held = next().await;
         let found = since_connect();
-        assert!(found <= bound, "{way:?}, holding one of {one} bytes: expected at most {bound} resident, found {found}");
+        assert!(
+            found <= bound,
+            "{way:?}, holding one of {one} bytes: expected at most {bound} resident, found {found}"
+        );
     }
 
     // The pool never blocks: that they come at all shows it.
@@ -231,8 +247,8 @@ async fn check_what_is_held(way: Way) {
         "{way:?}, holding {KEPT} more of {one} bytes: expected {expected:?} resident, found {found}"
     );
 
-    // That the pool keeps few idle buffers is enough for the bound. That it frees these, too, shows only below it: what is left is what is held, and with a
-    // stream also its latest and one that arrives.
+    // That the pool keeps few idle buffers is enough for the bound. That it frees these, too, shows only
+    // below it: what is left is what is held, and with a stream also its latest and one that arrives.
     drop(kept);
     let left = SMALL_THINGS
         + match way {

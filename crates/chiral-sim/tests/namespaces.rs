@@ -1,7 +1,10 @@
-//! What must hold between three hosts, robot - router - policy, when a link is cut or slow; and between two, when an existing client's is. Each host is a network namespace of the test's own with a
-//! /dev/shm of its own, gone with the processes in it; where none can be made, because the test is not root or there is no `ip`, the tests say so and pass.
+//! What must hold between three hosts, robot - router - policy, when a link is cut or slow; and between two,
+//! when an existing client's is. Each host is a network namespace of the test's own with a /dev/shm of its
+//! own, gone with the processes in it; where none can be made, because the test is not root or there is no
+//! `ip`, the tests say so and pass.
 //!
-//! A process is in one of them: each test runs itself again on the robot's host, and starts the router and the policy on theirs.
+//! A process is in one of them: each test runs itself again on the robot's host, and starts the router and
+//! the policy on theirs.
 #![allow(clippy::unwrap_used, reason = "helpers of tests, too, fail by panicking")]
 
 mod company;
@@ -101,7 +104,8 @@ async fn check_cut(link: Link) {
     lab.end().await;
 }
 
-/// An existing client may answer no pings for four times the silence limit, which is not waited for where its host is gone.
+/// An existing client may answer no pings for four times the silence limit, which is not waited for where its
+/// host is gone.
 async fn check_pulled() {
     const ADDRESS: &str = "10.0.1.1:8765";
     const SILENCE: Duration = Duration::from_secs(2);
@@ -117,7 +121,9 @@ async fn check_pulled() {
     for drives in 1..=2 {
         let again = env::current_exe().unwrap();
         let mut command = policy.command(again.to_str().unwrap());
-        command.args(["--exact", "existing_client", "--ignored", "--nocapture"]).env(INSIDE, format!("ws://{ADDRESS}"));
+        command
+            .args(["--exact", "existing_client", "--ignored", "--nocapture"])
+            .env(INSIDE, format!("ws://{ADDRESS}"));
         let _client = Process::spawn(command.stdout(Stdio::null()));
         until("the client drives", || handle.stats().rows_applied == drives).await;
         // It thinks, and answers pings.
@@ -146,13 +152,20 @@ fn existing_client() {
     let reset = Request::Reset { seed: None, options: ValueMap::new() };
     client.send(frame(Message::Request { id: msgpack::ID, request: reset }).into()).unwrap();
     while !client.read().unwrap().is_binary() {}
-    let action = ActionMessage { session: 0, episode: 0, seq: 0, actions: [0.0; 7].into(), observation_seq: 0 };
+    let action =
+        ActionMessage { session: 0, episode: 0, seq: 0, actions: [0.0; 7].into(), observation_seq: 0 };
     client.send(frame(Message::Notice(Notice::Action(action))).into()).unwrap();
     while client.read().is_ok() {}
 }
 
 async fn check_slow(link: Link) {
-    let lab = Lab::new(SimConfig { width: 1280, height: 720, cameras: 1, prerender: Some(2), ..SimConfig::default() });
+    let lab = Lab::new(SimConfig {
+        width: 1280,
+        height: 720,
+        cameras: 1,
+        prerender: Some(2),
+        ..SimConfig::default()
+    });
     for (host, interface) in lab.ends(link) {
         run(host.command("tc").args(["qdisc", "add", "dev", interface, "root"]).args(SLOW.split(' ')));
     }
@@ -161,17 +174,24 @@ async fn check_slow(link: Link) {
     let mut said = String::new();
     policy.0.stdout.take().unwrap().read_to_string(&mut said).unwrap();
     let seen: Value = serde_json::from_str(said.lines().find(|line| line.starts_with('{')).unwrap()).unwrap();
-    let list = |name: &str| seen[name].as_array().unwrap().iter().map(|value| value.as_f64().unwrap()).collect::<Vec<f64>>();
+    let list = |name: &str| {
+        seen[name].as_array().unwrap().iter().map(|value| value.as_f64().unwrap()).collect::<Vec<f64>>()
+    };
 
     // Actions never wait behind pixels, and none is lost.
-    let took_ms: Vec<f64> = lab.told().rows.iter().map(|(row, at)| (at.0 - stamped(row).0) as f64 * 1e-6).collect();
+    let took_ms: Vec<f64> =
+        lab.told().rows.iter().map(|(row, at)| (at.0 - stamped(row).0) as f64 * 1e-6).collect();
     assert_eq!(took_ms.len(), ROUNDS * ACTIONS_A_ROUND);
-    let p99_ms: Vec<f64> = took_ms.chunks(ACTIONS_A_ROUND).map(|round| percentile(round, 99).unwrap()).collect();
+    let p99_ms: Vec<f64> =
+        took_ms.chunks(ACTIONS_A_ROUND).map(|round| percentile(round, 99).unwrap()).collect();
     let woken_late_ms: Vec<f64> =
         list("woken_late_ms").chunks(ACTIONS_A_ROUND).map(|round| percentile(round, 99).unwrap()).collect();
     let quiet = p99_ms.iter().zip(&woken_late_ms).filter(|(_, late)| **late < NOISY_MS).map(|(p99, _)| *p99);
     match quiet.reduce(f64::min) {
-        Some(p99) => assert!(p99 < MOST_MS, "p99 of each round: {p99_ms:?} ms, of waking a thread: {woken_late_ms:?} ms"),
+        Some(p99) => assert!(
+            p99 < MOST_MS,
+            "p99 of each round: {p99_ms:?} ms, of waking a thread: {woken_late_ms:?} ms"
+        ),
         None => println!("this machine is too busy to tell: it wakes a thread {woken_late_ms:.1?} ms late"),
     }
     // The link is kept busy with what was new when its turn came; all else is skipped.
@@ -181,7 +201,10 @@ async fn check_slow(link: Link) {
     let (arrived, captured) = (pictures.len() - 1, pictures[pictures.len() - 1] - pictures[0]);
     assert!(arrived >= 5 && captured > 8.0 * arrived as f64, "{pictures:?}");
     let counted = lab.handle.stats().observations_skipped;
-    assert!(counted as f64 > 0.8 * (captured - arrived as f64), "{counted} counted of {captured} less {arrived}");
+    assert!(
+        counted as f64 > 0.8 * (captured - arrived as f64),
+        "{counted} counted of {captured} less {arrived}"
+    );
     println!(
         "{link:?}'s link at 100 Mbit/s: actions p99 {p99_ms:.2?} ms, waking a thread {woken_late_ms:.2?} ms, pictures at most {oldest_ms:.0} ms old, {arrived} of {captured} arrived"
     );
@@ -236,7 +259,8 @@ fn within(test: &str, check: impl Future<Output = ()>) {
     if env::var_os(INSIDE).is_some() {
         return tokio::runtime::Runtime::new().unwrap().block_on(check);
     }
-    for needed in ["ip link add here type veth peer name there", &format!("tc qdisc add dev lo root {SLOW}")] {
+    for needed in ["ip link add here type veth peer name there", &format!("tc qdisc add dev lo root {SLOW}")]
+    {
         let made = on_a_new_host(needed.split(' ')).output();
         if !made.as_ref().is_ok_and(|output| output.status.success()) {
             return println!("skipped: no network namespace here with `{needed}`: {made:?}");
@@ -249,7 +273,9 @@ fn within(test: &str, check: impl Future<Output = ()>) {
 /// Runs a program in namespaces of its own. Hosts share no memory, so that Zenoh finds none to share.
 fn on_a_new_host<'a>(program: impl IntoIterator<Item = &'a str>) -> Command {
     let mut command = Command::new("unshare");
-    command.args(["--net", "--mount", "sh", "-c", "mount -t tmpfs none /dev/shm && exec \"$@\"", "sh"]).args(program);
+    command
+        .args(["--net", "--mount", "sh", "-c", "mount -t tmpfs none /dev/shm && exec \"$@\"", "sh"])
+        .args(program);
     command
 }
 
@@ -286,7 +312,12 @@ impl Host {
     }
 
     /// A cable to another host, plugged in on both sides, under these names and with these addresses.
-    fn connect(&self, (name, address): (&str, &str), other: &Host, (other_name, other_address): (&str, &str)) {
+    fn connect(
+        &self,
+        (name, address): (&str, &str),
+        other: &Host,
+        (other_name, other_address): (&str, &str),
+    ) {
         let namespace = other.0.as_ref().unwrap().0.id();
         self.ip(&format!("link add {name} type veth peer name {other_name} netns {namespace}"));
         for (host, name, address) in [(self, name, address), (other, other_name, other_address)] {
@@ -319,12 +350,14 @@ impl Lab {
         robot.connect(("robot", "10.0.1.1"), &router, ("to_robot", "10.0.1.2"));
         policy.connect(("policy", "10.0.2.1"), &router, ("to_policy", "10.0.2.2"));
         let program = env!("CARGO_BIN_EXE_chiral-sim");
-        let routing = Process::spawn(router.command(program).args(["router", "--listen", "tcp/0.0.0.0:7447"]));
+        let routing =
+            Process::spawn(router.command(program).args(["router", "--listen", "tcp/0.0.0.0:7447"]));
         until_it_listens("10.0.1.2:7447");
 
         let (simulated, sensors) = start(config).unwrap();
         let told = Arc::default();
-        let server = PolicyServer::builder(Watched { robot: simulated, told: Arc::clone(&told) }, sensors).name("arm");
+        let server =
+            PolicyServer::builder(Watched { robot: simulated, told: Arc::clone(&told) }, sensors).name("arm");
         let server = server.join_zenoh("tcp/10.0.1.2:7447").build().unwrap();
         let handle = server.handle();
         let serving = tokio::spawn(server.serve());

@@ -1,4 +1,5 @@
-//! What operators of a network set up, by the very files of `docs/zenoh`: routers, TLS, users, access control; and robots found without an address.
+//! What operators of a network set up, by the very files of `docs/zenoh`: routers, TLS, users, access
+//! control; and robots found without an address.
 #![allow(clippy::unwrap_used, reason = "helpers of tests, too, fail by panicking")]
 
 mod stand;
@@ -62,7 +63,12 @@ impl Drop for Scratch {
 /// `chiral-sim`, started in this directory.
 fn chiral_sim(directory: &Path, arguments: &[&str]) -> Command {
     let mut command = Command::new(env!("CARGO_BIN_EXE_chiral-sim"));
-    command.args(arguments).current_dir(directory).stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
+    command
+        .args(arguments)
+        .current_dir(directory)
+        .stdin(Stdio::null())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped());
     command.env_remove("RUST_LOG");
     command
 }
@@ -97,7 +103,8 @@ impl Process {
     fn router(directory: &Path, config: &str, locators: &[&str]) -> Process {
         let config = example(config);
         let listen = locators.iter().flat_map(|locator| ["--listen", locator]);
-        let arguments: Vec<&str> = ["router", "--zenoh-config", config.to_str().unwrap()].into_iter().chain(listen).collect();
+        let arguments: Vec<&str> =
+            ["router", "--zenoh-config", config.to_str().unwrap()].into_iter().chain(listen).collect();
         Process::start(directory, &arguments, "routing")
     }
 }
@@ -142,7 +149,10 @@ async fn check_drives(builder: PolicyClientBuilder, robot: &str) {
 /// Who is not let in is told so, and soon.
 async fn check_not_let_in(builder: PolicyClientBuilder) {
     let error = builder.connect().await.unwrap_err();
-    assert!(matches!(&error, Error::Zenoh(_)) && error.to_string().contains("not let into the Zenoh network at"), "{error}");
+    assert!(
+        matches!(&error, Error::Zenoh(_)) && error.to_string().contains("not let into the Zenoh network at"),
+        "{error}"
+    );
 }
 
 #[tokio::test]
@@ -163,7 +173,8 @@ async fn a_router_asks_for_user_and_password() {
     let scratch = Scratch::new("users");
     let locator = format!("tcp/{}", free_address());
     let _router = Process::router(&example(""), "router-users.json5", &[&locator]);
-    let (_arm, _serving) = serve("arm", |builder| builder.join_zenoh(&locator).zenoh_config(example("user-robots.json5")));
+    let (_arm, _serving) =
+        serve("arm", |builder| builder.join_zenoh(&locator).zenoh_config(example("user-robots.json5")));
     check_drives(builder(&locator).zenoh_config(example("user-alice.json5")), "arm").await;
 
     check_not_let_in(builder(&locator)).await;
@@ -180,7 +191,8 @@ async fn a_router_asks_for_user_and_password() {
 async fn an_access_control_list_lets_a_policy_reach_one_robot_only() {
     let locator = format!("tcp/{}", free_address());
     let _router = Process::router(&example(""), "router-acl.json5", &[&locator]);
-    let robot = |name| serve(name, |builder| builder.join_zenoh(&locator).zenoh_config(example("user-robots.json5")));
+    let robot =
+        |name| serve(name, |builder| builder.join_zenoh(&locator).zenoh_config(example("user-robots.json5")));
     let ((_arm, _arm_serving), (leg, _leg_serving)) = (robot("arm"), robot("leg"));
     let robots = || builder(&locator).zenoh_config(example("user-robots.json5"));
     check_drives(robots().robot("leg"), "leg").await;
@@ -252,23 +264,39 @@ impl Authority {
 fn mutual_tls_lets_those_in_who_have_a_certificate() {
     let scratch = Scratch::new("tls");
     let (ours, theirs) = (Authority::new(), Authority::new());
-    let [router, arm, alice, mallory] = ["router", "arm", "alice", "mallory"].map(|name| scratch.directory(name));
+    let [router, arm, alice, mallory] =
+        ["router", "arm", "alice", "mallory"].map(|name| scratch.directory(name));
     ours.give(&router, "router", "router", &ours);
     ours.give(&arm, "arm", "me", &ours);
     ours.give(&alice, "alice", "me", &ours);
     theirs.give(&mallory, "alice", "me", &ours);
 
     let [tls, quic, own] = [(); 3].map(|()| free_address());
-    let [listen_tls, listen_quic, listen_own] = [format!("tls/{tls}"), format!("quic/{quic}"), format!("quic/{own}")];
+    let [listen_tls, listen_quic, listen_own] =
+        [format!("tls/{tls}"), format!("quic/{quic}"), format!("quic/{own}")];
     // The name in the certificates.
-    let [tls, quic, own] = [&listen_tls, &listen_quic, &listen_own].map(|listen| listen.replace("127.0.0.1", "localhost"));
+    let [tls, quic, own] =
+        [&listen_tls, &listen_quic, &listen_own].map(|listen| listen.replace("127.0.0.1", "localhost"));
     let config = example("tls.json5");
     let config = config.to_str().unwrap();
     let _router = Process::router(&router, "router-tls.json5", &[&listen_tls, &listen_quic]);
-    let serve =
-        ["serve", "--zenoh-config", config, "--zenoh", &listen_own, "--zenoh-join", &quic, "--name", "arm", "--no-discovery"];
-    let _arm =
-        Process::start(&arm, &[&serve[..], &["--width", "160", "--height", "120"]].concat(), "serving robot \"arm\" on Zenoh");
+    let serve = [
+        "serve",
+        "--zenoh-config",
+        config,
+        "--zenoh",
+        &listen_own,
+        "--zenoh-join",
+        &quic,
+        "--name",
+        "arm",
+        "--no-discovery",
+    ];
+    let _arm = Process::start(
+        &arm,
+        &[&serve[..], &["--width", "160", "--height", "120"]].concat(),
+        "serving robot \"arm\" on Zenoh",
+    );
 
     let policy = |directory: &Path, uri: &str, config: &[&str], wait: &str| {
         let arguments = ["policy", uri, "--mode", "step", "--quiet", "--wait", wait];
@@ -317,9 +345,13 @@ async fn a_configuration_that_cannot_be_used_is_named_and_not_told() {
     }
     let error = builder("ws://localhost:1").zenoh_config(&bad).connect().await.unwrap_err();
     assert!(matches!(error, Error::Address { .. }), "{error}");
-    let (output, said) = run(&scratch.0, &["serve", "--zenoh-config", "bad.json5", "--width", "8", "--height", "8"]);
+    let (output, said) =
+        run(&scratch.0, &["serve", "--zenoh-config", "bad.json5", "--width", "8", "--height", "8"]);
     assert!(
-        !output.status.success() && said.contains("bad.json5: ") && said.contains("pasword") && !said.contains("secret"),
+        !output.status.success()
+            && said.contains("bad.json5: ")
+            && said.contains("pasword")
+            && !said.contains("secret"),
         "{said}"
     );
 }
@@ -333,7 +365,10 @@ fn a_second_robot_of_a_name_is_told_who_has_it() {
     let _first = Process::start(&scratch.0, &first, "serving robot \"arm\" on Zenoh");
     let (output, said) = run(&scratch.0, &[&["serve", "--zenoh-join", &locator], &small[..]].concat());
     let host = keys::robot_of_host(fs::read_to_string("/proc/sys/kernel/hostname").unwrap().trim());
-    assert!(!output.status.success() && said.contains("a robot named \"arm\" is alive on this network (server "), "{said}");
+    assert!(
+        !output.status.success() && said.contains("a robot named \"arm\" is alive on this network (server "),
+        "{said}"
+    );
     assert!(said.contains(&format!("@{host})")), "{said}");
 }
 
@@ -345,7 +380,8 @@ fn a_robot_is_called_as_its_host_unless_it_has_a_name() {
     assert!(format!("{server:?}").contains(&format!("{:?}", keys::robot_of_host(host.trim()))), "{server:?}");
 }
 
-/// A host with one interface, which is up before anybody looks: a process of Zenoh's looks at interfaces once.
+/// A host with one interface, which is up before anybody looks: a process of Zenoh's looks at interfaces
+/// once.
 const NETWORK: &str = "\
 ip link set lo up && ip link add v0 type veth peer name v1 && ip address add 10.77.0.1/24 dev v0 && ip link set v1 up && ip link set v0 up &&
 for attempt in $(seq 100); do ip link show v0 | grep -q 'state UP' && break; sleep 0.05; done";
@@ -382,7 +418,9 @@ fn without_shared_memory_observations_travel_by_the_network() {
 
 /// Of `/dev/shm` so much is left, for this test alone; false where that cannot be.
 fn leave_shared_memory(mib: u32) -> bool {
-    let mount = |arguments: &[&str]| Command::new("mount").args(arguments).status().is_ok_and(|status| status.success());
+    let mount = |arguments: &[&str]| {
+        Command::new("mount").args(arguments).status().is_ok_and(|status| status.success())
+    };
     mount(&["-t", "tmpfs", "-o", &format!("size={mib}m"), "tmpfs", "/dev/shm"])
 }
 
@@ -391,20 +429,35 @@ fn leave_shared_memory(mib: u32) -> bool {
 async fn in_own_network_there_is_no_shared_memory() {
     let scratch = Scratch::new("unshared");
     let policy =
-        ["policy", "tcp/127.0.0.1:7447", "--mode", "stream", "--episodes", "1", "--quiet", "--wait", "20"].map(str::to_owned);
+        ["policy", "tcp/127.0.0.1:7447", "--mode", "stream", "--episodes", "1", "--quiet", "--wait", "20"]
+            .map(str::to_owned);
     // None for anybody; then for the policy's Zenoh, but not for the robot's eight observations.
     for mib in [1, 4] {
         if !leave_shared_memory(mib) {
             return println!("skipped: no /dev/shm of its own to be had");
         }
-        let serve = ["serve", "--zenoh", "tcp/127.0.0.1:7447", "--name", "panda", "--width", "320", "--height", "240"];
+        let serve = [
+            "serve",
+            "--zenoh",
+            "tcp/127.0.0.1:7447",
+            "--name",
+            "panda",
+            "--width",
+            "320",
+            "--height",
+            "240",
+        ];
         let panda = Process::start(&scratch.0, &serve, "serving robot \"panda\" on Zenoh");
         let (directory, policy) = (scratch.0.clone(), policy.clone());
-        let policy = tokio::task::spawn_blocking(move || run(&directory, &policy.each_ref().map(String::as_str)));
+        let policy =
+            tokio::task::spawn_blocking(move || run(&directory, &policy.each_ref().map(String::as_str)));
         let (output, said) = policy.await.unwrap();
         assert!(output.status.success(), "{said}");
         let log = panda.log.lock().unwrap().clone();
-        assert!(log.contains("MB of shared memory (/dev/shm, ulimit -l), so observations travel by the network"), "{log}");
+        assert!(
+            log.contains("MB of shared memory (/dev/shm, ulimit -l), so observations travel by the network"),
+            "{log}"
+        );
     }
 }
 
@@ -429,40 +482,59 @@ async fn in_own_network_robots_are_found() {
     let scratch = Scratch::new("found");
     assert_eq!(PolicyClient::discover(Duration::from_millis(300)).await.unwrap(), []);
     let (output, said) = run(&scratch.0, &["discover", "--seconds", "0.3"]);
-    assert!(output.status.code() == Some(1) && said.contains("no robot was found") && said.contains("multicast"), "{said}");
+    assert!(
+        output.status.code() == Some(1) && said.contains("no robot was found") && said.contains("multicast"),
+        "{said}"
+    );
 
     let (_arm, _s1) = serve("arm", |builder| builder.listen_zenoh("tcp/0.0.0.0:7450"));
     let (_near, _s2) = serve("near", |builder| builder.listen_zenoh("tcp/127.0.0.1:7447"));
     let (_hidden, _s3) = serve("hidden", |builder| builder.listen_zenoh("tcp/0.0.0.0:7451").discovery(false));
     let users = scratch.file("users.txt", "somebody:else\n");
-    let users =
-        format!("{{ transport: {{ auth: {{ usrpwd: {{ user: \"x\", password: \"y\", dictionary_file: {users:?} }} }} }} }}");
+    let users = format!(
+        "{{ transport: {{ auth: {{ usrpwd: {{ user: \"x\", password: \"y\", dictionary_file: {users:?} }} }} }} }}"
+    );
     let locked = scratch.file("locked.json5", &users);
-    let (_locked, _s4) = serve("locked", |builder| builder.listen_zenoh("tcp/0.0.0.0:7452").zenoh_config(locked));
+    let (_locked, _s4) =
+        serve("locked", |builder| builder.listen_zenoh("tcp/0.0.0.0:7452").zenoh_config(locked));
     let _router = Process::router(&scratch.0, "router.json5", &["tcp/10.77.0.1:7453"]);
     let (_leg, _s5) = serve("leg", |builder| builder.join_zenoh("tcp/10.77.0.1:7453"));
     // One that is alive, and is asked before the other, but never answers.
     let ghost = ManuallyDrop::new(session("client", "tcp/10.77.0.1:7453"));
     let _unanswered = ManuallyDrop::new(ghost.declare_queryable(keys::info("ghost")).await.unwrap());
-    let _alive = ManuallyDrop::new(ghost.liveliness().declare_token(keys::alive("ghost", "0@nowhere")).await.unwrap());
+    let _alive =
+        ManuallyDrop::new(ghost.liveliness().declare_token(keys::alive("ghost", "0@nowhere")).await.unwrap());
     let _driver = builder("tcp/10.77.0.1:7450").name("the night shift").connect().await.unwrap();
 
     let robots = until_found(&["arm", "leg", "near"]).await;
-    let found: Vec<_> = robots.iter().map(|robot| (&*robot.name, robot.controller.as_deref(), &robot.addresses[..])).collect();
+    let found: Vec<_> = robots
+        .iter()
+        .map(|robot| (&*robot.name, robot.controller.as_deref(), &robot.addresses[..]))
+        .collect();
     let at = |locator: &str| vec![locator.to_owned()];
     let [arm, leg, near] = ["tcp/10.77.0.1:7450", "tcp/10.77.0.1:7453", "tcp/127.0.0.1:7447"].map(at);
-    assert_eq!(found, [("arm", Some("the night shift"), &arm[..]), ("leg", None, &leg), ("near", None, &near)]);
-    assert!(robots.iter().all(|robot| robot.cameras[0].name == stand::CAMERA && robot.cameras[0].image_shape == [8, 8, 3]));
+    assert_eq!(
+        found,
+        [("arm", Some("the night shift"), &arm[..]), ("leg", None, &leg), ("near", None, &near)]
+    );
+    assert!(
+        robots
+            .iter()
+            .all(|robot| robot.cameras[0].name == stand::CAMERA && robot.cameras[0].image_shape == [8, 8, 3])
+    );
 
-    let by_name = |robots: Vec<DiscoveredRobot>| robots.into_iter().map(|robot| robot.name).collect::<Vec<_>>();
+    let by_name =
+        |robots: Vec<DiscoveredRobot>| robots.into_iter().map(|robot| robot.name).collect::<Vec<_>>();
     let blocking = thread::spawn(|| blocking::PolicyClient::discover(Duration::from_secs(1)).unwrap());
     let blocking = tokio::task::spawn_blocking(|| blocking.join().unwrap()).await.unwrap();
     assert_eq!(by_name(blocking), ["arm", "leg", "near"]);
-    let key = scratch.file("key.json5", "{ transport: { auth: { usrpwd: { user: \"somebody\", password: \"else\" } } } }");
+    let key = scratch
+        .file("key.json5", "{ transport: { auth: { usrpwd: { user: \"somebody\", password: \"else\" } } } }");
     let robots = builder("zenoh:").zenoh_config(key).discover(Duration::from_secs(1)).await.unwrap();
     assert!(by_name(robots).contains(&"locked".to_owned()));
     let directory = scratch.0.clone();
-    let (output, said) = tokio::task::spawn_blocking(move || run(&directory, &["discover", "--seconds", "1"])).await.unwrap();
+    let (output, said) =
+        tokio::task::spawn_blocking(move || run(&directory, &["discover", "--seconds", "1"])).await.unwrap();
     assert!(output.status.success(), "{said}");
     for expected in ["arm", "wrist_cam 8x8 + depth", "the night shift", "nobody", "tcp/10.77.0.1:7453"] {
         assert!(said.contains(expected), "{expected}: {said}");
@@ -474,7 +546,10 @@ async fn in_own_network_robots_are_found() {
 async fn in_own_network_a_robot_is_reached() {
     let scratch = Scratch::new("named");
     let error = builder("zenoh:arm").deadline(SHORTLY).connect().await.unwrap_err();
-    assert!(matches!(&error, Error::NoServer { .. }) && error.to_string().contains("search by multicast"), "{error}");
+    assert!(
+        matches!(&error, Error::NoServer { .. }) && error.to_string().contains("search by multicast"),
+        "{error}"
+    );
     // It waits, and looks again.
     let connecting = tokio::spawn(builder("zenoh:arm").connect());
     let (_arm, _s1) = serve("arm", |builder| builder.listen_zenoh("tcp/0.0.0.0:7450"));
@@ -489,9 +564,13 @@ async fn in_own_network_a_robot_is_reached() {
     let error = builder("zenoh:").connect().await.unwrap_err();
     assert!(matches!(&error, Error::SeveralRobots { names, .. } if names == &["arm", "leg"]), "{error}");
     let error = builder("zenoh:head").deadline(SHORTLY).connect().await.unwrap_err();
-    assert!(error.to_string().contains("no robot named \"head\"") && error.to_string().contains("arm, leg"), "{error}");
+    assert!(
+        error.to_string().contains("no robot named \"head\"") && error.to_string().contains("arm, leg"),
+        "{error}"
+    );
 
-    let serve = ["serve", "--zenoh", "tcp/0.0.0.0:7454", "--name", "panda", "--width", "160", "--height", "120"];
+    let serve =
+        ["serve", "--zenoh", "tcp/0.0.0.0:7454", "--name", "panda", "--width", "160", "--height", "120"];
     let _panda = Process::start(&scratch.0, &serve, "serving robot \"panda\" on Zenoh");
     let policy = ["policy", "zenoh:panda", "--mode", "step", "--quiet", "--wait", "20"];
     let (output, said) = tokio::task::spawn_blocking(move || run(&scratch.0, &policy)).await.unwrap();

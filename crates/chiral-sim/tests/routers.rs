@@ -1,4 +1,5 @@
-//! Many robots and many policies through one router, which is a process of its own: each policy drives its own robot, and never sees another.
+//! Many robots and many policies through one router, which is a process of its own: each policy drives its
+//! own robot, and never sees another.
 #![allow(clippy::unwrap_used, reason = "helpers of tests, too, fail by panicking")]
 
 mod company;
@@ -40,7 +41,8 @@ fn serve(uri: &str, pair: u8) -> (ServerHandle, Arc<Mutex<Told>>) {
         CameraFrame { image: Bytes::from(image), ..frame }
     };
     // Few pictures while nobody drives: sixteen renderers share the machine with all that is tested here.
-    let config = SimConfig { width: 64, height: 48, fps: 2.0, tamper: Some(Arc::new(marked)), ..SimConfig::default() };
+    let config =
+        SimConfig { width: 64, height: 48, fps: 2.0, tamper: Some(Arc::new(marked)), ..SimConfig::default() };
     let (robot, sensors) = start(config).unwrap();
     let told = Arc::default();
     let builder = PolicyServer::builder(Watched { robot, told: Arc::clone(&told) }, sensors);
@@ -52,7 +54,8 @@ fn serve(uri: &str, pair: u8) -> (ServerHandle, Arc<Mutex<Told>>) {
 
 /// Episodes in lock-step, each of which must succeed; the rows that were sent.
 fn drive(uri: &str, pair: u8) -> Vec<Vec<f32>> {
-    let env = PolicyClient::builder(uri).robot(name(pair)).quiet().deadline(GUARD).connect_blocking().unwrap();
+    let env =
+        PolicyClient::builder(uri).robot(name(pair)).quiet().deadline(GUARD).connect_blocking().unwrap();
     assert_eq!(env.robot().name, name(pair));
     let mut sent = Vec::new();
     for seed in seeds(pair) {
@@ -62,7 +65,8 @@ fn drive(uri: &str, pair: u8) -> Vec<Vec<f32>> {
         loop {
             check_mark(&obs, pair);
             let plan = policy.plan(&obs);
-            let rows: Vec<Vec<f32>> = plan.chunk.iter().take(EXECUTION_HORIZON).map(<[f32]>::to_vec).collect();
+            let rows: Vec<Vec<f32>> =
+                plan.chunk.iter().take(EXECUTION_HORIZON).map(<[f32]>::to_vec).collect();
             let result = env.step(ActionChunk::new(7, rows.concat()).unwrap()).unwrap();
             sent.extend(rows);
             check_mark(&result.obs, pair);
@@ -79,7 +83,13 @@ fn drive(uri: &str, pair: u8) -> Vec<Vec<f32>> {
 
 fn check_mark(obs: &Observation, pair: u8) {
     for camera in &obs.cameras {
-        assert_eq!(camera.image.data()[..3], mark(pair), "pair {pair}, {}, observation {}", camera.name, obs.seq);
+        assert_eq!(
+            camera.image.data()[..3],
+            mark(pair),
+            "pair {pair}, {}, observation {}",
+            camera.name,
+            obs.seq
+        );
     }
 }
 

@@ -1,4 +1,5 @@
-//! What must hold of observations in memory that two processes share: nobody copies them, nobody tears them, and no peer's end costs memory for ever.
+//! What must hold of observations in memory that two processes share: nobody copies them, nobody tears them,
+//! and no peer's end costs memory for ever.
 #![allow(clippy::unwrap_used, reason = "helpers of tests, too, fail by panicking")]
 
 mod company;
@@ -42,7 +43,8 @@ struct Painter {
 impl Painter {
     fn start() -> Painter {
         let uri = format!("tcp/{}", free_address());
-        let sensors = Sensors::new(["left", "right"].map(|name| CameraSpec::rgbd(name, HEIGHT, WIDTH)), []).unwrap();
+        let sensors =
+            Sensors::new(["left", "right"].map(|name| CameraSpec::rgbd(name, HEIGHT, WIDTH)), []).unwrap();
         let (script, is_over) = (Arc::<Script>::default(), Arc::<AtomicBool>::default());
         let builder = PolicyServer::builder(ScriptedRobot(Arc::clone(&script)), sensors.clone());
         let server = builder.name("painter").listen_zenoh(&uri).discovery(false).build().unwrap();
@@ -80,7 +82,12 @@ fn paint(sensors: &Sensors, level: u8) {
         image.fill(level);
         depth.values_mut::<f32>().fill(level.into());
         let intrinsics = Matrix3::identity() * f64::from(level);
-        let frame = CameraFrame { image: image.into(), depth: Some(depth.into()), intrinsics, ..CameraFrame::default() };
+        let frame = CameraFrame {
+            image: image.into(),
+            depth: Some(depth.into()),
+            intrinsics,
+            ..CameraFrame::default()
+        };
         camera.publish(frame).unwrap();
     }
 }
@@ -217,7 +224,8 @@ impl Reader {
 
     /// Reads on until it says this; nothing else may be found but whole observations.
     fn until(&mut self, word: &str) {
-        let found = std::iter::from_fn(|| self.next()).find(|found| found == word || found.starts_with("torn"));
+        let found =
+            std::iter::from_fn(|| self.next()).find(|found| found == word || found.starts_with("torn"));
         assert_eq!(found.as_deref(), Some(word));
     }
 

@@ -1,4 +1,5 @@
-//! What only real sockets show: waiting for a server, what it means when something else answers, TLS, limits, embedding and stopping.
+//! What only real sockets show: waiting for a server, what it means when something else answers, TLS, limits,
+//! embedding and stopping.
 #![allow(clippy::unwrap_used, reason = "helpers of tests, too, fail by panicking")]
 
 mod stand;
@@ -66,10 +67,18 @@ async fn a_deadline_ends_the_wait_and_says_what_was_the_matter() {
     let (reserved, address) = listener().await;
     drop(reserved);
     let silent = TcpListener::bind("127.0.0.1:0").await.unwrap();
-    let uris =
-        [format!("ws://{address}"), format!("ws://{}", silent.local_addr().unwrap()), "ws://no-such-host.invalid:1".to_owned()];
+    let uris = [
+        format!("ws://{address}"),
+        format!("ws://{}", silent.local_addr().unwrap()),
+        "ws://no-such-host.invalid:1".to_owned(),
+    ];
     for uri in uris {
-        let error = PolicyClient::builder(&uri).quiet().deadline(Duration::from_millis(300)).connect().await.unwrap_err();
+        let error = PolicyClient::builder(&uri)
+            .quiet()
+            .deadline(Duration::from_millis(300))
+            .connect()
+            .await
+            .unwrap_err();
         assert!(matches!(&error, Error::NoServer { .. }), "{error:?}");
         assert!(error.to_string().contains(&uri), "{error}");
     }
@@ -88,9 +97,13 @@ async fn what_is_no_chiral_server_is_said_at_once() {
         |error| matches!(error, Error::Http { status: 418, text } if text == "short and stout"),
     )
     .await;
-    check_fails_at_once(format!("ws://{address}/"), |error| matches!(error, Error::Http { status: 404, .. })).await;
+    check_fails_at_once(format!("ws://{address}/"), |error| matches!(error, Error::Http { status: 404, .. }))
+        .await;
     // A server without TLS.
-    check_fails_at_once(format!("wss://localhost:{}/", address.port()), |error| matches!(error, Error::Tls(_))).await;
+    check_fails_at_once(format!("wss://localhost:{}/", address.port()), |error| {
+        matches!(error, Error::Tls(_))
+    })
+    .await;
 }
 
 #[tokio::test]
@@ -114,12 +127,13 @@ async fn tls_by_a_proxy_works_and_distrust_is_said_at_once() {
         use rustls::pki_types::{CertificateDer, PrivateKeyDer, pem::PemObject};
         let certificate = CertificateDer::from_pem_slice(CERTIFICATE).unwrap();
         let key = PrivateKeyDer::from_pem_slice(KEY).unwrap();
-        let config = rustls::ServerConfig::builder_with_provider(Arc::new(rustls::crypto::ring::default_provider()))
-            .with_safe_default_protocol_versions()
-            .unwrap()
-            .with_no_client_auth()
-            .with_single_cert(vec![certificate], key)
-            .unwrap();
+        let config =
+            rustls::ServerConfig::builder_with_provider(Arc::new(rustls::crypto::ring::default_provider()))
+                .with_safe_default_protocol_versions()
+                .unwrap()
+                .with_no_client_auth()
+                .with_single_cert(vec![certificate], key)
+                .unwrap();
         let acceptor = TlsAcceptor::from(Arc::new(config));
         while let Ok((stream, _)) = listener.accept().await {
             let acceptor = acceptor.clone();
@@ -245,7 +259,9 @@ async fn the_blocking_client_is_the_same() {
     };
     tokio::task::spawn_blocking(blocking).await.unwrap();
     stand
-        .until("both have left", |stand| stand.script.events().iter().filter(|event| **event == Event::Disconnected).count() == 2)
+        .until("both have left", |stand| {
+            stand.script.events().iter().filter(|event| **event == Event::Disconnected).count() == 2
+        })
         .await;
     assert_eq!(stand.script.applied().len(), 6);
 }

@@ -1,4 +1,5 @@
-//! What must hold over a Zenoh network, with real sockets on loopback: the whole loop, who meets whom, and what strangers put on our keys.
+//! What must hold over a Zenoh network, with real sockets on loopback: the whole loop, who meets whom, and
+//! what strangers put on our keys.
 #![allow(clippy::unwrap_used, reason = "helpers of tests, too, fail by panicking")]
 
 mod stand;
@@ -29,10 +30,17 @@ fn serve(name: &str, listen: Option<&str>, join: Option<&str>) -> (Stand, Servin
     serve_pixels(name, listen, join, 8, 8)
 }
 
-fn serve_pixels(name: &str, listen: Option<&str>, join: Option<&str>, height: usize, width: usize) -> (Stand, Serving) {
+fn serve_pixels(
+    name: &str,
+    listen: Option<&str>,
+    join: Option<&str>,
+    height: usize,
+    width: usize,
+) -> (Stand, Serving) {
     let stand = Stand::with(Arc::default(), height, width, |builder| {
         let builder = builder.name(name);
-        let builder = if let Some(locator) = listen { builder.listen_zenoh(locator).discovery(false) } else { builder };
+        let builder =
+            if let Some(locator) = listen { builder.listen_zenoh(locator).discovery(false) } else { builder };
         if let Some(locator) = join { builder.join_zenoh(locator) } else { builder }
     });
     let serving = tokio::spawn(stand.server.clone().serve());
@@ -47,7 +55,13 @@ fn builder(uri: &str) -> PolicyClientBuilder {
 async fn until_alive(uri: &str, names: &[&str]) {
     let began = Instant::now();
     loop {
-        let error = builder(uri).robot("nobody").deadline(Duration::from_millis(900)).connect().await.unwrap_err().to_string();
+        let error = builder(uri)
+            .robot("nobody")
+            .deadline(Duration::from_millis(900))
+            .connect()
+            .await
+            .unwrap_err()
+            .to_string();
         if names.iter().all(|name| error.contains(name)) {
             return;
         }
@@ -59,7 +73,13 @@ async fn until_alive(uri: &str, names: &[&str]) {
 async fn until_gone(uri: &str) {
     let began = Instant::now();
     loop {
-        let error = builder(uri).robot("nobody").deadline(Duration::from_millis(900)).connect().await.unwrap_err().to_string();
+        let error = builder(uri)
+            .robot("nobody")
+            .deadline(Duration::from_millis(900))
+            .connect()
+            .await
+            .unwrap_err()
+            .to_string();
         if error.contains("no robot is alive there") {
             return;
         }
@@ -77,7 +97,11 @@ async fn the_whole_loop_and_an_orderly_end() {
     drive(&env).await;
     stand.until("the actions were applied", |stand| stand.script.applied().len() >= 6).await;
     env.close().await.unwrap();
-    stand.until("the client has left", |stand| stand.script.events().ends_with(&[Event::Held, Event::Disconnected])).await;
+    stand
+        .until("the client has left", |stand| {
+            stand.script.events().ends_with(&[Event::Held, Event::Disconnected])
+        })
+        .await;
 
     // A client that is only dropped frees the robot, too; and a server that stops says so.
     drop(builder(&uri).connect().await.unwrap());
@@ -119,7 +143,8 @@ async fn the_blocking_client_is_the_same() {
         drop(blocking::PolicyClient::connect(&uri).unwrap());
     });
     tokio::task::spawn_blocking(|| driving.join().unwrap()).await.unwrap();
-    let disconnected = |stand: &Stand| stand.script.events().iter().filter(|event| **event == Event::Disconnected).count();
+    let disconnected =
+        |stand: &Stand| stand.script.events().iter().filter(|event| **event == Event::Disconnected).count();
     stand.until("both have left", |stand| disconnected(stand) == 2).await;
     assert_eq!(stand.script.applied().len(), 6);
 }
@@ -127,7 +152,8 @@ async fn the_blocking_client_is_the_same() {
 #[tokio::test]
 async fn websocket_and_zenoh_serve_the_same_robot() {
     let uri = free();
-    let stand = Stand::with(Arc::default(), 8, 8, |builder| builder.name("arm").listen_zenoh(&uri).discovery(false));
+    let stand =
+        Stand::with(Arc::default(), 8, 8, |builder| builder.name("arm").listen_zenoh(&uri).discovery(false));
     let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
     let websocket = format!("ws://{}", listener.local_addr().unwrap());
     let serving = tokio::spawn(stand.server.clone().serve_on(listener));
@@ -164,7 +190,8 @@ async fn a_second_controller_is_told_who_holds_the_robot() {
     assert!(watcher.get_obs().await.is_ok());
 }
 
-/// Two robots and two policies on one network, which meet by this locator: each policy drives its own robot, at the same time.
+/// Two robots and two policies on one network, which meet by this locator: each policy drives its own robot,
+/// at the same time.
 async fn check_two_pairs(uri: &str, arm: &Stand, leg: &Stand) {
     until_alive(uri, &["arm", "leg"]).await;
     let error = builder(uri).connect().await.unwrap_err();
@@ -181,7 +208,9 @@ async fn check_two_pairs(uri: &str, arm: &Stand, leg: &Stand) {
             env.close().await.unwrap();
         }
     };
-    timeout(GUARD, async { tokio::join!(drive("arm", 1.0), drive("leg", 2.0)) }).await.expect("both are driven");
+    timeout(GUARD, async { tokio::join!(drive("arm", 1.0), drive("leg", 2.0)) })
+        .await
+        .expect("both are driven");
     assert_eq!(arm.script.applied(), vec![vec![1.0; DIMENSION]; 50]);
     assert_eq!(leg.script.applied(), vec![vec![2.0; DIMENSION]; 50]);
 }
@@ -236,7 +265,8 @@ async fn a_name_that_is_alive_already_is_refused() {
     let websocket = format!("ws://{}", listener.local_addr().unwrap());
     let eager = tokio::spawn(builder(&websocket).deadline(Duration::from_secs(3)).connect());
     let third = Stand::with(Arc::default(), 8, 8, |builder| builder.name("arm").join_zenoh(&uri));
-    let error = timeout(GUARD, third.server.clone().serve_on(listener)).await.expect("it refuses").unwrap_err();
+    let error =
+        timeout(GUARD, third.server.clone().serve_on(listener)).await.expect("it refuses").unwrap_err();
     assert!(matches!(&error, ServerError::NameTaken { .. }), "{error}");
     assert!(matches!(eager.await.unwrap(), Err(Error::NoServer { .. })));
     assert_eq!(third.handle.stats().sessions, 0);
@@ -275,7 +305,8 @@ async fn names_and_addresses_that_cannot_be_are_refused() {
     let robot = PolicyServer::builder(ScriptedRobot(Arc::default()), sensors);
     let error = robot.name("left arm").listen_zenoh("tcp/127.0.0.1:0").build().unwrap_err();
     assert!(matches!(&error, ServerError::Declaration(text) if text.contains("letters, digits")), "{error}");
-    for uri in ["udp/localhost:7447", "tls/localhost", "tcp/localhost", "unixsock-stream/", "zenoh:left arm"] {
+    for uri in ["udp/localhost:7447", "tls/localhost", "tcp/localhost", "unixsock-stream/", "zenoh:left arm"]
+    {
         let error = builder(uri).connect().await.unwrap_err();
         assert!(matches!(error, Error::Address { .. }), "{uri}: {error}");
     }
@@ -331,10 +362,14 @@ async fn garbage_on_our_keys_harms_nobody() {
         asked.push(stranger.get(keys::open("arm")).payload(payload).timeout(GUARD).wait().unwrap());
         asked.push(stranger.get("chiral/**").payload(payload).timeout(GUARD).wait().unwrap());
     }
-    // Each is refused: none gets a connection, only what the robot tells everybody; and by then the puts before it were heard.
+    // Each is refused: none gets a connection, only what the robot tells everybody; and by then the puts
+    // before it were heard.
     for answers in asked {
         while let Ok(answer) = answers.recv_async().await {
-            assert!(answer.result().map_or(true, |told| told.key_expr().as_str() == keys::info("arm")), "{answer:?}");
+            assert!(
+                answer.result().map_or(true, |told| told.key_expr().as_str() == keys::info("arm")),
+                "{answer:?}"
+            );
         }
     }
     assert_eq!(env.step([0.5; DIMENSION]).await.unwrap().reward, 1.0);

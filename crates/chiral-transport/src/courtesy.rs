@@ -1,4 +1,5 @@
-//! How a large message leaves the core to others in between: an action that arrives meanwhile is not to wait for 17 MB to be copied.
+//! How a large message leaves the core to others in between: an action that arrives meanwhile is not to wait
+//! for 17 MB to be copied.
 #![cfg_attr(not(feature = "websocket"), expect(dead_code, reason = "transports give way"))]
 
 use std::{
@@ -10,10 +11,12 @@ use std::{
     time::{Duration, Instant},
 };
 
-/// Asked for while actions flow; large messages of connections that share it then give way. A clone is the same.
+/// Asked for while actions flow; large messages of connections that share it then give way. A clone is the
+/// same.
 ///
-/// The kernel copies a large message in few long calls, and its scheduler would let that go on for milliseconds, until its next tick. So it is copied in
-/// pieces, and between them the core is offered to whoever waits for it. While nobody acts there is nobody to wait, and pieces only cost.
+/// The kernel copies a large message in few long calls, and its scheduler would let that go on for
+/// milliseconds, until its next tick. So it is copied in pieces, and between them the core is offered to
+/// whoever waits for it. While nobody acts there is nobody to wait, and pieces only cost.
 #[derive(Clone, Debug)]
 pub struct Courtesy {
     began: Instant,
@@ -32,7 +35,8 @@ impl Courtesy {
     const PERIOD: Duration = Duration::from_secs(1);
     /// Bytes that are copied in one call.
     const PIECE: usize = 1024 * 1024;
-    /// To programs that compute without end a message gives way only once or twice, or it would hardly ever arrive.
+    /// To programs that compute without end a message gives way only once or twice, or it would hardly ever
+    /// arrive.
     const MOST: Duration = Duration::from_millis(2);
 
     /// An action is on its way.

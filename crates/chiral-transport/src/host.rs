@@ -8,7 +8,8 @@ use tokio::{
     task::JoinHandle,
 };
 
-/// The runtime that drives a connection. A thread made for it ends when the last clone is dropped; so a task that is to be finished keeps one.
+/// The runtime that drives a connection. A thread made for it ends when the last clone is dropped; so a task
+/// that is to be finished keeps one.
 #[derive(Clone, Debug)]
 pub struct Host {
     runtime: Handle,

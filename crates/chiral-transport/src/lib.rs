@@ -1,8 +1,9 @@
-//! What client and server both need with a socket, and neither alone: WebSocket frames over any byte stream, threads for connections, and the host's
-//! clock and name.
+//! What client and server both need with a socket, and neither alone: WebSocket frames over any byte stream,
+//! threads for connections, and the host's clock and name.
 //!
-//! The opening handshake is not here: each end does its own, by a library. Afterwards the bytes are ours: an observation of 17 MB is written from the
-//! sensors' memory and read into the memory that the policy will look at.
+//! The opening handshake is not here: each end does its own, by a library. Afterwards the bytes are ours: an
+//! observation of 17 MB is written from the sensors' memory and read into the memory that the policy will
+//! look at.
 
 mod clock;
 mod courtesy;

@@ -1,4 +1,5 @@
-//! Reads WebSocket frames (RFC 6455, section 5): a large message straight into pooled, aligned memory, which the message then keeps.
+//! Reads WebSocket frames (RFC 6455, section 5): a large message straight into pooled, aligned memory, which
+//! the message then keeps.
 
 use std::{io, sync::Arc};
 
@@ -59,7 +60,12 @@ struct Header {
 
 impl<R: AsyncRead + Unpin> Reader<R> {
     /// A reader whose first bytes are those that the handshake has read too many.
-    pub(crate) fn new(stream: R, read_already: &[u8], options: &WebSocketOptions, silence: Arc<Silence>) -> Reader<R> {
+    pub(crate) fn new(
+        stream: R,
+        read_already: &[u8],
+        options: &WebSocketOptions,
+        silence: Arc<Silence>,
+    ) -> Reader<R> {
         let WebSocketOptions { role, max_message, pool, courtesy, .. } = options.clone();
         let mut ahead = vec![0; READ_AHEAD.max(read_already.len())];
         ahead[..read_already.len()].copy_from_slice(read_already);
@@ -122,10 +128,15 @@ impl<R: AsyncRead + Unpin> Reader<R> {
             len => u64::from(len),
         };
         let so_far: usize = self.fragments.iter().flatten().map(Bytes::len).sum();
-        let limit = if opcode.is_control() { MAX_CONTROL } else { self.max_message - so_far.min(self.max_message) };
+        let limit =
+            if opcode.is_control() { MAX_CONTROL } else { self.max_message - so_far.min(self.max_message) };
         let len = usize::try_from(len).ok().filter(|len| *len <= limit).ok_or_else(|| {
             let found = format!("{} bytes", len.saturating_add(so_far as u64));
-            let expected = if opcode.is_control() { "control frames of at most 125 bytes" } else { "a message within the limit" };
+            let expected = if opcode.is_control() {
+                "control frames of at most 125 bytes"
+            } else {
+                "a message within the limit"
+            };
             violation(expected, found)
         })?;
         let mask = match (self.role, second & 0x80 != 0) {

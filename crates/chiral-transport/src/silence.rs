@@ -13,7 +13,8 @@ use tokio::time::{Instant, sleep};
 /// A limit that became shorter is noticed within this.
 const LOOK_PERIOD: Duration = Duration::from_secs(1);
 
-/// How long a silence may last, as long as who knows what is waited for says nothing else. A clone is the same.
+/// How long a silence may last, as long as who knows what is waited for says nothing else. A clone is the
+/// same.
 #[derive(Clone, Debug, Default)]
 pub struct Patience(Arc<AtomicU64>);
 
@@ -62,7 +63,10 @@ impl Silence {
     /// Returns once it has lasted for as long as `patience` says by then.
     pub(crate) async fn outlasts(&self, patience: &Patience) {
         loop {
-            let silent_for = self.began.elapsed().saturating_sub(Duration::from_nanos(self.last_word.load(Ordering::Relaxed)));
+            let silent_for = self
+                .began
+                .elapsed()
+                .saturating_sub(Duration::from_nanos(self.last_word.load(Ordering::Relaxed)));
             match patience.limit().checked_sub(silent_for) {
                 None | Some(Duration::ZERO) => return,
                 Some(rest) => sleep(rest.min(LOOK_PERIOD)).await,

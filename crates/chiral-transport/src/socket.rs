@@ -1,4 +1,5 @@
-//! A WebSocket after its handshake, as a transport: one task reads, one writes, and neither waits for the other.
+//! A WebSocket after its handshake, as a transport: one task reads, one writes, and neither waits for the
+//! other.
 
 use std::{
     pin::pin,
@@ -77,7 +78,8 @@ pub struct WebSocketOptions {
 pub struct WebSocketTransport<S> {
     reader: Mutex<Reader<ReadHalf<S>>>,
     writer: Mutex<Writer<WriteHalf<S>>>,
-    /// What is owed to the other side: written by whoever holds the writer, between two messages and never within one.
+    /// What is owed to the other side: written by whoever holds the writer, between two messages and never
+    /// within one.
     owed: StdMutex<Owed>,
     /// Of the other side: nothing comes from it, nor does it take anything of a message.
     silence: Arc<Silence>,
@@ -110,15 +112,19 @@ impl<S: AsyncRead + AsyncWrite> WebSocketTransport<S> {
         }
     }
 
-    /// From now on, pings a peer from which nothing comes, and gives the connection up when its patience is over: for peers that may rightly have
-    /// nothing to say for long. Whoever waits in `recv` is told.
+    /// From now on, pings a peer from which nothing comes, and gives the connection up when its patience is
+    /// over: for peers that may rightly have nothing to say for long. Whoever waits in `recv` is told.
     #[must_use]
     pub fn pinging(self, patience: Patience) -> WebSocketTransport<S> {
         WebSocketTransport { patience: Some(patience), ..self }
     }
 
     /// What the other side says next, pinging it meanwhile.
-    async fn next(&self, reader: &mut Reader<ReadHalf<S>>, patience: &Patience) -> Result<Event, TransportError> {
+    async fn next(
+        &self,
+        reader: &mut Reader<ReadHalf<S>>,
+        patience: &Patience,
+    ) -> Result<Event, TransportError> {
         let mut next = pin!(reader.next());
         loop {
             tokio::select! {
@@ -179,7 +185,8 @@ impl<S: AsyncRead + AsyncWrite> WebSocketTransport<S> {
 
     /// Writes what is owed, unless somebody else holds the writer, who then does it.
     async fn pay(&self) -> Result<(), TransportError> {
-        // Looked at again after the writer is free: a ping may have come between its holder's last look and its letting go.
+        // Looked at again after the writer is free: a ping may have come between its holder's last look and
+        // its letting go.
         while self.owes()
             && let Ok(mut writer) = self.writer.try_lock()
         {

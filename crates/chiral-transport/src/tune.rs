@@ -5,12 +5,13 @@ use std::{net::SocketAddr, time::Duration};
 use socket2::SockRef;
 use tokio::net::TcpStream;
 
-/// So much may wait in the socket without having been sent. More would only be older pixels when its turn comes; much less, and the link would idle
-/// while this process is woken.
+/// So much may wait in the socket without having been sent. More would only be older pixels when its turn
+/// comes; much less, and the link would idle while this process is woken.
 const MAX_UNSENT: u32 = 256 * 1024;
 
-/// Sends at once what is to be sent, takes no more than is about to be sent, and between two processes of one host does without a congestion control made
-/// for networks (BBR takes 2.5 times as long there as Reno). As far as the system allows: a socket that refuses works all the same.
+/// Sends at once what is to be sent, takes no more than is about to be sent, and between two processes of one
+/// host does without a congestion control made for networks (BBR takes 2.5 times as long there as Reno). As
+/// far as the system allows: a socket that refuses works all the same.
 pub fn tune(stream: &TcpStream, peer: SocketAddr) {
     let socket = SockRef::from(stream);
     let _ = socket.set_tcp_nodelay(true);
@@ -23,8 +24,8 @@ pub fn tune(stream: &TcpStream, peer: SocketAddr) {
     }
 }
 
-/// Breaks the connection once what was sent has not been acknowledged for so long: the other host is gone, whatever its processes are doing. Where the
-/// system knows no such limit, a silence tells, later.
+/// Breaks the connection once what was sent has not been acknowledged for so long: the other host is gone,
+/// whatever its processes are doing. Where the system knows no such limit, a silence tells, later.
 pub fn lose_after(stream: &TcpStream, limit: Duration) {
     #[cfg(target_os = "linux")]
     {

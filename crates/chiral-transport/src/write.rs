@@ -1,4 +1,5 @@
-//! Writes WebSocket frames (RFC 6455, section 5): a message's segments as they are, in one vectored write as far as the stream takes it.
+//! Writes WebSocket frames (RFC 6455, section 5): a message's segments as they are, in one vectored write as
+//! far as the stream takes it.
 
 use std::{
     future::poll_fn,
@@ -24,13 +25,15 @@ const MAX_HEADER: usize = 14;
 /// A write is handed to the kernel in as many segments at once.
 const MAX_SLICES: usize = 32;
 
-/// The writing half of a socket. After a write was dropped half done nothing more is written, since nobody could make sense of it.
+/// The writing half of a socket. After a write was dropped half done nothing more is written, since nobody
+/// could make sense of it.
 #[derive(Debug)]
 pub(crate) struct Writer<W> {
     stream: W,
     masks: Option<Masks>,
     courtesy: Courtesy,
-    /// Of the other side, which ends whenever it takes some of a message. Pings are no messages: they would fit into the socket for ever.
+    /// Of the other side, which ends whenever it takes some of a message. Pings are no messages: they would
+    /// fit into the socket for ever.
     silence: Arc<Silence>,
     is_within_frame: bool,
 }
@@ -66,7 +69,8 @@ impl<W: AsyncWrite + Unpin> Writer<W> {
                 let mut slices = Vec::with_capacity(1 + segments.len());
                 slices.push(IoSlice::new(&header[..header_len]));
                 slices.extend(segments.iter().map(|segment| IoSlice::new(segment)));
-                write_all_vectored(&mut self.stream, &mut slices, self.courtesy.pieces(), &self.silence).await?;
+                write_all_vectored(&mut self.stream, &mut slices, self.courtesy.pieces(), &self.silence)
+                    .await?;
             }
         }
         self.end().await
@@ -89,7 +93,10 @@ impl<W: AsyncWrite + Unpin> Writer<W> {
 
     fn begin(&mut self) -> io::Result<()> {
         if self.is_within_frame {
-            return Err(io::Error::new(io::ErrorKind::BrokenPipe, "an earlier message was given up half written"));
+            return Err(io::Error::new(
+                io::ErrorKind::BrokenPipe,
+                "an earlier message was given up half written",
+            ));
         }
         self.is_within_frame = true;
         Ok(())
@@ -189,7 +196,11 @@ async fn write_all_vectored(
 }
 
 /// The first bytes of `slices`, at most `size` of them.
-fn head<'a, 'b>(slices: &'a [IoSlice<'_>], size: usize, piece: &'b mut [IoSlice<'a>; MAX_SLICES]) -> &'b [IoSlice<'a>] {
+fn head<'a, 'b>(
+    slices: &'a [IoSlice<'_>],
+    size: usize,
+    piece: &'b mut [IoSlice<'a>; MAX_SLICES],
+) -> &'b [IoSlice<'a>] {
     let mut left = size;
     let mut count = 0;
     for (slice, place) in slices.iter().zip(piece.iter_mut()) {

@@ -3,8 +3,8 @@
 #![allow(clippy::unwrap_used, reason = "helpers of tests, too, fail by panicking")]
 
 use bytes::Bytes;
-use chiral_transport::{Courtesy, Role, WebSocketOptions, WebSocketTransport};
 use chiral_proto::{Codec, Frame, Transport, TransportError, error::chain, pool::Pool};
+use chiral_transport::{Courtesy, Role, WebSocketOptions, WebSocketTransport};
 use futures_util::{FutureExt, SinkExt, StreamExt};
 use tokio::io::{AsyncReadExt, AsyncWriteExt, DuplexStream, duplex};
 use tokio_tungstenite::{
@@ -38,7 +38,8 @@ async fn theirs(stream: DuplexStream, role: Role) -> WebSocketStream<DuplexStrea
         Role::Client => protocol::Role::Server,
         Role::Server => protocol::Role::Client,
     };
-    let config = protocol::WebSocketConfig::default().max_frame_size(Some(LIMIT)).max_message_size(Some(LIMIT));
+    let config =
+        protocol::WebSocketConfig::default().max_frame_size(Some(LIMIT)).max_message_size(Some(LIMIT));
     WebSocketStream::from_raw_socket(stream, role, Some(config)).await
 }
 
@@ -106,13 +107,15 @@ async fn what_was_read_with_the_handshake_comes_first_wherever_it_ends() {
         for size in sizes {
             begins.push(bytes.len());
             library.send(Message::Binary(data(size))).await.unwrap();
-            let header = if size > 0xffff { 10 } else { 2 + 2 * usize::from(size > 125) } + 4 * usize::from(role == Role::Server);
+            let header = if size > 0xffff { 10 } else { 2 + 2 * usize::from(size > 125) }
+                + 4 * usize::from(role == Role::Server);
             let mut written = vec![0; header + size];
             b.read_exact(&mut written).await.unwrap();
             bytes.extend_from_slice(&written);
         }
         let within_headers = begins.iter().flat_map(|begin| (0..15).map(move |more| begin + more));
-        let ends = within_headers.chain([4_000, 8 * 1024 - 1, 8 * 1024, 8 * 1024 + 1, 50_000]).chain([bytes.len()]);
+        let ends =
+            within_headers.chain([4_000, 8 * 1024 - 1, 8 * 1024, 8 * 1024 + 1, 50_000]).chain([bytes.len()]);
         for end in ends.filter(|end| *end <= bytes.len()) {
             let (read_already, rest) = bytes.split_at(end);
             let (a, mut b) = duplex(1 << 20);
@@ -121,7 +124,10 @@ async fn what_was_read_with_the_handshake_comes_first_wherever_it_ends() {
             let ours = ours_after(read_already, a, role);
             for size in sizes {
                 let received = ours.recv().await.unwrap().unwrap();
-                assert!(received.into_bytes() == data(size), "{role:?}, {end} bytes read already: the message of {size}");
+                assert!(
+                    received.into_bytes() == data(size),
+                    "{role:?}, {end} bytes read already: the message of {size}"
+                );
             }
             assert!(ours.recv().await.is_err(), "{role:?}, {end} bytes read already: there is no more");
         }
@@ -136,7 +142,8 @@ async fn after_a_message_was_given_up_half_written_nothing_more_is_written() {
         theirs.send(Message::Ping("are you there".into())).await.unwrap();
         assert!(ours.send(data(100_000).into()).now_or_never().is_none(), "half of it does not fit");
         let hearing = tokio::spawn(async move { theirs.collect::<Vec<_>>().await });
-        // Now there is room again, but for nothing that the other side could make sense of: no message, no pong, no close.
+        // Now there is room again, but for nothing that the other side could make sense of: no message, no
+        // pong, no close.
         let refused = ours.send(data(3).into()).await.unwrap_err();
         assert!(chain(&refused).contains("half written"), "{refused:?}");
         assert!(ours.recv().await.is_err(), "the ping cannot be answered");
@@ -155,7 +162,9 @@ async fn a_message_that_was_given_up_before_its_turn_leaves_no_trace() {
     tokio::pin!(sending);
     assert!(sending.as_mut().now_or_never().is_none());
     assert!(ours.send(data(2).into()).now_or_never().is_none(), "it is not its turn");
-    let hearing = async { [theirs.next().await, theirs.next().await].map(|message| message.unwrap().unwrap().into_data().len()) };
+    let hearing = async {
+        [theirs.next().await, theirs.next().await].map(|message| message.unwrap().unwrap().into_data().len())
+    };
     let rest = async {
         sending.await.unwrap();
         ours.send(data(3).into()).await.unwrap();
@@ -240,19 +249,30 @@ fn frame(first: u8, payload: &[u8]) -> Vec<u8> {
 
 #[tokio::test]
 async fn fragments_are_joined_and_control_frames_may_lie_between() {
-    let bytes =
-        [frame(0x02, b"one "), frame(0x89, b"ping"), frame(0x00, b"and "), frame(0x8a, b""), frame(0x80, b"one")].concat();
+    let bytes = [
+        frame(0x02, b"one "),
+        frame(0x89, b"ping"),
+        frame(0x00, b"and "),
+        frame(0x8a, b""),
+        frame(0x80, b"one"),
+    ]
+    .concat();
     assert_eq!(check(&bytes).await.unwrap().unwrap(), b"one and one");
     let many = [frame(0x02, b"one"), frame(0x00, b"").repeat(20_000), frame(0x80, b" and one")].concat();
     assert_eq!(check(&many).await.unwrap().unwrap(), b"one and one", "empty ones take no room");
-    assert_eq!(check(&[0x82, 0x83, 1, 2, 3, 4, b'a' ^ 1, b'b' ^ 2, b'c' ^ 3]).await.unwrap().unwrap(), b"abc", "masked");
+    assert_eq!(
+        check(&[0x82, 0x83, 1, 2, 3, 4, b'a' ^ 1, b'b' ^ 2, b'c' ^ 3]).await.unwrap().unwrap(),
+        b"abc",
+        "masked"
+    );
     assert_eq!(check_as(Role::Client, &[0x82, 0x03, b'a', b'b', b'c']).await.unwrap().unwrap(), b"abc");
 }
 
 #[tokio::test]
 async fn what_breaks_the_rules_is_an_error_that_says_which() {
     let too_long = [&[0x82, 0xff][..], &(LIMIT as u64 + 1).to_be_bytes(), &[0; 4]].concat();
-    let too_long_in_sum = [frame(0x02, b"a"), [&[0x80, 0xff][..], &(LIMIT as u64).to_be_bytes(), &[0; 4]].concat()].concat();
+    let too_long_in_sum =
+        [frame(0x02, b"a"), [&[0x80, 0xff][..], &(LIMIT as u64).to_be_bytes(), &[0; 4]].concat()].concat();
     let huge = [&[0x82, 0xff][..], &[0xff; 8], &[0; 4]].concat();
     let too_many = [frame(0x02, b"a"), frame(0x00, b"a").repeat(16 * 1024)].concat();
     let cases: [(&str, Vec<u8>); 15] = [

@@ -41,8 +41,12 @@ impl Spread {
     fn of(rounds: &[f64]) -> Spread {
         let mut sorted = rounds.to_vec();
         sorted.sort_unstable_by(f64::total_cmp);
-        let at =
-            |part: f64| sorted.get(((sorted.len() as f64 - 1.0) * part).round().max(0.0) as usize).copied().unwrap_or(f64::NAN);
+        let at = |part: f64| {
+            sorted
+                .get(((sorted.len() as f64 - 1.0) * part).round().max(0.0) as usize)
+                .copied()
+                .unwrap_or(f64::NAN)
+        };
         Spread { p25: at(0.25), p50: at(0.5), p75: at(0.75) }
     }
 
@@ -56,7 +60,8 @@ impl Figures {
         self.all.extend(measured.into_iter().map(|measured| (cores, measured)));
     }
 
-    /// Baselines stand by themselves, what was measured of Chiral beside each of its baselines. A row of another path than WebSocket says which.
+    /// Baselines stand by themselves, what was measured of Chiral beside each of its baselines. A row of
+    /// another path than WebSocket says which.
     pub(super) fn rows(&self) -> Vec<Row> {
         let mut rows = Vec::new();
         for (cores, measured) in &self.all {
@@ -64,11 +69,13 @@ impl Figures {
             let raw = self.raw(*cores, measured);
             let naive = self.find(*cores, measured, &measured.workload, &["naive"]);
             let asked = self.find(*cores, measured, &measured.workload, &["asked"]);
-            let idle = self.find(*cores, measured, "idle", &["chiral"]).filter(|_| measured.workload != "idle");
-            let [query, put, protobuf, zenoh] = ["zenoh_query", "zenoh_put", "chiral", "zenoh_tcp"].map(|name| {
-                let found = self.find(*cores, measured, &measured.workload, &[name]);
-                found.map(|spread| (name, spread))
-            });
+            let idle =
+                self.find(*cores, measured, "idle", &["chiral"]).filter(|_| measured.workload != "idle");
+            let [query, put, protobuf, zenoh] =
+                ["zenoh_query", "zenoh_put", "chiral", "zenoh_tcp"].map(|name| {
+                    let found = self.find(*cores, measured, &measured.workload, &[name]);
+                    found.map(|spread| (name, spread))
+                });
             let row = |name: &str, against: Option<(&'static str, Spread)>| Row {
                 row: name.to_owned(),
                 workload: measured.workload.clone(),
@@ -143,18 +150,26 @@ mod tests {
 
     fn measured(workload: &str, path: &str, rounds: &[f64]) -> Measured {
         let [row, metric] = ["get_obs", "p50_ms"].map(str::to_owned);
-        Measured { row, workload: workload.to_owned(), path: path.to_owned(), metric, rounds: rounds.to_vec() }
+        Measured {
+            row,
+            workload: workload.to_owned(),
+            path: path.to_owned(),
+            metric,
+            rounds: rounds.to_vec(),
+        }
     }
 
     #[test]
     fn a_ratio_is_against_the_better_baseline() {
         let mut figures = Figures::default();
-        let paths = [("raw_blocking", [4.0, 5.0, 9.0]), ("raw_tokio", [3.9, 4.0, 4.1]), ("naive", [7.0, 8.0, 9.0])];
+        let paths =
+            [("raw_blocking", [4.0, 5.0, 9.0]), ("raw_tokio", [3.9, 4.0, 4.1]), ("naive", [7.0, 8.0, 9.0])];
         figures.add(Cores::Two, paths.iter().map(|(path, rounds)| measured("L", path, rounds)).collect());
         figures.add(Cores::Two, vec![measured("L", "chiral", &[5.0, 6.0, 6.0])]);
         figures.add(Cores::One, vec![measured("L", "raw_tokio", &[1.0])]);
         let rows = figures.rows();
-        let ours: Vec<_> = rows.iter().filter(|row| row.row == "get_obs").map(|row| (row.against, row.ratio)).collect();
+        let ours: Vec<_> =
+            rows.iter().filter(|row| row.row == "get_obs").map(|row| (row.against, row.ratio)).collect();
         assert_eq!(ours, [(Some("raw_tcp"), Some(1.5)), (Some("naive"), Some(0.75))]);
     }
 
@@ -179,7 +194,10 @@ mod tests {
     #[test]
     fn a_baseline_that_spreads_is_noisy() {
         let mut figures = Figures::default();
-        figures.add(Cores::Two, vec![measured("S", "raw_tokio", &[1.0, 1.0, 2.0, 3.0, 3.0]), measured("S", "chiral", &[2.0])]);
+        figures.add(
+            Cores::Two,
+            vec![measured("S", "raw_tokio", &[1.0, 1.0, 2.0, 3.0, 3.0]), measured("S", "chiral", &[2.0])],
+        );
         assert!(figures.rows().iter().all(|row| row.noisy));
     }
 }

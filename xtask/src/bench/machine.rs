@@ -1,4 +1,5 @@
-//! What the figures depend on and the bench cannot change: time stolen by neighbours, and TCP's congestion control.
+//! What the figures depend on and the bench cannot change: time stolen by neighbours, and TCP's congestion
+//! control.
 
 use std::fs;
 use std::time::Instant;
@@ -18,13 +19,23 @@ impl Machine {
     pub(super) fn look() -> Result<Machine> {
         let read = |path: &str| fs::read_to_string(path).with_context(|| format!("reading {path}"));
         let stat = read("/proc/stat")?;
-        let fields: Vec<u64> =
-            stat.lines().next().unwrap_or_default().split_whitespace().filter_map(|field| field.parse().ok()).collect();
+        let fields: Vec<u64> = stat
+            .lines()
+            .next()
+            .unwrap_or_default()
+            .split_whitespace()
+            .filter_map(|field| field.parse().ok())
+            .collect();
         // What guests took, the fields after steal, is within user time already.
         let all = fields.iter().take(8).sum();
         let congestion_control = read("/proc/sys/net/ipv4/tcp_congestion_control")?.trim().to_owned();
         let cores = std::thread::available_parallelism().context("counting cores")?.get();
-        Ok(Machine { at: Instant::now(), congestion_control, cores, ticks: [all, fields.get(7).copied().unwrap_or(0)] })
+        Ok(Machine {
+            at: Instant::now(),
+            congestion_control,
+            cores,
+            ticks: [all, fields.get(7).copied().unwrap_or(0)],
+        })
     }
 
     /// In words, what happened since.

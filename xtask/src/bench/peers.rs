@@ -54,7 +54,8 @@ impl Peers {
         let mut command = Command::new(&self.program);
         command.args(["--cpu", "0", "serve", workload]);
         let answer = self.logs.join("server.json");
-        let mut running = Running::start("server", &mut command, &self.logs.join("server.log"), Some(&answer))?;
+        let mut running =
+            Running::start("server", &mut command, &self.logs.join("server.log"), Some(&answer))?;
         let deadline = Instant::now() + START;
         loop {
             let said = fs::read_to_string(&answer).context("reading what the server said")?;
@@ -71,7 +72,13 @@ impl Peers {
     }
 
     /// Has a client measure, on the server's core or on the next.
-    pub(super) fn measure(&mut self, server: &mut Server, what: &str, cores: Cores, rounds: usize) -> Result<Vec<Measured>> {
+    pub(super) fn measure(
+        &mut self,
+        server: &mut Server,
+        what: &str,
+        cores: Cores,
+        rounds: usize,
+    ) -> Result<Vec<Measured>> {
         let cpu = if cores == Cores::One { "0" } else { "1" };
         let mut command = Command::new(&self.program);
         command.args(["--cpu", cpu, "measure", what, &server.control, "--rounds", &rounds.to_string()]);
@@ -80,9 +87,23 @@ impl Peers {
     }
 
     /// Has a client stream over this path for so long.
-    pub(super) fn soak(&mut self, server: &mut Server, path: &str, length: Duration) -> Result<Vec<Measured>> {
+    pub(super) fn soak(
+        &mut self,
+        server: &mut Server,
+        path: &str,
+        length: Duration,
+    ) -> Result<Vec<Measured>> {
         let mut command = Command::new(&self.program);
-        command.args(["--cpu", "1", "soak", &server.control, "--over", path, "--seconds", &length.as_secs().to_string()]);
+        command.args([
+            "--cpu",
+            "1",
+            "soak",
+            &server.control,
+            "--over",
+            path,
+            "--seconds",
+            &length.as_secs().to_string(),
+        ]);
         let title = format!("{} s of {} over {path}", length.as_secs(), server.workload);
         self.run(&mut command, &title, LIMIT + length).with_context(|| server.running.tail())
     }
@@ -104,6 +125,8 @@ impl Peers {
         }
         println!("{title}: {:.1} s", began.elapsed().as_secs_f64());
         let said = fs::read_to_string(&answer).context("reading what the client measured")?;
-        said.lines().map(|line| serde_json::from_str(line).with_context(|| format!("reading {line:?}"))).collect()
+        said.lines()
+            .map(|line| serde_json::from_str(line).with_context(|| format!("reading {line:?}")))
+            .collect()
     }
 }

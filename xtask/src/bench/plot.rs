@@ -29,10 +29,14 @@ const LINES: [(&str, &str); 5] = [
 impl Curve {
     /// The round trips at one size.
     pub(super) fn add(&mut self, bytes: f64, rows: &[Row]) {
-        let of = |name: &str| rows.iter().filter(|row| row.row == name && row.metric == "p50_ms").map(|row| row.value).next();
+        let of = |name: &str| {
+            rows.iter().filter(|row| row.row == name && row.metric == "p50_ms").map(|row| row.value).next()
+        };
         let raw = ["get_obs.raw_blocking", "get_obs.raw_tokio"].into_iter().filter_map(of).reduce(f64::min);
         let ours = ["get_obs", "get_obs.zenoh_tcp", "get_obs.zenoh_shm"];
-        for (line, value) in self.lines.iter_mut().zip(ours.map(of).into_iter().chain([of("get_obs.naive"), raw])) {
+        for (line, value) in
+            self.lines.iter_mut().zip(ours.map(of).into_iter().chain([of("get_obs.naive"), raw]))
+        {
             line.extend(value.map(|ms| (bytes, ms)));
         }
     }
@@ -46,10 +50,14 @@ pub(super) fn svg(curve: &Curve) -> String {
     );
     grid(&mut text);
     for (i, ((name, color), points)) in LINES.iter().zip(&curve.lines).enumerate() {
-        let path: Vec<String> = points.iter().map(|&(bytes, ms)| format!("{:.1},{:.1}", x(bytes), y(ms))).collect();
+        let path: Vec<String> =
+            points.iter().map(|&(bytes, ms)| format!("{:.1},{:.1}", x(bytes), y(ms))).collect();
         put(
             &mut text,
-            format_args!("<polyline fill=\"none\" stroke=\"{color}\" stroke-width=\"2\" points=\"{}\"/>", path.join(" ")),
+            format_args!(
+                "<polyline fill=\"none\" stroke=\"{color}\" stroke-width=\"2\" points=\"{}\"/>",
+                path.join(" ")
+            ),
         );
         for point in &path {
             let (cx, cy) = point.split_once(',').unwrap_or_default();
@@ -57,7 +65,13 @@ pub(super) fn svg(curve: &Curve) -> String {
         }
         let at = MARGIN + 24.0 + 20.0 * i as f64;
         let left = MARGIN + 16.0;
-        put(&mut text, format_args!("<rect x=\"{left}\" y=\"{}\" width=\"18\" height=\"3\" fill=\"{color}\"/>", at - 5.0));
+        put(
+            &mut text,
+            format_args!(
+                "<rect x=\"{left}\" y=\"{}\" width=\"18\" height=\"3\" fill=\"{color}\"/>",
+                at - 5.0
+            ),
+        );
         put(&mut text, format_args!("<text x=\"{}\" y=\"{at}\">{name}</text>", left + 26.0));
     }
     text.push_str("</svg>\n");
@@ -69,16 +83,34 @@ fn grid(text: &mut String) {
     let decades = |[from, to]: [f64; 2]| (from as i32..=to as i32).map(|decade| 10_f64.powi(decade));
     for (bytes, label) in decades(BYTES).zip(["1 kB", "10 kB", "100 kB", "1 MB", "10 MB", "100 MB"]) {
         let at = x(bytes);
-        put(text, format_args!("<line x1=\"{at}\" y1=\"{top}\" x2=\"{at}\" y2=\"{bottom}\" stroke=\"#ddd\"/>"));
-        put(text, format_args!("<text x=\"{at}\" y=\"{}\" text-anchor=\"middle\">{label}</text>", bottom + 20.0));
+        put(
+            text,
+            format_args!("<line x1=\"{at}\" y1=\"{top}\" x2=\"{at}\" y2=\"{bottom}\" stroke=\"#ddd\"/>"),
+        );
+        put(
+            text,
+            format_args!("<text x=\"{at}\" y=\"{}\" text-anchor=\"middle\">{label}</text>", bottom + 20.0),
+        );
     }
     for (ms, label) in decades(MS).zip(["10 µs", "100 µs", "1 ms", "10 ms", "100 ms"]) {
         let at = y(ms);
-        put(text, format_args!("<line x1=\"{left}\" y1=\"{at}\" x2=\"{right}\" y2=\"{at}\" stroke=\"#ddd\"/>"));
-        put(text, format_args!("<text x=\"{}\" y=\"{}\" text-anchor=\"end\">{label}</text>", left - 8.0, at + 4.0));
+        put(
+            text,
+            format_args!("<line x1=\"{left}\" y1=\"{at}\" x2=\"{right}\" y2=\"{at}\" stroke=\"#ddd\"/>"),
+        );
+        put(
+            text,
+            format_args!("<text x=\"{}\" y=\"{}\" text-anchor=\"end\">{label}</text>", left - 8.0, at + 4.0),
+        );
     }
     let middle = (left + right) / 2.0;
-    put(text, format_args!("<text x=\"{middle}\" y=\"{}\" text-anchor=\"middle\">observation</text>", bottom + 44.0));
+    put(
+        text,
+        format_args!(
+            "<text x=\"{middle}\" y=\"{}\" text-anchor=\"middle\">observation</text>",
+            bottom + 44.0
+        ),
+    );
     put(
         text,
         format_args!(

@@ -9,7 +9,9 @@ use crate::table::table;
 
 /// Every figure, and then those that have a target.
 pub(super) fn tables(rows: &[Row]) -> String {
-    let mut figures = vec![heading(&["row", "workload", "cores", "metric", "median", "p25", "p75", "ratio", "against", ""])];
+    let mut figures = vec![heading(&[
+        "row", "workload", "cores", "metric", "median", "p25", "p75", "ratio", "against", "",
+    ])];
     let mut judged = vec![heading(&["target", "workload", "cores", "metric", "found", "must", ""])];
     for row in rows {
         let number = |value: f64| digits(value);
@@ -21,10 +23,19 @@ pub(super) fn tables(rows: &[Row]) -> String {
         cells.extend([ratio, row.against.unwrap_or("-").to_owned(), noisy.to_owned()]);
         figures.push(cells);
         if let Some((must, found, met)) = targets::judge(row) {
-            let name = row.against.map_or_else(|| row.row.clone(), |against| format!("{} / {against}", row.row));
+            let name =
+                row.against.map_or_else(|| row.row.clone(), |against| format!("{} / {against}", row.row));
             let verdict = [if met { "met" } else { "missed" }, noisy].join(" ");
             let found = format!("{found:.3}");
-            judged.push(vec![name, row.workload.clone(), cores, row.metric.clone(), found, must.to_string(), verdict]);
+            judged.push(vec![
+                name,
+                row.workload.clone(),
+                cores,
+                row.metric.clone(),
+                found,
+                must.to_string(),
+                verdict,
+            ]);
         }
     }
     format!("{}\n{}", table(&figures), table(&judged))

@@ -93,7 +93,8 @@ impl std::fmt::Display for Bound {
 /// The target of this row, what is held against it, and whether that is met; `None` where nothing is asked.
 pub(super) fn judge(row: &Row) -> Option<(Bound, f64, bool)> {
     let target = TARGETS.iter().find(|target| {
-        (target.row, target.workload, target.metric, target.cores) == (&*row.row, &*row.workload, &*row.metric, row.cores)
+        (target.row, target.workload, target.metric, target.cores)
+            == (&*row.row, &*row.workload, &*row.metric, row.cores)
             && target.against == row.against
     })?;
     let found = row.ratio.unwrap_or(row.value);

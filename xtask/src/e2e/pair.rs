@@ -49,11 +49,13 @@ struct Processes {
 }
 
 impl Pair {
-    /// Plays until the client ends: it must succeed, and the robot must then leave when asked to. Returns what the client printed on stdout.
+    /// Plays until the client ends: it must succeed, and the robot must then leave when asked to. Returns
+    /// what the client printed on stdout.
     ///
     /// # Errors
     ///
-    /// Whatever went wrong, with the ends of all logs; what the client had printed until then comes with it in any case.
+    /// Whatever went wrong, with the ends of all logs; what the client had printed until then comes with it
+    /// in any case.
     pub(super) fn play(mut self) -> (Result<()>, String) {
         let mut processes = Processes::default();
         let played = self.play_with(&mut processes).map_err(|error| {
@@ -74,7 +76,8 @@ impl Pair {
         fs::write(self.answer(), "").context("emptying the client's answer")?;
 
         if let Some(command) = &mut self.router {
-            let router = router.insert(Running::start("router", command, &self.logs.join("router.log"), None)?);
+            let router =
+                router.insert(Running::start("router", command, &self.logs.join("router.log"), None)?);
             router.wait_until_it_listens(self.address, deadline)?;
         }
         let (robot, client) = if self.client_first {
@@ -123,7 +126,8 @@ mod tests {
         command
     }
 
-    /// Plays two scripts; what goes wrong must be told with these words, and the answer is what the client printed in any case.
+    /// Plays two scripts; what goes wrong must be told with these words, and the answer is what the client
+    /// printed in any case.
     fn check(name: &str, robot: &str, client: &str, answer: &str, complaints: &[&str]) {
         let logs = std::env::temp_dir().join(format!("xtask-pair-{}-{name}", std::process::id()));
         let pair = Pair {
@@ -151,7 +155,13 @@ mod tests {
         let untidy = "trap 'exit 5' INT; while :; do sleep 0.02; done";
         let cases: [(&str, &str, &str, &str, &[&str]); 6] = [
             ("good", ROBOT, "sleep 0.7; echo '{}'", "{}\n", &[]),
-            ("eager", ROBOT, "exit 1", "", &["started before its robot", "the client ended too early", "(said nothing)"]),
+            (
+                "eager",
+                ROBOT,
+                "exit 1",
+                "",
+                &["started before its robot", "the client ended too early", "(said nothing)"],
+            ),
             (
                 "failing",
                 ROBOT,

@@ -82,7 +82,11 @@ impl Report {
             // Over msgpack, nobody compares clocks.
             "stream" if self.codec == "msgpack" => vec![("obs_hz", self.obs_hz)],
             "stream" => {
-                vec![("obs_hz", self.obs_hz), ("obs_age_ms_p50", self.obs_age_ms_p50), ("obs_age_ms_p99", self.obs_age_ms_p99)]
+                vec![
+                    ("obs_hz", self.obs_hz),
+                    ("obs_age_ms_p50", self.obs_age_ms_p50),
+                    ("obs_age_ms_p99", self.obs_age_ms_p99),
+                ]
             }
             _ => vec![("step_ms_p50", self.step_ms_p50), ("step_ms_p99", self.step_ms_p99)],
         }
@@ -96,7 +100,8 @@ mod tests {
     const GOOD: &str = r#"{"client":"async","mode":"stream","transport":"websocket","codec":"protobuf","episodes":2,"successes":2,
         "obs_hz":29.9,"obs_age_ms_p50":3.0,"obs_age_ms_p99":5.0,"step_ms_p50":null,"step_ms_p99":null,"seconds":5.5}"#;
 
-    /// Replaces `from` in a good report, which then must be refused with these words in the message, or accepted where there are none.
+    /// Replaces `from` in a good report, which then must be refused with these words in the message, or
+    /// accepted where there are none.
     fn check(from: &str, to: &str, refusal: &str) {
         let asked = Asked {
             robot: "rust",
@@ -110,7 +115,10 @@ mod tests {
         let result = Report::read(&GOOD.replace(from, to)).and_then(|report| report.check(&asked));
         match result {
             Ok(_) => assert_eq!(refusal, "", "{from} -> {to} was accepted"),
-            Err(error) => assert!(!refusal.is_empty() && format!("{error:#}").contains(refusal), "{from} -> {to}: {error:#}"),
+            Err(error) => assert!(
+                !refusal.is_empty() && format!("{error:#}").contains(refusal),
+                "{from} -> {to}: {error:#}"
+            ),
         }
     }
 

@@ -35,7 +35,8 @@ impl Codec {
         }
     }
 
-    /// The message in `frame`, whose tensors share the frame's memory. Everything that a peer can get wrong is found here.
+    /// The message in `frame`, whose tensors share the frame's memory. Everything that a peer can get wrong
+    /// is found here.
     ///
     /// # Errors
     /// [`DecodeError`], which names the field, what was expected and what was found.

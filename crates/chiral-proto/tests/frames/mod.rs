@@ -1,12 +1,15 @@
-//! The messages behind the frames: `ours` are the golden ones, `pythons` what `golden.py` says in other values. Frames are named for their kind in the
-//! schema's `Header`, variants of a kind with a word after a hyphen.
+//! The messages behind the frames: `ours` are the golden ones, `pythons` what `golden.py` says in other
+//! values. Frames are named for their kind in the schema's `Header`, variants of a kind with a word after a
+//! hyphen.
 
 pub(crate) mod ours;
 pub(crate) mod pythons;
 
 use std::sync::Arc;
 
-use chiral_proto::{Camera, DType, Message, Notice, Proprio, Reply, Request, Tensor, Timestamp, tensor::Element};
+use chiral_proto::{
+    Camera, DType, Message, Notice, Proprio, Reply, Request, Tensor, Timestamp, tensor::Element,
+};
 use nalgebra::{Matrix3, Matrix4};
 
 pub(crate) type Named = (&'static str, Message);
@@ -39,7 +42,14 @@ pub(crate) fn counting(dtype: DType, shape: &[usize], first: u8) -> Tensor {
 }
 
 /// A camera whose K counts up from 1 and whose T counts up from 101, row by row, in steps of `step`.
-pub(crate) fn camera(name: &str, seq: u64, captured_at: i64, step: f64, image: Tensor, depth: Option<Tensor>) -> Arc<Camera> {
+pub(crate) fn camera(
+    name: &str,
+    seq: u64,
+    captured_at: i64,
+    step: f64,
+    image: Tensor,
+    depth: Option<Tensor>,
+) -> Arc<Camera> {
     Arc::new(Camera {
         name: name.into(),
         seq,
@@ -52,5 +62,9 @@ pub(crate) fn camera(name: &str, seq: u64, captured_at: i64, step: f64, image: T
 }
 
 pub(crate) fn proprio(name: &str, captured_at: i64, values: &[f32]) -> Arc<Proprio> {
-    Arc::new(Proprio { name: name.into(), captured_at: Timestamp(captured_at), data: tensor(&[values.len()], values) })
+    Arc::new(Proprio {
+        name: name.into(),
+        captured_at: Timestamp(captured_at),
+        data: tensor(&[values.len()], values),
+    })
 }

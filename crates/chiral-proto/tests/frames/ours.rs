@@ -1,11 +1,12 @@
-//! The messages of the golden frames. Their tensors are tiny, so that the frames make good seeds for the fuzzers.
+//! The messages of the golden frames. Their tensors are tiny, so that the frames make good seeds for the
+//! fuzzers.
 
 use std::sync::Arc;
 
 use bytes::Bytes;
 use chiral_proto::{
-    ActionChunk, ActionMeaning, ActionSpec, CameraSpec, Code, DType, Notice, Observation, ProprioSpec, Reply, Request,
-    StepResult, Timestamp, Value, ValueMap,
+    ActionChunk, ActionMeaning, ActionSpec, CameraSpec, Code, DType, Notice, Observation, ProprioSpec, Reply,
+    Request, StepResult, Timestamp, Value, ValueMap,
     error::Fault,
     message::{ActionMessage, Hello, RobotInfo, Role, Subscribe, Welcome},
     value::map,
@@ -33,12 +34,16 @@ fn requests() -> Vec<Named> {
         attach_token: Bytes::from_static(&[0xff; 16]),
         ..hello.clone()
     };
-    let subscribe = Subscribe { hz: 30.0, cameras: strings(["wrist_cam", "head_cam"]), depth: true, window: 2 };
+    let subscribe =
+        Subscribe { hz: 30.0, cameras: strings(["wrist_cam", "head_cam"]), depth: true, window: 2 };
     vec![
         ("hello", request(1, Request::Hello(hello))),
         ("hello-attaching", request(2, Request::Hello(attaching))),
         ("get_metadata", request(3, Request::GetMetadata)),
-        ("reset", request(4, Request::Reset { seed: Some(0), options: map([("difficulty", Value::Int(2))]) })),
+        (
+            "reset",
+            request(4, Request::Reset { seed: Some(0), options: map([("difficulty", Value::Int(2))]) }),
+        ),
         ("reset-plain", request(5, Request::Reset { seed: None, options: ValueMap::new() })),
         ("get_obs", request(6, Request::GetObs)),
         (
@@ -53,7 +58,13 @@ fn requests() -> Vec<Named> {
             ),
         ),
         ("subscribe", request(8, Request::Subscribe(subscribe))),
-        ("subscribe-all", request(9, Request::Subscribe(Subscribe { hz: 0.5, cameras: Vec::new(), depth: false, window: 1 }))),
+        (
+            "subscribe-all",
+            request(
+                9,
+                Request::Subscribe(Subscribe { hz: 0.5, cameras: Vec::new(), depth: false, window: 1 }),
+            ),
+        ),
         ("unsubscribe", request(u64::MAX, Request::Unsubscribe)),
     ]
 }
@@ -68,7 +79,13 @@ fn replies() -> Vec<Named> {
     };
     let busy = Fault::new(Code::Busy, "the robot is held by Ada's laptop").retryable();
     vec![
-        ("welcome", reply(1, Reply::Welcome(welcome(arm(), Bytes::from_static(b"0123456789abcdef"), "night shift").into()))),
+        (
+            "welcome",
+            reply(
+                1,
+                Reply::Welcome(welcome(arm(), Bytes::from_static(b"0123456789abcdef"), "night shift").into()),
+            ),
+        ),
         ("welcome-bare", reply(2, Reply::Welcome(welcome(bare(), Bytes::new(), "").into()))),
         ("metadata", reply(3, Reply::Metadata(every_value()))),
         ("reset_result", reply(4, Reply::Reset { obs: with_depth(), info: map([("seed", Value::Int(0))]) })),
@@ -81,9 +98,17 @@ fn replies() -> Vec<Named> {
 }
 
 fn notices() -> Vec<Named> {
-    let action =
-        ActionMessage { session: 9, episode: 1, seq: 300, actions: ActionChunk::from([0.1, -0.2, 0.3]), observation_seq: 41 };
-    let refused = Fault { action_seq: 300, ..Fault::new(Code::Stale, "expected episode 2, found 1").field("action.episode") };
+    let action = ActionMessage {
+        session: 9,
+        episode: 1,
+        seq: 300,
+        actions: ActionChunk::from([0.1, -0.2, 0.3]),
+        observation_seq: 41,
+    };
+    let refused = Fault {
+        action_seq: 300,
+        ..Fault::new(Code::Stale, "expected episode 2, found 1").field("action.episode")
+    };
     let [t1, t2, t3] = [-1, 2_000_000_000, i64::MAX].map(Timestamp);
     vec![
         ("observation", notice(Notice::Observation(with_depth()))),
@@ -116,8 +141,10 @@ fn with_depth() -> Arc<Observation> {
 
 /// A camera of every element type, the last without a single pixel.
 fn of_every_dtype() -> Arc<Observation> {
-    let cameras = DType::ALL.map(|dtype| camera(dtype.numpy_name(), 1, 2, 1.0, counting(dtype, &[1, 2, 1], 0), None));
-    let empty = camera("empty", 1, 2, 1.0, counting(DType::U8, &[0, 4, 3], 0), Some(tensor::<f32>(&[0, 4], &[])));
+    let cameras =
+        DType::ALL.map(|dtype| camera(dtype.numpy_name(), 1, 2, 1.0, counting(dtype, &[1, 2, 1], 0), None));
+    let empty =
+        camera("empty", 1, 2, 1.0, counting(DType::U8, &[0, 4, 3], 0), Some(tensor::<f32>(&[0, 4], &[])));
     let cameras = cameras.into_iter().chain([empty]).collect();
     Arc::new(Observation { seq: 1, timestamp: -0.125, cameras, ..Observation::default() })
 }
@@ -143,7 +170,12 @@ fn welcome(robot: RobotInfo, attach_token: Bytes, controller: &str) -> Welcome {
 }
 
 fn arm() -> RobotInfo {
-    let grey = CameraSpec { name: "grey_cam".to_owned(), image_shape: [480, 640, 1], image_dtype: DType::U16, has_depth: false };
+    let grey = CameraSpec {
+        name: "grey_cam".to_owned(),
+        image_shape: [480, 640, 1],
+        image_dtype: DType::U16,
+        has_depth: false,
+    };
     let action_spec = ActionSpec {
         names: strings(["shoulder", "elbow"]),
         low: vec![-2.5, -1.5],
@@ -160,6 +192,7 @@ fn arm() -> RobotInfo {
 
 fn bare() -> RobotInfo {
     let meaning = ActionMeaning::Other("wheel torque".to_owned());
-    let action_spec = ActionSpec { unit: "N m".to_owned(), meaning, ..ActionSpec::joint_positions(1, 1000.0) };
+    let action_spec =
+        ActionSpec { unit: "N m".to_owned(), meaning, ..ActionSpec::joint_positions(1, 1000.0) };
     RobotInfo { name: "bare".to_owned(), cameras: Vec::new(), proprios: Vec::new(), action_spec }
 }

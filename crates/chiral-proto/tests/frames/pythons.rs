@@ -4,8 +4,8 @@ use std::sync::Arc;
 
 use bytes::Bytes;
 use chiral_proto::{
-    ActionChunk, ActionMeaning, ActionSpec, CameraSpec, Code, DType, Message, Notice, Observation, ProprioSpec, Reply, Request,
-    StepResult, Timestamp, Value, ValueMap,
+    ActionChunk, ActionMeaning, ActionSpec, CameraSpec, Code, DType, Message, Notice, Observation,
+    ProprioSpec, Reply, Request, StepResult, Timestamp, Value, ValueMap,
     error::Fault,
     message::{ActionMessage, Hello, RobotInfo, Role, Subscribe, Welcome},
     value::map,
@@ -31,7 +31,16 @@ fn requests() -> Vec<Named> {
     vec![
         ("hello", request(11, Request::Hello(hello))),
         ("get_metadata", request(12, Request::GetMetadata)),
-        ("reset", request(13, Request::Reset { seed: Some(u64::MAX), options: map([("why", Value::Str("again".to_owned()))]) })),
+        (
+            "reset",
+            request(
+                13,
+                Request::Reset {
+                    seed: Some(u64::MAX),
+                    options: map([("why", Value::Str("again".to_owned()))]),
+                },
+            ),
+        ),
         ("reset-plain", request(13, Request::Reset { seed: None, options: ValueMap::new() })),
         ("get_obs", request(14, Request::GetObs)),
         ("step", request(15, Request::Step { session: 5, episode: 6, actions })),
@@ -57,7 +66,12 @@ fn replies() -> Vec<Named> {
         episode: 6,
         robot: RobotInfo {
             name: "snake".to_owned(),
-            cameras: vec![CameraSpec { name: "a".to_owned(), image_shape: [4, 5, 6], image_dtype: DType::I16, has_depth: true }],
+            cameras: vec![CameraSpec {
+                name: "a".to_owned(),
+                image_shape: [4, 5, 6],
+                image_dtype: DType::I16,
+                has_depth: true,
+            }],
             proprios: vec![ProprioSpec::new("coil", 3, "N m")],
             action_spec,
         },
@@ -76,8 +90,13 @@ fn replies() -> Vec<Named> {
         ("null", Value::Null),
         ("str", Value::Str("λ".to_owned())),
     ]);
-    let step =
-        StepResult { obs: observation(), reward: 0.5, terminated: false, truncated: true, info: map([("rows", Value::Int(2))]) };
+    let step = StepResult {
+        obs: observation(),
+        reward: 0.5,
+        terminated: false,
+        truncated: true,
+        info: map([("rows", Value::Int(2))]),
+    };
     vec![
         ("welcome", reply(11, Reply::Welcome(welcome.into()))),
         ("metadata", reply(12, Reply::Metadata(values))),
@@ -90,7 +109,13 @@ fn replies() -> Vec<Named> {
 }
 
 fn notices() -> Vec<Named> {
-    let action = ActionMessage { session: 5, episode: 6, seq: 7, actions: ActionChunk::from([0.25, 0.75]), observation_seq: 8 };
+    let action = ActionMessage {
+        session: 5,
+        episode: 6,
+        seq: 7,
+        actions: ActionChunk::from([0.25, 0.75]),
+        observation_seq: 8,
+    };
     let refused = Fault {
         code: Code::QueueFull,
         text: "16 rows wait".to_owned(),
@@ -125,7 +150,14 @@ fn observation() -> Arc<Observation> {
         episode: 6,
         seq: 8,
         timestamp: 99.5,
-        cameras: vec![camera("a", 3, -77, 2.0, tensor::<u8>(&[1, 2, 3], &[10, 20, 30, 40, 50, 60]), Some(depth))],
+        cameras: vec![camera(
+            "a",
+            3,
+            -77,
+            2.0,
+            tensor::<u8>(&[1, 2, 3], &[10, 20, 30, 40, 50, 60]),
+            Some(depth),
+        )],
         proprios: vec![proprio("coil", 88, &[1.0, 2.0, 4.0])],
         extra: map([("note", Value::Str("hi".to_owned()))]),
     })

@@ -49,13 +49,20 @@ fn row(robot: &DiscoveredRobot) -> [String; 4] {
         format!("{} {width}x{height}{}", camera.name, if camera.has_depth { " + depth" } else { "" })
     });
     let cameras = cameras.collect::<Vec<_>>().join(", ");
-    [robot.name.clone(), cameras, robot.controller.clone().unwrap_or_else(|| "nobody".to_owned()), robot.addresses.join(" ")]
+    [
+        robot.name.clone(),
+        cameras,
+        robot.controller.clone().unwrap_or_else(|| "nobody".to_owned()),
+        robot.addresses.join(" "),
+    ]
 }
 
 /// Columns as wide as their widest cell.
 fn table(rows: &[[String; 4]]) -> String {
     let width = |column: usize| rows.iter().map(|row| row[column].chars().count()).max().unwrap_or_default();
     let widths = [0, 1, 2].map(width);
-    let line = |[a, b, c, d]: &[String; 4]| format!("{a:0$}  {b:1$}  {c:2$}  {d}\n", widths[0], widths[1], widths[2]);
+    let line = |[a, b, c, d]: &[String; 4]| {
+        format!("{a:0$}  {b:1$}  {c:2$}  {d}\n", widths[0], widths[1], widths[2])
+    };
     rows.iter().map(line).collect()
 }

@@ -21,11 +21,18 @@ use tracing_subscriber::EnvFilter;
 /// What shells expect of a program that Ctrl-C ended.
 pub(crate) const INTERRUPTED: u8 = 130;
 
-/// Logs to stderr, as `RUST_LOG` says, else from this level up; of Zenoh errors only, since it warns of each attempt to find a robot that is not there yet.
+/// Logs to stderr, as `RUST_LOG` says, else from this level up; of Zenoh errors only, since it warns of each
+/// attempt to find a robot that is not there yet.
 pub(crate) fn log(level: &str) {
-    let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new(format!("{level},zenoh=error")));
+    let filter =
+        EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new(format!("{level},zenoh=error")));
     let ansi = std::io::stderr().is_terminal();
-    tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).with_ansi(ansi).with_target(false).init();
+    tracing_subscriber::fmt()
+        .with_env_filter(filter)
+        .with_writer(std::io::stderr)
+        .with_ansi(ansi)
+        .with_target(false)
+        .init();
 }
 
 /// Seconds that the CPU has spent on this process so far, on all cores together.
@@ -37,8 +44,9 @@ pub(crate) fn cpu_seconds() -> f64 {
 /// How a client finds its robot.
 #[derive(clap::Args)]
 pub(crate) struct Target {
-    /// The robot: ws:// or wss://, or of Zenoh's tcp/HOST:PORT, tls/HOST:PORT, quic/HOST:PORT, unixsock-stream/PATH, or zenoh:NAME for one found by its
-    /// name; by default ws://localhost:8765, with --robot tcp/localhost:7447, with --zenoh-config zenoh:
+    /// The robot: ws:// or wss://, or of Zenoh's tcp/HOST:PORT, tls/HOST:PORT, quic/HOST:PORT,
+    /// unixsock-stream/PATH, or zenoh:NAME for one found by its name; by default ws://localhost:8765, with
+    /// --robot tcp/localhost:7447, with --zenoh-config zenoh:
     #[arg(value_name = "URI")]
     uri: Option<String>,
     /// Which robot, on a Zenoh network of several
@@ -126,10 +134,15 @@ impl Interrupt {
     /// How long the end may take once it was asked for.
     const LIMIT: Duration = Duration::from_secs(3);
 
-    /// From now on Ctrl-C ends the process at once, or, once connected, by [`Interrupt::asked`]; if that takes long, or asked again, at once, too.
+    /// From now on Ctrl-C ends the process at once, or, once connected, by [`Interrupt::asked`]; if that
+    /// takes long, or asked again, at once, too.
     pub(crate) fn listen() -> Result<&'static Interrupt> {
-        static INTERRUPT: Interrupt = Interrupt { asked: AtomicBool::new(false), connected: AtomicBool::new(false) };
-        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().context("starting a runtime")?;
+        static INTERRUPT: Interrupt =
+            Interrupt { asked: AtomicBool::new(false), connected: AtomicBool::new(false) };
+        let runtime = tokio::runtime::Builder::new_current_thread()
+            .enable_all()
+            .build()
+            .context("starting a runtime")?;
         let wait = async || {
             if tokio::signal::ctrl_c().await.is_err() {
                 std::future::pending().await

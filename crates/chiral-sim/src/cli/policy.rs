@@ -16,8 +16,8 @@ use super::{INTERRUPTED, Interrupt, Target};
 
 /// Drive a robot to the red ball, from pixels, depth, K, T and joints as they come over the wire.
 ///
-/// It waits for the robot's server, plays the episodes and says how they went. Exit status: 0 if every episode succeeded, 1 if not,
-/// 130 after Ctrl-C.
+/// It waits for the robot's server, plays the episodes and says how they went. Exit status: 0 if every
+/// episode succeeded, 1 if not, 130 after Ctrl-C.
 #[derive(clap::Args)]
 pub(crate) struct Arguments {
     #[command(flatten)]
@@ -83,9 +83,13 @@ pub(crate) fn run(arguments: &Arguments) -> Result<ExitCode> {
     let played = match arguments.client {
         Client::Async => {
             let runtime = tokio::runtime::Runtime::new().context("starting a runtime")?;
-            runtime.block_on(async { play(arguments, &Face::Async(builder.connect().await?), interrupt).await })?
+            runtime.block_on(async {
+                play(arguments, &Face::Async(builder.connect().await?), interrupt).await
+            })?
         }
-        Client::Blocking => run_now(play(arguments, &Face::Blocking(builder.connect_blocking()?), interrupt))?,
+        Client::Blocking => {
+            run_now(play(arguments, &Face::Blocking(builder.connect_blocking()?), interrupt))?
+        }
     };
     if arguments.json {
         println!("{}", report(arguments, &played));
@@ -143,7 +147,8 @@ fn progress(arguments: &Arguments) -> ProgressBar {
     if arguments.target.quiet {
         return ProgressBar::hidden();
     }
-    let style = ProgressStyle::with_template("{bar:24} episode {pos} of {len}, {msg}").expect("a template that is well-formed");
+    let style = ProgressStyle::with_template("{bar:24} episode {pos} of {len}, {msg}")
+        .expect("a template that is well-formed");
     ProgressBar::new(arguments.episodes).with_style(style)
 }
 
@@ -180,9 +185,13 @@ impl Played {
 fn summarize(played: &Played) {
     let (successes, count) = (played.successes(), played.episodes.len());
     let rate = played.obs_hz.map_or(String::new(), |hz| format!(", {hz:.1} Hz"));
-    let times = [spread("age", &played.all(|e| &e.ages_ms)), spread("step", &played.all(|e| &e.steps_ms))].concat();
+    let times =
+        [spread("age", &played.all(|e| &e.ages_ms)), spread("step", &played.all(|e| &e.steps_ms))].concat();
     let interrupted = if played.interrupted { ", interrupted" } else { "" };
-    println!("{successes} of {count} episodes reached the target in {:.1} s{rate}{times}{interrupted}", played.seconds);
+    println!(
+        "{successes} of {count} episodes reached the target in {:.1} s{rate}{times}{interrupted}",
+        played.seconds
+    );
 }
 
 /// What an address leads to, for tables.

@@ -1,4 +1,5 @@
-//! `chiral-sim router`: a Zenoh router and nothing else, for tests and for a look at networks of several hosts.
+//! `chiral-sim router`: a Zenoh router and nothing else, for tests and for a look at networks of several
+//! hosts.
 
 use std::path::PathBuf;
 
@@ -24,10 +25,12 @@ pub(crate) struct Arguments {
 pub(crate) fn run(arguments: &Arguments) -> Result<()> {
     super::log("info");
     let config = config(arguments)?;
-    // On this very thread, since Zenoh's sessions can neither be opened nor dropped in a runtime of one thread.
+    // On this very thread, since Zenoh's sessions can neither be opened nor dropped in a runtime of one
+    // thread.
     let session = zenoh::open(config).wait().map_err(|error| anyhow!("no router: {error}"))?;
     tracing::info!("routing, at {:?} and by {:?}", arguments.listen, arguments.connect);
-    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().context("starting a runtime")?;
+    let runtime =
+        tokio::runtime::Builder::new_current_thread().enable_all().build().context("starting a runtime")?;
     runtime.block_on(asked_to_end());
     session.close().wait().map_err(|error| anyhow!("closing: {error}"))
 }
@@ -46,10 +49,13 @@ fn config(arguments: &Arguments) -> Result<Config> {
         ("transport/link/tx/queue/size/data", "16"),
         ("transport/link/tx/queue/congestion_control/block/wait_before_close", "60000000"),
     ];
-    let unsaid = unsaid.into_iter().filter(|(key, _)| config.get_json(key).ok() == untouched.get_json(key).ok());
+    let unsaid =
+        unsaid.into_iter().filter(|(key, _)| config.get_json(key).ok() == untouched.get_json(key).ok());
     let mut settings: Vec<(&str, String)> = unsaid.map(|(key, value)| (key, value.to_owned())).collect();
     settings.push(("mode", "\"router\"".to_owned()));
-    for (key, locators) in [("listen/endpoints", &arguments.listen), ("connect/endpoints", &arguments.connect)] {
+    for (key, locators) in
+        [("listen/endpoints", &arguments.listen), ("connect/endpoints", &arguments.connect)]
+    {
         if !locators.is_empty() {
             settings.push((key, format!("{locators:?}")));
         }

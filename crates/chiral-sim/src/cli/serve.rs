@@ -10,14 +10,17 @@ use chiral_sim::robot::{self, SimConfig};
 
 /// Serve a simulated robot: a Franka Panda before a table, with cameras that see it all.
 ///
-/// Each episode there is a red ball to be held between the fingertips, somewhere else for every seed. Cameras give colour, depth, and their
-/// K and T of the very instant. In real time it moves as it is told by actions; `step` moves it in lock-step. Ctrl-C ends it.
+/// Each episode there is a red ball to be held between the fingertips, somewhere else for every seed. Cameras
+/// give colour, depth, and their K and T of the very instant. In real time it moves as it is told by actions;
+/// `step` moves it in lock-step. Ctrl-C ends it.
 #[derive(clap::Args)]
 pub(crate) struct Arguments {
-    /// Where to listen for WebSocket; 127.0.0.1:8765 by default, or nowhere with Zenoh. There is no authentication yet
+    /// Where to listen for WebSocket; 127.0.0.1:8765 by default, or nowhere with Zenoh. There is no
+    /// authentication yet
     #[arg(long, value_name = "ADDRESS", value_parser = resolve)]
     bind: Option<SocketAddr>,
-    /// Be on a Zenoh network, and let others into it here, such as tcp/0.0.0.0:7447; without a locator tcp/127.0.0.1:7447, for this host
+    /// Be on a Zenoh network, and let others into it here, such as tcp/0.0.0.0:7447; without a locator
+    /// tcp/127.0.0.1:7447, for this host
     #[arg(long, value_name = "LOCATOR", num_args = 0..=1, default_missing_value = "tcp/127.0.0.1:7447")]
     zenoh: Vec<String>,
     /// Join the Zenoh network of a router or another robot, such as tcp/router:7447
@@ -26,7 +29,8 @@ pub(crate) struct Arguments {
     /// Send observations by the network also to peers on this host
     #[arg(long)]
     no_shared_memory: bool,
-    /// Be on a Zenoh network as this configuration file of Zenoh's says: TLS, users, access control, whom to connect to
+    /// Be on a Zenoh network as this configuration file of Zenoh's says: TLS, users, access control, whom to
+    /// connect to
     #[arg(long, value_name = "FILE")]
     zenoh_config: Option<PathBuf>,
     /// Do not answer those who search the Zenoh networks around for robots
@@ -50,7 +54,8 @@ pub(crate) struct Arguments {
     /// How long a reset takes, as an arm takes to move home
     #[arg(long, default_value_t = 0.0, value_name = "SECONDS", value_parser = seconds)]
     homing: f64,
-    /// Draw K instants once and replay them, to measure Chiral and not the renderer; the pictures then do not follow the arm
+    /// Draw K instants once and replay them, to measure Chiral and not the renderer; the pictures then do not
+    /// follow the arm
     #[arg(long, value_name = "K", value_parser = clap::value_parser!(u32).range(1..))]
     prerender: Option<u32>,
     /// Log warnings and errors only
@@ -59,7 +64,9 @@ pub(crate) struct Arguments {
 }
 
 fn resolve(text: &str) -> Result<SocketAddr, String> {
-    let found = text.to_socket_addrs().map_err(|error| format!("{error} (expected an address such as 127.0.0.1:8765)"))?;
+    let found = text
+        .to_socket_addrs()
+        .map_err(|error| format!("{error} (expected an address such as 127.0.0.1:8765)"))?;
     found.into_iter().next().ok_or_else(|| "no such host".to_owned())
 }
 
@@ -84,8 +91,9 @@ pub(crate) fn run(arguments: &Arguments) -> Result<()> {
         let each = (super::cpu_seconds() - cpu_before) * 1e3 / pictures.max(1) as f64;
         tracing::info!("drew {pictures} pictures, {each:.2} ms of CPU each");
     }
-    let mut builder =
-        PolicyServer::builder(robot, sensors).shared_memory(!arguments.no_shared_memory).discovery(!arguments.no_discovery);
+    let mut builder = PolicyServer::builder(robot, sensors)
+        .shared_memory(!arguments.no_shared_memory)
+        .discovery(!arguments.no_discovery);
     if let Some(name) = &arguments.name {
         builder = builder.name(name);
     }
@@ -100,7 +108,8 @@ pub(crate) fn run(arguments: &Arguments) -> Result<()> {
     let server = builder.build()?;
     tracing::info!("{cameras} cameras of {width} x {height} at {fps} Hz");
 
-    let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build().context("starting a runtime")?;
+    let runtime =
+        tokio::runtime::Builder::new_multi_thread().enable_all().build().context("starting a runtime")?;
     let (began, cpu_before) = (Instant::now(), super::cpu_seconds());
     runtime.block_on(async {
         let handle = server.handle();

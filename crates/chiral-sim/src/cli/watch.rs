@@ -80,7 +80,9 @@ async fn look_on(client: &Face, hz: f64, limit: Duration, interrupt: &Interrupt)
 
 /// Of pixels and depth.
 fn bytes(obs: &Observation) -> u64 {
-    let of = |camera: &chiral_client::Camera| camera.image.data().len() + camera.depth.as_ref().map_or(0, |d| d.data().len());
+    let of = |camera: &chiral_client::Camera| {
+        camera.image.data().len() + camera.depth.as_ref().map_or(0, |d| d.data().len())
+    };
     obs.cameras.iter().map(|camera| of(camera) as u64).sum()
 }
 
@@ -96,8 +98,12 @@ fn tell(arguments: &Arguments, seen: &Seen) {
         println!("{report}");
         return;
     }
-    let age = p50.zip(p99).map_or("unknown".to_owned(), |(p50, p99)| format!("p50 {p50:.1} ms p99 {p99:.1} ms"));
+    let age =
+        p50.zip(p99).map_or("unknown".to_owned(), |(p50, p99)| format!("p50 {p50:.1} ms p99 {p99:.1} ms"));
     let size = *bytes as f64 / (*observations).max(1) as f64 / 1e6;
-    println!("{hz:.2} Hz of {} asked, {observations} observations of {size:.1} MB in {seconds:.1} s", arguments.hz);
+    println!(
+        "{hz:.2} Hz of {} asked, {observations} observations of {size:.1} MB in {seconds:.1} s",
+        arguments.hz
+    );
     println!("age {age}, {megabytes_s:.0} MB/s, {cpu_seconds:.2} s of CPU here");
 }

@@ -1,6 +1,11 @@
 //! The company of tests with processes: those they start, and a simulated robot that notes what it is told.
 
-#![allow(dead_code, missing_docs, unreachable_pub, reason = "shared by several test binaries, each of which uses its part")]
+#![allow(
+    dead_code,
+    missing_docs,
+    unreachable_pub,
+    reason = "shared by several test binaries, each of which uses its part"
+)]
 #![allow(clippy::unwrap_used, reason = "helpers of tests, too, fail by panicking")]
 
 use std::{

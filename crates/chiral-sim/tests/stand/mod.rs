@@ -1,6 +1,11 @@
 //! The test stand: a robot that does as it is told, sensors on the test's clock, and peers that say anything.
 
-#![allow(dead_code, missing_docs, unreachable_pub, reason = "shared by several test binaries, each of which uses its part")]
+#![allow(
+    dead_code,
+    missing_docs,
+    unreachable_pub,
+    reason = "shared by several test binaries, each of which uses its part"
+)]
 #![allow(clippy::unwrap_used, reason = "helpers of tests, too, fail by panicking")]
 
 use std::{
@@ -13,14 +18,15 @@ use std::{
 
 use chiral_client::{PolicyClient, PolicyClientBuilder, PutMode};
 use chiral_proto::{
-    ActionChunk, ActionSpec, CameraSpec, Clock, Codec, Frame, Message, Notice, PROTOCOL_VERSION, ProprioSpec, Reply, Request,
-    Timestamp, Transport, Value, ValueMap,
+    ActionChunk, ActionSpec, CameraSpec, Clock, Codec, Frame, Message, Notice, PROTOCOL_VERSION, ProprioSpec,
+    Reply, Request, Timestamp, Transport, Value, ValueMap,
     action::Action,
     message::{ActionMessage, Hello, Role, Welcome},
     value,
 };
 use chiral_server::{
-    ActionContext, CameraFrame, PolicyServer, PolicyServerBuilder, Robot, RobotError, Sensors, ServerHandle, StepOutcome,
+    ActionContext, CameraFrame, PolicyServer, PolicyServerBuilder, Robot, RobotError, Sensors, ServerHandle,
+    StepOutcome,
 };
 use chiral_sim::link::{LinkControl, LinkEnd, LinkOptions, link};
 use nalgebra::{Matrix3, Matrix4};
@@ -59,7 +65,8 @@ impl Script {
 
     pub fn applied(&self) -> Vec<Vec<f32>> {
         let rows = self.events().into_iter();
-        rows.filter_map(|event| if let Event::Applied { values, .. } = event { Some(values) } else { None }).collect()
+        rows.filter_map(|event| if let Event::Applied { values, .. } = event { Some(values) } else { None })
+            .collect()
     }
 
     fn note(&self, event: Event) {
@@ -255,8 +262,9 @@ impl Stand {
         let cameras = [CameraSpec::rgbd(CAMERA, height, width)];
         let proprios = [ProprioSpec::new("joint_pos", DIMENSION, "rad")];
         let sensors = Sensors::with_clock(cameras, proprios, clock.clone()).unwrap();
-        let builder =
-            PolicyServer::builder(ScriptedRobot(Arc::clone(&script)), sensors.clone()).name("stand").clock(clock.clone());
+        let builder = PolicyServer::builder(ScriptedRobot(Arc::clone(&script)), sensors.clone())
+            .name("stand")
+            .clock(clock.clone());
         let server = configure(builder).build().unwrap();
         let publishing = sensors.clone();
         let publisher = tokio::spawn(async move {
@@ -351,7 +359,9 @@ impl Raw {
         end.send(Codec::Protobuf.encode(&request).unwrap()).await.unwrap();
         let frame = end.recv().await.unwrap().expect("a welcome");
         match Codec::Protobuf.decode(frame).unwrap() {
-            Message::Reply { id: 1, reply: Reply::Welcome(welcome) } => Raw { end, welcome: *welcome, last_id: 1 },
+            Message::Reply { id: 1, reply: Reply::Welcome(welcome) } => {
+                Raw { end, welcome: *welcome, last_id: 1 }
+            }
             other => panic!("expected a welcome, found {other:?}"),
         }
     }
@@ -367,11 +377,19 @@ impl Raw {
     /// Sends one row of this episode.
     pub async fn act(&self, session: u64, episode: u64, seq: u64, actions: impl Into<ActionChunk>) {
         let actions = actions.into();
-        self.say(&Message::Notice(Notice::Action(ActionMessage { session, episode, seq, actions, observation_seq: 0 }))).await;
+        self.say(&Message::Notice(Notice::Action(ActionMessage {
+            session,
+            episode,
+            seq,
+            actions,
+            observation_seq: 0,
+        })))
+        .await;
     }
 
     pub async fn hear(&self) -> Message {
-        let frame = tokio::time::timeout(Duration::from_secs(3600), self.end.recv()).await.expect("an answer");
+        let frame =
+            tokio::time::timeout(Duration::from_secs(3600), self.end.recv()).await.expect("an answer");
         Codec::Protobuf.decode(frame.unwrap().expect("the connection is open")).unwrap()
     }
 
@@ -410,7 +428,8 @@ impl Raw {
 /// The actions that arrived at a [`listen`]er, with the time they did.
 pub type Arrivals = Arc<Mutex<Vec<(Timestamp, Vec<f32>)>>>;
 
-/// A server that is none: it welcomes a client, answers its pings and notes its actions. No thread is involved, so virtual time is exact.
+/// A server that is none: it welcomes a client, answers its pings and notes its actions. No thread is
+/// involved, so virtual time is exact.
 pub async fn listen(clock: &Clock, options: LinkOptions) -> (PolicyClient, Arrivals, LinkControl) {
     let (ours, theirs, control) = link(options);
     let arrivals = Arrivals::default();
@@ -421,7 +440,9 @@ pub async fn listen(clock: &Clock, options: LinkOptions) -> (PolicyClient, Arriv
                 Message::Request { id, request: Request::Hello(_) } => {
                     Message::Reply { id, reply: Reply::Welcome(welcome().into()) }
                 }
-                Message::Notice(Notice::Ping { t1 }) => Message::Notice(Notice::Pong { t1, t2: now.now(), t3: now.now() }),
+                Message::Notice(Notice::Ping { t1 }) => {
+                    Message::Notice(Notice::Pong { t1, t2: now.now(), t3: now.now() })
+                }
                 Message::Notice(Notice::Action(action)) => {
                     noted.lock().unwrap().push((now.now(), action.actions.values().to_vec()));
                     continue;

@@ -1,4 +1,5 @@
-//! What a Zenoh session is told: what its configuration file says, if there is one; else Zenoh's defaults, but for those that would not do.
+//! What a Zenoh session is told: what its configuration file says, if there is one; else Zenoh's defaults,
+//! but for those that would not do.
 
 use std::{fs, path::Path};
 
@@ -10,16 +11,21 @@ use super::{
     network::{NetworkError, NetworkOptions, cause, failed},
 };
 
-/// A neighbour from which nothing comes for so long is lost, in milliseconds; a sign of life is sent four times as often.
+/// A neighbour from which nothing comes for so long is lost, in milliseconds; a sign of life is sent four
+/// times as often.
 const LEASE_MS: u32 = 2_000;
-/// Batches of 64 KiB that may wait for the socket; 16 is the most there can be. Fewer, and large messages are slower.
+/// Batches of 64 KiB that may wait for the socket; 16 is the most there can be. Fewer, and large messages are
+/// slower.
 const DATA_QUEUE: u32 = 16;
-/// What may arrive from each neighbour and wait in memory that is used again, in bytes: the window of a connection, and as much that is under way. Beyond it Zenoh
-/// allocates, clears and frees memory for every batch, which takes longer than to receive it.
+/// What may arrive from each neighbour and wait in memory that is used again, in bytes: the window of a
+/// connection, and as much that is under way. Beyond it Zenoh allocates, clears and frees memory for every
+/// batch, which takes longer than to receive it.
 const RECEIVE_BUFFER: u64 = 2 * WINDOW;
-/// The same where there is one neighbour: an observation that existing peers put in one piece, 17.2 MB with eight cameras, and what is under way.
+/// The same where there is one neighbour: an observation that existing peers put in one piece, 17.2 MB with
+/// eight cameras, and what is under way.
 const CLIENT_RECEIVE_BUFFER: u64 = 24 << 20;
-/// Zenoh closes a connection on which a message could not be sent for so long, in microseconds: long after the lease. Its "for ever" panics.
+/// Zenoh closes a connection on which a message could not be sent for so long, in microseconds: long after
+/// the lease. Its "for ever" panics.
 const WAIT_BEFORE_CLOSE_US: u32 = 60_000_000;
 const WAIT_BEFORE_CLOSE: &str = "transport/link/tx/queue/congestion_control/block/wait_before_close";
 /// For the handshake with a neighbour, in milliseconds.
@@ -47,7 +53,8 @@ pub(super) struct Configured {
     pub(super) connect: Vec<String>,
 }
 
-/// What comes of the options, for this purpose. What the file says stands, except that locators are added to its own.
+/// What comes of the options, for this purpose. What the file says stands, except that locators are added to
+/// its own.
 pub(super) fn configure(options: &NetworkOptions, purpose: Purpose<'_>) -> Result<Configured, NetworkError> {
     let mut draft = Draft::read(options.config.as_deref())?;
     let only = |locator: &str| vec![Value::from(locator)];
@@ -58,7 +65,10 @@ pub(super) fn configure(options: &NetworkOptions, purpose: Purpose<'_>) -> Resul
     };
     let [(listen, to_listen), (connect, to_connect)] =
         [listen, connect].map(|said| (plain(&said), Value::from(said).to_string()));
-    let refused = |error| NetworkError::Locator { locators: [&listen[..], &connect[..]].concat(), source: cause(&error) };
+    let refused = |error| NetworkError::Locator {
+        locators: [&listen[..], &connect[..]].concat(),
+        source: cause(&error),
+    };
     draft.config.insert_json5(LISTEN, &to_listen).map_err(refused)?;
     draft.config.insert_json5(CONNECT, &to_connect).map_err(refused)?;
     draft.set("mode", format!("{mode:?}"))?;
@@ -104,7 +114,8 @@ pub(super) fn configure(options: &NetworkOptions, purpose: Purpose<'_>) -> Resul
 struct Draft<'a> {
     file: Option<&'a Path>,
     config: Config,
-    /// As Zenoh has it without a file. A file that says just the same cannot be told from one that says nothing.
+    /// As Zenoh has it without a file. A file that says just the same cannot be told from one that says
+    /// nothing.
     untouched: Config,
 }
 
@@ -120,7 +131,8 @@ impl<'a> Draft<'a> {
         let mode = self.get("mode")?;
         let mode = mode.as_str().unwrap_or(if listens { "peer" } else { "client" }).to_owned();
         if let (Some(file), "client", false) = (self.file, mode.as_str(), options.listen.is_empty()) {
-            let problem = format!("expected mode \"peer\" for listening at {:?}, found \"client\"", options.listen);
+            let problem =
+                format!("expected mode \"peer\" for listening at {:?}, found \"client\"", options.listen);
             return Err(NetworkError::Config { file: file.to_owned(), problem });
         }
         let listen = self.endpoints(LISTEN, &mode, &options.listen)?;
@@ -164,7 +176,8 @@ impl<'a> Draft<'a> {
 /// The locators among endpoints, each of which is one, or several by which the same neighbour is reached.
 fn plain(endpoints: &[Value]) -> Vec<String> {
     let several = |endpoint: &Value| endpoint.get("locators").and_then(Value::as_array).cloned();
-    let each = endpoints.iter().flat_map(|endpoint| several(endpoint).unwrap_or_else(|| vec![endpoint.clone()]));
+    let each =
+        endpoints.iter().flat_map(|endpoint| several(endpoint).unwrap_or_else(|| vec![endpoint.clone()]));
     each.filter_map(|locator| locator.as_str().map(str::to_owned)).collect()
 }
 
@@ -175,7 +188,8 @@ fn read(file: &Path) -> Result<Config, NetworkError> {
     Config::from_file(file).map_err(|error| refuse(problem(&error.to_string())))
 }
 
-/// What is wrong with a file, and where, without what stands in it: Zenoh's own words quote a line of it or even all, passwords too.
+/// What is wrong with a file, and where, without what stands in it: Zenoh's own words quote a line of it or
+/// even all, passwords too.
 fn problem(said: &str) -> String {
     let what = if said.starts_with("Unsupported file type") || said.starts_with("Empty") {
         cause(&said.into()).to_string()
@@ -213,7 +227,8 @@ mod tests {
     use super::*;
 
     fn options(listen: &[&str], connect: &[&str]) -> NetworkOptions {
-        let [listen, connect] = [listen, connect].map(|locators| locators.iter().map(|locator| locator.to_string()).collect());
+        let [listen, connect] =
+            [listen, connect].map(|locators| locators.iter().map(|locator| locator.to_string()).collect());
         NetworkOptions { listen, connect, ..NetworkOptions::default() }
     }
 
@@ -239,7 +254,8 @@ mod tests {
             let configured = configure(&options, Purpose::Member).unwrap();
             assert_eq!(json(&configured, "mode"), mode);
             assert_eq!(json(&configured, MULTICAST), (mode == "\"peer\"").to_string());
-            let configured = configure(&NetworkOptions { discovery: false, ..options }, Purpose::Member).unwrap();
+            let configured =
+                configure(&NetworkOptions { discovery: false, ..options }, Purpose::Member).unwrap();
             assert_eq!(json(&configured, MULTICAST), "false");
         }
     }
@@ -302,15 +318,25 @@ mod tests {
             let options = NetworkOptions { config: Some(path.clone()), ..options(&[], &["tcp/a:1"]) };
             let error = configure(&options, Purpose::Member).err().expect(name).to_string();
             fs::remove_file(&path).unwrap();
-            assert!(error.contains(&path.display().to_string()) && error.contains(expected), "{name}: {error}");
-            assert!(!error.contains("secret") && !error.contains("1234567") && !error.contains(".rs"), "{name}: {error}");
+            assert!(
+                error.contains(&path.display().to_string()) && error.contains(expected),
+                "{name}: {error}"
+            );
+            assert!(
+                !error.contains("secret") && !error.contains("1234567") && !error.contains(".rs"),
+                "{name}: {error}"
+            );
             println!("{error}");
         }
         let options = NetworkOptions { config: Some("/nowhere.json5".into()), ..options(&[], &["tcp/a:1"]) };
         let error = configure(&options, Purpose::Member).err().unwrap().to_string();
         assert!(error.contains("/nowhere.json5") && error.contains("No such file"), "{error}");
         let path = file("client.json5", "{ mode: \"client\" }");
-        let options = NetworkOptions { config: Some(path.clone()), listen: vec!["tcp/127.0.0.1:0".to_owned()], ..options };
+        let options = NetworkOptions {
+            config: Some(path.clone()),
+            listen: vec!["tcp/127.0.0.1:0".to_owned()],
+            ..options
+        };
         let error = configure(&options, Purpose::Member).err().unwrap().to_string();
         assert!(error.contains("expected mode \"peer\""), "{error}");
         fs::remove_file(path).unwrap();

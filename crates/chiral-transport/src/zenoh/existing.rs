@@ -1,4 +1,5 @@
-//! The wire of existing peers on a Zenoh network, as a transport: one put is one frame, on two keys that all of the network shares.
+//! The wire of existing peers on a Zenoh network, as a transport: one put is one frame, on two keys that all
+//! of the network shares.
 
 use std::{
     fmt,
@@ -35,8 +36,9 @@ use super::{
 /// What was dropped is told so often at most.
 const TELL_PERIOD: Duration = Duration::from_secs(1);
 
-/// What existing peers put on a network, to be heard by all of them and by us: there are no connections, so nobody can be told from anybody else, and a put
-/// is lost on whoever does not listen yet. Zenoh says when the last one who listened has left; while somebody else listens, nothing says that.
+/// What existing peers put on a network, to be heard by all of them and by us: there are no connections, so
+/// nobody can be told from anybody else, and a put is lost on whoever does not listen yet. Zenoh says when
+/// the last one who listened has left; while somebody else listens, nothing says that.
 ///
 /// What nobody takes in time is dropped, and so is what is larger than may be: the log says how much.
 pub struct ExistingTransport {
@@ -62,14 +64,21 @@ struct Mouth {
 }
 
 impl Network {
-    /// One end of the wire that existing peers share. Frames of the other end's that are larger than `max_frame` are dropped, and no more than one of that
-    /// size waits to be taken; the memory of large ones is `pool`'s.
+    /// One end of the wire that existing peers share. Frames of the other end's that are larger than
+    /// `max_frame` are dropped, and no more than one of that size waits to be taken; the memory of large ones
+    /// is `pool`'s.
     ///
     /// # Errors
     /// [`NetworkError::Failed`].
-    pub async fn existing(&self, end: End, max_frame: usize, pool: Pool) -> Result<ExistingTransport, NetworkError> {
+    pub async fn existing(
+        &self,
+        end: End,
+        max_frame: usize,
+        pool: Pool,
+    ) -> Result<ExistingTransport, NetworkError> {
         let publisher = self.session().declare_publisher(keys::existing(end));
-        let publisher = publisher.congestion_control(CongestionControl::Block).express(true).await.map_err(failed)?;
+        let publisher =
+            publisher.congestion_control(CongestionControl::Block).express(true).await.map_err(failed)?;
         let (sender, events) = mpsc::unbounded_channel();
         let leaving = sender.clone();
         let listening = publisher.matching_listener().callback(move |status| {
@@ -80,7 +89,13 @@ impl Network {
         listening.background().await.map_err(failed)?;
         let (waiting, dropped) = <(Arc<AtomicU64>, Arc<AtomicU64>)>::default();
         let key = keys::existing(end.other());
-        let ear = Ear { key, sender, limit: cost(max_frame), waiting: Arc::clone(&waiting), dropped: Arc::clone(&dropped) };
+        let ear = Ear {
+            key,
+            sender,
+            limit: cost(max_frame),
+            waiting: Arc::clone(&waiting),
+            dropped: Arc::clone(&dropped),
+        };
         let subscriber = self.session().declare_subscriber(key).callback(move |sample| ear.hear(&sample));
         Ok(ExistingTransport {
             inbox: Mutex::new(Inbox { events, waiting, pool, told_at: None }),
@@ -108,7 +123,8 @@ impl Transport for ExistingTransport {
         put.unwrap_or_else(|_| Err(TransportError::lost("the runtime is shutting down")))
     }
 
-    /// May be dropped, and called again: a frame is taken or it is not. After `None` others may come and be heard.
+    /// May be dropped, and called again: a frame is taken or it is not. After `None` others may come and be
+    /// heard.
     async fn recv(&self) -> Result<Option<Frame>, TransportError> {
         let mut inbox = self.inbox.lock().await;
         let payload = match inbox.events.recv().await {
@@ -121,7 +137,10 @@ impl Transport for ExistingTransport {
             let dropped = self.dropped.swap(0, Ordering::Relaxed);
             if dropped > 0 {
                 inbox.told_at = Some(Instant::now());
-                tracing::warn!("dropped {dropped} frames on {}: larger than may be, or not taken in time", self.key);
+                tracing::warn!(
+                    "dropped {dropped} frames on {}: larger than may be, or not taken in time",
+                    self.key
+                );
             }
         }
         Ok(Some(gathered(&inbox.pool, payload.len(), payload.slices()).into()))
@@ -179,7 +198,11 @@ impl Ear {
             return;
         }
         // A slice of a few bytes would keep the whole batch that it arrived in.
-        let payload = if payload.len() <= SMALL { ZBytes::from(payload.to_bytes().into_owned()) } else { payload.clone() };
+        let payload = if payload.len() <= SMALL {
+            ZBytes::from(payload.to_bytes().into_owned())
+        } else {
+            payload.clone()
+        };
         let _ = self.sender.send(Some(payload));
     }
 }

@@ -8,17 +8,20 @@ use chiral_proto::{
 
 use super::word::Word;
 
-/// The most that one put carries, in bytes: four of Zenoh's batches of 64 KiB, with room for what it writes before each. Larger messages would hold up a
-/// router's other traffic, and are no faster.
+/// The most that one put carries, in bytes: four of Zenoh's batches of 64 KiB, with room for what it writes
+/// before each. Larger messages would hold up a router's other traffic, and are no faster.
 pub(super) const CHUNK: usize = 4 * 65_000;
-/// So much, by [`cost`], may have been put without the other side having taken it: eight chunks, or some hundred small frames.
+/// So much, by [`cost`], may have been put without the other side having taken it: eight chunks, or some
+/// hundred small frames.
 pub(super) const WINDOW: u64 = 8 * cost(CHUNK);
-/// The other side is told after so much: half of the window, since each time costs both sides several changes of thread.
+/// The other side is told after so much: half of the window, since each time costs both sides several changes
+/// of thread.
 const TELL_AFTER: u64 = WINDOW / 2;
 /// Frames up to this size are not worth the pool's memory.
 pub(super) const SMALL: usize = 4 * 1024;
 
-/// What a put of `len` bytes counts: its bytes and what it costs to have it wait, so that the window bounds small frames, too.
+/// What a put of `len` bytes counts: its bytes and what it costs to have it wait, so that the window bounds
+/// small frames, too.
 pub(super) const fn cost(len: usize) -> u64 {
     len as u64 + 4096
 }
@@ -48,7 +51,8 @@ impl Incoming {
         Incoming { max_frame, pool, arrived: 0, partial: None, taken: 0, told: 0 }
     }
 
-    /// Takes a frame or chunk, whose payload of `len` bytes comes in slices; returns the frame that it completes.
+    /// Takes a frame or chunk, whose payload of `len` bytes comes in slices; returns the frame that it
+    /// completes.
     pub(super) fn take<'a>(
         &mut self,
         word: Word,
@@ -68,7 +72,11 @@ impl Incoming {
         let filled = partial.as_ref().map_or(0, |partial| partial.filled);
         let whole = partial.as_ref().map_or(total, |partial| partial.buffer.len() as u64);
         // Sums do not overflow: `offset` is compared with what is there before anything is added to it.
-        if offset != filled as u64 || total != whole || len as u64 > total - offset || (len == 0 && offset < total) {
+        if offset != filled as u64
+            || total != whole
+            || len as u64 > total - offset
+            || (len == 0 && offset < total)
+        {
             let found = format!("{len} bytes at {offset} of {total} after {filled} of {whole}");
             return Err(violation("chunks of a frame in order", found));
         }
@@ -77,7 +85,8 @@ impl Incoming {
             self.arrived += 1;
             return Ok(Some(gathered(&self.pool, len, slices).into()));
         }
-        let Partial { mut buffer, mut filled } = partial.unwrap_or_else(|| Partial { buffer: self.pool.take(total), filled: 0 });
+        let Partial { mut buffer, mut filled } =
+            partial.unwrap_or_else(|| Partial { buffer: self.pool.take(total), filled: 0 });
         for slice in slices {
             buffer[filled..filled + slice.len()].copy_from_slice(slice);
             filled += slice.len();
@@ -90,8 +99,13 @@ impl Incoming {
         Ok(None)
     }
 
-    /// Takes a frame that was sent by reference, in the segments that it came in; `None` if it has come another way meanwhile.
-    pub(super) fn take_reference(&mut self, number: u64, segments: Vec<Bytes>) -> Result<Option<Frame>, TransportError> {
+    /// Takes a frame that was sent by reference, in the segments that it came in; `None` if it has come
+    /// another way meanwhile.
+    pub(super) fn take_reference(
+        &mut self,
+        number: u64,
+        segments: Vec<Bytes>,
+    ) -> Result<Option<Frame>, TransportError> {
         if !self.is_next(number)? {
             return Ok(None);
         }
@@ -107,7 +121,10 @@ impl Incoming {
     /// Whether this is the next frame, and not one that has arrived.
     fn is_next(&self, number: u64) -> Result<bool, TransportError> {
         if number > self.arrived + 1 {
-            return Err(violation("frames without a gap", format!("frame {number} after frame {}", self.arrived)));
+            return Err(violation(
+                "frames without a gap",
+                format!("frame {number} after frame {}", self.arrived),
+            ));
         }
         Ok(number > self.arrived)
     }
@@ -151,7 +168,8 @@ pub(super) fn violation(expected: &'static str, found: impl Into<String>) -> Tra
 mod tests {
     use super::*;
 
-    /// What comes of these words, each with so many bytes: the length of the last frame, or the words of the refusal.
+    /// What comes of these words, each with so many bytes: the length of the last frame, or the words of the
+    /// refusal.
     fn check(words: &[(Word, usize)], expected: Result<Option<usize>, &str>) {
         let mut incoming = Incoming::new(1 << 20, Pool::new(0));
         let mut last = Ok(None);
@@ -200,7 +218,10 @@ mod tests {
         check(&[(Word::Frame { number: 1 }, 10), (Word::Frame { number: 1 }, 10)], Ok(None));
         let again = Word::Chunk { number: 1, offset: 0, total: 9000 };
         let rest = Word::Chunk { number: 1, offset: 5000, total: 9000 };
-        check(&[(Word::Frame { number: 1 }, 9000), (again, 5000), (rest, 4000), (Word::Frame { number: 2 }, 3)], Ok(Some(3)));
+        check(
+            &[(Word::Frame { number: 1 }, 9000), (again, 5000), (rest, 4000), (Word::Frame { number: 2 }, 3)],
+            Ok(Some(3)),
+        );
     }
 
     #[test]
@@ -210,10 +231,14 @@ mod tests {
         assert_eq!(incoming.take_reference(1, segments(50)).unwrap().map(|frame| frame.len()), Some(54));
         assert_eq!(incoming.take_reference(1, segments(50)).unwrap(), None, "it has arrived already");
         assert!(incoming.take_reference(3, segments(50)).unwrap_err().to_string().contains("without a gap"));
-        assert!(incoming.take_reference(2, segments(97)).unwrap_err().to_string().contains("within the limit"));
+        assert!(
+            incoming.take_reference(2, segments(97)).unwrap_err().to_string().contains("within the limit")
+        );
         let chunk = Word::Chunk { number: 2, offset: 0, total: 100 };
         incoming.take(chunk, 50, std::iter::once(&[0; 50][..])).unwrap();
-        assert!(incoming.take_reference(2, segments(50)).unwrap_err().to_string().contains("the rest of a frame"));
+        assert!(
+            incoming.take_reference(2, segments(50)).unwrap_err().to_string().contains("the rest of a frame")
+        );
     }
 
     #[test]

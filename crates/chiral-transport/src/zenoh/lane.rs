@@ -1,4 +1,5 @@
-//! One connection over a Zenoh network as a transport: a publisher, with a thread for what is large, and a subscriber into a queue.
+//! One connection over a Zenoh network as a transport: a publisher, with a thread for what is large, and a
+//! subscriber into a queue.
 
 use std::{
     fmt,
@@ -42,7 +43,8 @@ const BEGIN_PERIOD: Duration = Duration::from_millis(20);
 const CLOSE_LIMIT: Duration = Duration::from_millis(500);
 /// A frame that was sent by reference and has not arrived after one to two of these is sent by the network.
 const REFERENCE_LIMIT: Duration = Duration::from_millis(500);
-/// So many frames up to [`SMALL`] bytes may wait without their senders; what is larger may be an observation, which must not.
+/// So many frames up to [`SMALL`] bytes may wait without their senders; what is larger may be an observation,
+/// which must not.
 const QUEUE: u64 = 8;
 /// No attachment of ours is as long.
 const MAX_WORD: usize = 64;
@@ -170,7 +172,8 @@ impl ZenohTransport {
     ) -> Result<ZenohTransport, NetworkError> {
         let session = network.session();
         let publisher = session.declare_publisher(keys::frames(robot, connection, end));
-        let publisher = publisher.congestion_control(CongestionControl::Block).priority(kind.priority()).express(true);
+        let publisher =
+            publisher.congestion_control(CongestionControl::Block).priority(kind.priority()).express(true);
         let (sender, events) = mpsc::unbounded_channel();
         let shared = Arc::new(Shared {
             publisher: publisher.await.map_err(failed)?,
@@ -188,7 +191,11 @@ impl ZenohTransport {
         let subscriber = subscriber.await.map_err(failed)?;
         let other = keys::end(robot, connection, end.other());
         let ear = Ear { key: other.clone(), end, events: sender, shared: Arc::clone(&shared) };
-        let watch = session.liveliness().declare_subscriber(other).history(true).callback(move |sample| ear.watch(&sample));
+        let watch = session
+            .liveliness()
+            .declare_subscriber(other)
+            .history(true)
+            .callback(move |sample| ear.watch(&sample));
         let watch = watch.await.map_err(failed)?;
         let token = session.liveliness().declare_token(keys::end(robot, connection, end));
         let token = token.await.map_err(failed)?;
@@ -239,7 +246,9 @@ impl Transport for ZenohTransport {
             work.pushed
         };
         self.shared.flush();
-        self.shared.until(|progress| progress.finished + may_wait >= pushed || progress.failed.is_some()).await;
+        self.shared
+            .until(|progress| progress.finished + may_wait >= pushed || progress.failed.is_some())
+            .await;
         let progress = self.shared.progress.borrow();
         match &progress.failed {
             // What Zenoh has taken over is sent, also if the other side has left since.
@@ -313,21 +322,29 @@ impl fmt::Debug for ZenohTransport {
     }
 }
 
-/// Has Linux let whoever runs go on when the calling thread wakes up (`SCHED_BATCH`). Elsewhere, or if Linux refuses, it is merely slower.
+/// Has Linux let whoever runs go on when the calling thread wakes up (`SCHED_BATCH`). Elsewhere, or if Linux
+/// refuses, it is merely slower.
 ///
-/// Zenoh's writing thread frees a batch and wakes who waits to fill it, hundreds of times an observation. Where each time interrupts the writing, the two
-/// need a third longer on a core that they share; nor should an action wait until pixels are copied.
+/// Zenoh's writing thread frees a batch and wakes who waits to fill it, hundreds of times an observation.
+/// Where each time interrupts the writing, the two need a third longer on a core that they share; nor should
+/// an action wait until pixels are copied.
 pub(super) fn give_way() {
     #[cfg(target_os = "linux")]
     {
         use thread_priority::{
-            NormalThreadSchedulePolicy::Batch, ThreadPriority::Crossplatform, ThreadSchedulePolicy::Normal, unix,
+            NormalThreadSchedulePolicy::Batch, ThreadPriority::Crossplatform, ThreadSchedulePolicy::Normal,
+            unix,
         };
-        // What sets the policy sets a niceness with it, of which 48 stands for 0: who has chosen another one keeps all as it is.
+        // What sets the policy sets a niceness with it, of which 48 stands for 0: who has chosen another one
+        // keeps all as it is.
         if rustix::process::getpriority_process(None) == Ok(0)
             && let Ok(usual) = 48_u8.try_into()
         {
-            let _ = unix::set_thread_priority_and_policy(unix::thread_native_id(), Crossplatform(usual), Normal(Batch));
+            let _ = unix::set_thread_priority_and_policy(
+                unix::thread_native_id(),
+                Crossplatform(usual),
+                Normal(Batch),
+            );
         }
     }
 }
@@ -360,7 +377,8 @@ impl Shared {
         });
     }
 
-    /// Puts what is small, without waking another thread for it. What is large is left to the sending thread, since it waits for the network.
+    /// Puts what is small, without waking another thread for it. What is large is left to the sending thread,
+    /// since it waits for the network.
     fn flush(&self) {
         loop {
             let put = {
@@ -391,11 +409,15 @@ impl Shared {
             work.is_putting = false;
             if work.outbox.path() != Path::Asked {
                 asked_at = None;
-            } else if asked_at.get_or_insert_with(Instant::now).elapsed() > REFERENCE_LIMIT && !work.was_silence_told {
+            } else if asked_at.get_or_insert_with(Instant::now).elapsed() > REFERENCE_LIMIT
+                && !work.was_silence_told
+            {
                 // Its Zenoh drops what it cannot see, without a word.
                 work.was_silence_told = true;
                 let peer = &self.peer;
-                tracing::info!("observations to {peer} travel by the network: no word whether it sees this host's shared memory");
+                tracing::info!(
+                    "observations to {peer} travel by the network: no word whether it sees this host's shared memory"
+                );
             }
         }
     }
@@ -430,8 +452,8 @@ impl Shared {
     }
 
     fn put(&self, put: Put) {
-        let is_large =
-            put.completes && (matches!(put.word, Word::Chunk { .. }) || put.payload.iter().any(|part| part.len() > SMALL));
+        let is_large = put.completes
+            && (matches!(put.word, Word::Chunk { .. }) || put.payload.iter().any(|part| part.len() > SMALL));
         let payload = match (put.word, &self.memory) {
             (Word::Reference { .. }, Some(memory)) => {
                 memory.count(true);
@@ -472,7 +494,10 @@ impl Shared {
         }
         match after {
             Path::Reference => tracing::info!("observations to {} travel by shared memory", self.peer),
-            _ => tracing::info!("observations to {} travel by the network: it does not see this host's shared memory", self.peer),
+            _ => tracing::info!(
+                "observations to {} travel by the network: it does not see this host's shared memory",
+                self.peer
+            ),
         }
     }
 
@@ -504,7 +529,10 @@ impl Ear {
         if sample.kind() != SampleKind::Put || sample.key_expr().as_str() != self.key {
             return;
         }
-        let word = sample.attachment().filter(|word| word.len() <= MAX_WORD).and_then(|word| Word::decode(&word.to_bytes()));
+        let word = sample
+            .attachment()
+            .filter(|word| word.len() <= MAX_WORD)
+            .and_then(|word| Word::decode(&word.to_bytes()));
         match word {
             Some(Word::Begin) if self.end == End::Server => self.shared.work(|work| work.outbox.begin()),
             Some(Word::Begin) => self.shared.progress.send_modify(|progress| progress.begun = true),
@@ -524,7 +552,9 @@ impl Ear {
             Some(Word::Reference { .. }) if self.end == End::Server => {
                 self.tell(Event::Broken(violation("a client's frames by the network", "one by reference")));
             }
-            Some(word @ (Word::Frame { .. } | Word::Chunk { .. } | Word::Reference { .. })) => self.put(word, sample.payload()),
+            Some(word @ (Word::Frame { .. } | Word::Chunk { .. } | Word::Reference { .. })) => {
+                self.put(word, sample.payload())
+            }
             None => self.tell(Event::Broken(violation("frames", "bytes that are none"))),
         }
     }
@@ -578,7 +608,8 @@ mod tests {
             (unix::thread_schedule_policy().unwrap(), rustix::process::getpriority_process(None).unwrap())
         });
         let niceness = rustix::process::getpriority_process(None).unwrap();
-        let policy = if niceness == 0 { NormalThreadSchedulePolicy::Batch } else { NormalThreadSchedulePolicy::Other };
+        let policy =
+            if niceness == 0 { NormalThreadSchedulePolicy::Batch } else { NormalThreadSchedulePolicy::Other };
         assert_eq!(gives_way.join().unwrap(), (ThreadSchedulePolicy::Normal(policy), niceness));
     }
 }

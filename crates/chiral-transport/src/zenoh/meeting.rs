@@ -1,4 +1,5 @@
-//! How a robot and its clients meet: the robot's server is alive under the robot's name, and gives each connection a name of its own.
+//! How a robot and its clients meet: the robot's server is alive under the robot's name, and gives each
+//! connection a name of its own.
 
 use std::{fmt, sync::Arc, time::Duration};
 
@@ -52,8 +53,9 @@ impl Network {
     /// Makes a robot known to this network, under a name that [`keys::check_robot`] has found good.
     ///
     /// # Errors
-    /// [`NetworkError::NameTaken`] if a robot of this name is alive already (two that come at the same time may both be refused), [`NetworkError::NoWord`] if
-    /// the network does not tell, else [`NetworkError::Failed`].
+    /// [`NetworkError::NameTaken`] if a robot of this name is alive already (two that come at the same time
+    /// may both be refused), [`NetworkError::NoWord`] if the network does not tell, else
+    /// [`NetworkError::Failed`].
     pub async fn announce(&self, robot: &str) -> Result<Presence, NetworkError> {
         // The id is its own, the host is for people.
         let ours = format!("{}@{}", self.session().zid(), keys::robot_of_host(&host_name()));
@@ -66,11 +68,17 @@ impl Network {
         let (sender, requests) = mpsc::channel(REQUESTS);
         let info = sender.clone();
         let open = self.session().declare_queryable(keys::open(robot)).complete(true);
-        let open = open.callback(move |query| drop(sender.try_send(Asked::Connection(query)))).await.map_err(failed)?;
+        let open = open
+            .callback(move |query| drop(sender.try_send(Asked::Connection(query))))
+            .await
+            .map_err(failed)?;
         let about = self.session().declare_queryable(keys::info(robot)).complete(true);
-        let about = about.callback(move |query| drop(info.try_send(Asked::Info(query)))).await.map_err(failed)?;
-        let token = self.session().liveliness().declare_token(keys::alive(robot, &ours)).await.map_err(failed)?;
-        // Whoever came at the same time is seen now, by one of the two at least; were one of them to stay all the same, the other may have looked before.
+        let about =
+            about.callback(move |query| drop(info.try_send(Asked::Info(query)))).await.map_err(failed)?;
+        let token =
+            self.session().liveliness().declare_token(keys::alive(robot, &ours)).await.map_err(failed)?;
+        // Whoever came at the same time is seen now, by one of the two at least; were one of them to stay all
+        // the same, the other may have looked before.
         if let Some(other) = look().await? {
             return Err(taken(other));
         }
@@ -84,7 +92,8 @@ impl Network {
         })
     }
 
-    /// What a robot's server says of the robot, as it gave it to [`Presence::accept`]; nothing if it does not answer within a second.
+    /// What a robot's server says of the robot, as it gave it to [`Presence::accept`]; nothing if it does not
+    /// answer within a second.
     pub async fn info(&self, robot: &str) -> Option<Vec<u8>> {
         let asking = self.session().get(keys::info(robot)).timeout(LOOK_LIMIT);
         let answer = asking.await.ok()?.recv_async().await.ok()?;
@@ -95,30 +104,46 @@ impl Network {
     ///
     /// # Errors
     /// [`NetworkError::NoAnswer`], [`NetworkError::Refused`], [`NetworkError::Failed`].
-    pub async fn connect(&self, robot: &str, kind: LaneKind, options: ZenohOptions) -> Result<ZenohTransport, NetworkError> {
+    pub async fn connect(
+        &self,
+        robot: &str,
+        kind: LaneKind,
+        options: ZenohOptions,
+    ) -> Result<ZenohTransport, NetworkError> {
         let no_answer = || NetworkError::NoAnswer { robot: robot.to_owned(), waited: OPEN_LIMIT };
         let refused = |reason: String| NetworkError::Refused { robot: robot.to_owned(), reason };
         let asking = self.session().get(keys::open(robot)).payload(kind.word()).timeout(OPEN_LIMIT);
-        let asking = asking.congestion_control(CongestionControl::Block).priority(Priority::RealTime).express(true);
+        let asking =
+            asking.congestion_control(CongestionControl::Block).priority(Priority::RealTime).express(true);
         let answers = asking.await.map_err(failed)?;
         // Where nobody serves the key, or the server is gone, there is no item at all.
         let answer = answers.recv_async().await.map_err(|_| no_answer())?;
         let connection = match answer.result() {
             Ok(sample) => String::from_utf8_lossy(&sample.payload().to_bytes()).into_owned(),
             Err(error) if *error.payload().to_bytes() == *b"Timeout" => return Err(no_answer()),
-            Err(error) => return Err(refused(String::from_utf8_lossy(&error.payload().to_bytes()).into_owned())),
+            Err(error) => {
+                return Err(refused(String::from_utf8_lossy(&error.payload().to_bytes()).into_owned()));
+            }
         };
         if !is_connection(&connection) {
-            return Err(refused(format!("expected a connection's name of 32 hexadecimal digits, found {connection:?}")));
+            return Err(refused(format!(
+                "expected a connection's name of 32 hexadecimal digits, found {connection:?}"
+            )));
         }
-        let transport = ZenohTransport::declare(self, robot, &connection, keys::End::Client, kind, options, None).await?;
+        let transport =
+            ZenohTransport::declare(self, robot, &connection, keys::End::Client, kind, options, None).await?;
         if transport.begin(OPEN_LIMIT).await { Ok(transport) } else { Err(no_answer()) }
     }
 }
 
 impl Presence {
-    /// The next connection that a client asks for; meanwhile, who asks what the robot is gets `info`. `None` never comes while the network is there.
-    pub async fn accept(&mut self, options: &ZenohOptions, info: impl Fn() -> Vec<u8>) -> Option<ZenohTransport> {
+    /// The next connection that a client asks for; meanwhile, who asks what the robot is gets `info`. `None`
+    /// never comes while the network is there.
+    pub async fn accept(
+        &mut self,
+        options: &ZenohOptions,
+        info: impl Fn() -> Vec<u8>,
+    ) -> Option<ZenohTransport> {
         loop {
             let query = match self.requests.recv().await? {
                 Asked::Connection(query) => query,
@@ -148,7 +173,9 @@ impl Presence {
         getrandom::fill(&mut random).map_err(|error| format!("no random bits: {error}"))?;
         let connection = format!("{:032x}", u128::from_le_bytes(random));
         let end = keys::End::Server;
-        let transport = ZenohTransport::declare(&self.network, &self.robot, &connection, end, kind, options, Some(place)).await;
+        let transport =
+            ZenohTransport::declare(&self.network, &self.robot, &connection, end, kind, options, Some(place))
+                .await;
         Ok((transport.map_err(|error| chain(&error))?, connection))
     }
 }

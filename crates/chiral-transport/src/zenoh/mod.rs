@@ -1,6 +1,8 @@
-//! Frames over a Zenoh network: a session of it, how a robot and its clients meet there, and connections as transports.
+//! Frames over a Zenoh network: a session of it, how a robot and its clients meet there, and connections as
+//! transports.
 //!
-//! Zenoh's own types end here. Its sessions are opened and dropped on plain threads, never in async code, where Zenoh panics on a runtime of one thread.
+//! Zenoh's own types end here. Its sessions are opened and dropped on plain threads, never in async code,
+//! where Zenoh panics on a runtime of one thread.
 
 mod config;
 mod existing;

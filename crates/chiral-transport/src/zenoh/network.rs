@@ -1,4 +1,5 @@
-//! A session of a Zenoh network: opened, closed and dropped on plain threads, since Zenoh panics at it in a tokio runtime of one thread.
+//! A session of a Zenoh network: opened, closed and dropped on plain threads, since Zenoh panics at it in a
+//! tokio runtime of one thread.
 
 use std::{
     error::Error,
@@ -29,7 +30,8 @@ pub(super) const LOOK_LIMIT: Duration = Duration::from_secs(1);
 /// For a glance at whether anybody listens.
 const GLANCE_LIMIT: Duration = Duration::from_millis(500);
 
-/// One thread writes and another reads the one TLS state of such a connection, without a lock: <https://github.com/eclipse-zenoh/zenoh/issues/2557>.
+/// One thread writes and another reads the one TLS state of such a connection, without a lock:
+/// <https://github.com/eclipse-zenoh/zenoh/issues/2557>.
 const UNSOUND: &str = "tls/";
 /// It was said, since attempts to connect are many.
 static WARNED: Once = Once::new();
@@ -37,13 +39,15 @@ static WARNED: Once = Once::new();
 /// How a network is joined: by Zenoh locators such as `tcp/0.0.0.0:7447`.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct NetworkOptions {
-    /// Where others are let in. Without any this is a client of the network, which passes on nothing for others.
+    /// Where others are let in. Without any this is a client of the network, which passes on nothing for
+    /// others.
     pub listen: Vec<String>,
     /// Whom to connect to: all of them, or at least one for a client.
     pub connect: Vec<String>,
     /// A configuration file of Zenoh's. What it says stands, and the locators are added to its own.
     pub config: Option<PathBuf>,
-    /// Whether those who search by multicast are answered, by one who listens. The file's word on multicast goes before it.
+    /// Whether those who search by multicast are answered, by one who listens. The file's word on multicast
+    /// goes before it.
     pub discovery: bool,
     /// Whether memory is shared with other processes of this host, if the file does not forbid it.
     pub shared_memory: bool,
@@ -52,7 +56,13 @@ pub struct NetworkOptions {
 impl Default for NetworkOptions {
     /// Nowhere yet, not to be found, with shared memory.
     fn default() -> NetworkOptions {
-        NetworkOptions { listen: Vec::new(), connect: Vec::new(), config: None, discovery: false, shared_memory: true }
+        NetworkOptions {
+            listen: Vec::new(),
+            connect: Vec::new(),
+            config: None,
+            discovery: false,
+            shared_memory: true,
+        }
     }
 }
 
@@ -102,7 +112,9 @@ pub enum NetworkError {
     #[error("cannot start a thread")]
     Thread(#[source] io::Error),
     /// A robot of this name is on the network.
-    #[error("a robot named {robot:?} is alive on this network (server {server}): expected a name of its own for every robot")]
+    #[error(
+        "a robot named {robot:?} is alive on this network (server {server}): expected a name of its own for every robot"
+    )]
     NameTaken {
         /// The name.
         robot: String,
@@ -163,14 +175,19 @@ impl Network {
     /// Joins a network: one attempt, of at most 5 s.
     ///
     /// # Errors
-    /// [`NetworkError::Config`], [`NetworkError::Locator`], [`NetworkError::NoLocator`]; [`NetworkError::Open`] if nobody is there,
-    /// [`NetworkError::NotLetIn`] if somebody is; [`NetworkError::Thread`].
+    /// [`NetworkError::Config`], [`NetworkError::Locator`], [`NetworkError::NoLocator`];
+    /// [`NetworkError::Open`] if nobody is there, [`NetworkError::NotLetIn`] if somebody is;
+    /// [`NetworkError::Thread`].
     pub async fn open(options: &NetworkOptions) -> Result<Network, NetworkError> {
         let mut options = options.clone();
         // A session that is told to use what it cannot have would not open.
         options.shared_memory = options.shared_memory && on_thread(is_to_be_had)?.await.unwrap_or(true);
         let configured = configure(&options, Purpose::Member)?;
-        if [&configured.listen, &configured.connect].into_iter().flatten().any(|locator| locator.starts_with(UNSOUND)) {
+        if [&configured.listen, &configured.connect]
+            .into_iter()
+            .flatten()
+            .any(|locator| locator.starts_with(UNSOUND))
+        {
             WARNED.call_once(|| {
                 tracing::warn!(
                     "Zenoh's connections by {UNSOUND} are not sound: they break off, and may damage memory, under traffic both ways \
@@ -181,11 +198,14 @@ impl Network {
         Network::enter(configured).await
     }
 
-    pub(super) async fn enter(Configured { config, listen, connect }: Configured) -> Result<Network, NetworkError> {
+    pub(super) async fn enter(
+        Configured { config, listen, connect }: Configured,
+    ) -> Result<Network, NetworkError> {
         let began = Instant::now();
         // Wrapped on its own thread: whoever stops waiting drops no session.
         let opening = on_thread(move || {
-            // Its own, so that what the other side has given up is unmapped at this session's end, and not at the process's.
+            // Its own, so that what the other side has given up is unmapped at this session's end, and not at
+            // the process's.
             let shared = Arc::new(ShmClientStorage::builder().with_default_client_set().build());
             let session = zenoh::open(config).with_shm_clients(shared).wait()?;
             zenoh::Result::Ok(Network { owned: Arc::new(Owned(Some(session))) })
@@ -197,7 +217,8 @@ impl Network {
             Err(_) => format!("no handshake within {} s", OPEN_LIMIT.as_secs()).into(),
         };
         let locators = [&listen[..], &connect[..]].concat();
-        // Zenoh tells nobody's absence from his refusal by nothing but the time that it takes, and not even by that from a closed port.
+        // Zenoh tells nobody's absence from his refusal by nothing but the time that it takes, and not even
+        // by that from a closed port.
         let was_refused = began.elapsed() < Duration::from_millis(OPEN_MS.into());
         if was_refused
             && listen.is_empty()
@@ -208,7 +229,8 @@ impl Network {
         Err(NetworkError::Open { locators, source })
     }
 
-    /// The robots that are alive on this network, each with its server, `<Zenoh id>@<host>`; in order of their names.
+    /// The robots that are alive on this network, each with its server, `<Zenoh id>@<host>`; in order of
+    /// their names.
     ///
     /// # Errors
     /// [`NetworkError::NoWord`] if not all was said within a second, [`NetworkError::Failed`].

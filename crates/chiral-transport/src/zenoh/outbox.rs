@@ -82,7 +82,8 @@ pub(super) struct Put {
 }
 
 impl Outbox {
-    /// A frame, and the regions of shared memory that all of its pixels lie in, if it may be sent by reference.
+    /// A frame, and the regions of shared memory that all of its pixels lie in, if it may be sent by
+    /// reference.
     pub(super) fn push(&mut self, frame: Frame, regions: Vec<u64>) {
         self.frames.push_back(Outgoing { frame, regions });
     }
@@ -166,8 +167,8 @@ impl Outbox {
         self.is_referred_to.then_some(self.sent + 1)
     }
 
-    /// This frame is not waited for any longer, if it still is: it is sent by the network, and so are those that follow, until the other side has said again
-    /// that it sees shared memory. Whether it is so.
+    /// This frame is not waited for any longer, if it still is: it is sent by the network, and so are those
+    /// that follow, until the other side has said again that it sees shared memory. Whether it is so.
     pub(super) fn give_up(&mut self, number: u64) -> bool {
         let is_awaited = self.awaited() == Some(number);
         if is_awaited {
@@ -177,7 +178,8 @@ impl Outbox {
         is_awaited
     }
 
-    /// The last word is to be said, after the frames that wait; but a frame that was begun, and given up, is not finished first.
+    /// The last word is to be said, after the frames that wait; but a frame that was begun, and given up, is
+    /// not finished first.
     pub(super) fn close(&mut self) {
         self.owes_close = true;
         if self.offset > 0 || self.is_referred_to {
@@ -192,7 +194,8 @@ impl Outbox {
         self.is_referred_to = false;
     }
 
-    /// The next put, if there is one that the window lets through; of no more than `max_len` bytes for the network to carry.
+    /// The next put, if there is one that the window lets through; of no more than `max_len` bytes for the
+    /// network to carry.
     pub(super) fn next(&mut self, max_len: usize) -> Option<Put> {
         let bare = |word| Some(Put { word, payload: Vec::new(), completes: false });
         if std::mem::take(&mut self.owes_begin) {
@@ -218,7 +221,11 @@ impl Outbox {
             let Regions { asked, seen, .. } = &mut self.regions;
             if regions.iter().all(|region| seen.contains(region)) {
                 (self.is_referred_to, self.has_referred) = (true, true);
-                return Some(Put { word: Word::Reference { number }, payload: frame.segments().to_vec(), completes: false });
+                return Some(Put {
+                    word: Word::Reference { number },
+                    payload: frame.segments().to_vec(),
+                    completes: false,
+                });
             }
             if let Some(&region) = regions.iter().find(|region| !asked.contains(region)) {
                 asked.push(region);
@@ -276,7 +283,10 @@ mod tests {
     use crate::zenoh::flow::Incoming;
 
     fn frame(lens: &[usize]) -> Frame {
-        lens.iter().map(|len| (0..*len).map(|i| (i * 7 + len) as u8).collect::<Vec<_>>().into()).collect::<Vec<Bytes>>().into()
+        lens.iter()
+            .map(|len| (0..*len).map(|i| (i * 7 + len) as u8).collect::<Vec<_>>().into())
+            .collect::<Vec<Bytes>>()
+            .into()
     }
 
     #[test]
@@ -297,7 +307,8 @@ mod tests {
             while let Some(put) = outbox.next(CHUNK) {
                 let len = put.payload.iter().map(Bytes::len).sum();
                 assert!(len <= CHUNK);
-                arrived.extend(incoming.take(put.word, len, put.payload.iter().map(|part| &part[..])).unwrap());
+                arrived
+                    .extend(incoming.take(put.word, len, put.payload.iter().map(|part| &part[..])).unwrap());
                 if let Some(taken) = incoming.tell() {
                     outbox.taken(taken);
                 }
@@ -345,7 +356,11 @@ mod tests {
             [Word::Chunk { number, offset: 0, total }, Word::Chunk { number, offset: CHUNK as u64, total }]
         };
         push(&mut outbox, &[7]);
-        assert_eq!(words(&mut outbox), [&[Word::Probe { region: 7 }][..], &chunks(1)].concat(), "nobody waits for the answer");
+        assert_eq!(
+            words(&mut outbox),
+            [&[Word::Probe { region: 7 }][..], &chunks(1)].concat(),
+            "nobody waits for the answer"
+        );
         outbox.probed(8, true);
         assert_eq!(outbox.path(), Path::Asked, "nobody asked for that one");
         outbox.probed(7, true);
@@ -359,7 +374,11 @@ mod tests {
         assert!(outbox.mapped(3));
         outbox.taken(outbox.put);
         push(&mut outbox, &[7, 8]);
-        assert_eq!(words(&mut outbox), [&[Word::Probe { region: 8 }][..], &chunks(4)].concat(), "a region that is new");
+        assert_eq!(
+            words(&mut outbox),
+            [&[Word::Probe { region: 8 }][..], &chunks(4)].concat(),
+            "a region that is new"
+        );
         outbox.taken(outbox.put);
         push(&mut outbox, &[]);
         assert_eq!(words(&mut outbox), chunks(5), "pixels that are elsewhere");
@@ -374,7 +393,9 @@ mod tests {
             while let Some(put) = outbox.next(CHUNK) {
                 let len = put.payload.iter().map(Bytes::len).sum();
                 if let Word::Frame { .. } | Word::Chunk { .. } = put.word {
-                    arrived.extend(incoming.take(put.word, len, put.payload.iter().map(|part| &part[..])).unwrap());
+                    arrived.extend(
+                        incoming.take(put.word, len, put.payload.iter().map(|part| &part[..])).unwrap(),
+                    );
                 }
             }
             outbox.taken(outbox.put);

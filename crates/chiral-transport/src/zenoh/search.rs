@@ -14,7 +14,8 @@ use super::{
     network::{Network, NetworkError, NetworkOptions, failed, on_thread},
 };
 
-/// Where a robot of this very host lets others in unless it was told otherwise; found even where there is no multicast.
+/// Where a robot of this very host lets others in unless it was told otherwise; found even where there is no
+/// multicast.
 const THIS_HOST: &str = "tcp/127.0.0.1:7447";
 
 /// A robot that was reached, by one locator.
@@ -46,10 +47,12 @@ pub struct Search {
 }
 
 impl Search {
-    /// Begins to look, for so long: by multicast, at this host, and wherever the configuration file connects to. Of the options only that file counts.
+    /// Begins to look, for so long: by multicast, at this host, and wherever the configuration file connects
+    /// to. Of the options only that file counts.
     ///
     /// # Errors
-    /// [`NetworkError::Config`], [`NetworkError::Failed`] if multicast cannot be used, [`NetworkError::Thread`].
+    /// [`NetworkError::Config`], [`NetworkError::Failed`] if multicast cannot be used,
+    /// [`NetworkError::Thread`].
     pub async fn begin(options: &NetworkOptions, limit: Duration) -> Result<Search, NetworkError> {
         let until = Instant::now() + limit;
         let options = NetworkOptions { config: options.config.clone(), ..NetworkOptions::default() };
@@ -80,7 +83,8 @@ impl Search {
         Ok(search)
     }
 
-    /// The next robot that was reached; one may come more than once, by several locators. `None` when time is over.
+    /// The next robot that was reached; one may come more than once, by several locators. `None` when time is
+    /// over.
     pub async fn next(&mut self) -> Option<Sighting> {
         loop {
             tokio::select! {
@@ -104,7 +108,12 @@ impl Search {
 }
 
 /// Tells of the robots that are alive there as they answer: one that does not answer hides no other.
-async fn look(options: NetworkOptions, server: Option<String>, locator: String, sighted: mpsc::UnboundedSender<Sighting>) {
+async fn look(
+    options: NetworkOptions,
+    server: Option<String>,
+    locator: String,
+    sighted: mpsc::UnboundedSender<Sighting>,
+) {
     let Ok(configured) = configure(&options, Purpose::Look(&locator)) else { return };
     let Ok(network) = Network::enter(configured).await else { return };
     let mut asking = JoinSet::new();

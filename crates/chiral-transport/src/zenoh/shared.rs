@@ -1,5 +1,6 @@
-//! Memory that observations lie in and other processes of this host see, so that only a reference travels. Zenoh's own, with its safe collector only: the
-//! other one takes back memory that a stopped reader still looks at.
+//! Memory that observations lie in and other processes of this host see, so that only a reference travels.
+//! Zenoh's own, with its safe collector only: the other one takes back memory that a stopped reader still
+//! looks at.
 
 use std::{
     collections::HashMap,
@@ -34,7 +35,8 @@ const EXHAUSTED_PERIOD: Duration = Duration::from_secs(10);
 /// What a probe carries.
 const PROBE: [u8; ALIGNMENT] = [0xC5; ALIGNMENT];
 
-/// Shared memory to write observations into. It is one region, allocated once; while a fresh one takes its place there are two, and never more.
+/// Shared memory to write observations into. It is one region, allocated once; while a fresh one takes its
+/// place there are two, and never more.
 #[derive(Clone)]
 pub struct SharedMemory {
     inner: Arc<Inner>,
@@ -82,7 +84,8 @@ struct Counts {
 pub struct SharedMemoryCounts {
     /// Frames with pixels that travelled by reference.
     pub by_reference: u64,
-    /// Those that travelled by the network although there is shared memory: the peer does not see it, or the pixels lay elsewhere.
+    /// Those that travelled by the network although there is shared memory: the peer does not see it, or the
+    /// pixels lay elsewhere.
     pub by_network: u64,
     /// How often there was no room, and the heap took its place.
     pub exhausted: u64,
@@ -92,7 +95,8 @@ impl SharedMemory {
     /// So many bytes of it.
     ///
     /// # Errors
-    /// What the system says if there is none to be had: `/dev/shm` is too small, or the process may not lock as much (`ulimit -l`).
+    /// What the system says if there is none to be had: `/dev/shm` is too small, or the process may not lock
+    /// as much (`ulimit -l`).
     pub fn new(len: usize) -> Result<SharedMemory, Box<dyn Error + Send + Sync>> {
         let len = len.next_multiple_of(ALIGNMENT).max(ALIGNMENT);
         let current = Arc::new(Region::new(0, len)?);
@@ -105,7 +109,12 @@ impl SharedMemory {
             began: Instant::now(),
             next: 1,
         };
-        let inner = Inner { len, regions: Arc::new(Mutex::new(regions)), frozen: Arc::default(), counts: Counts::default() };
+        let inner = Inner {
+            len,
+            regions: Arc::new(Mutex::new(regions)),
+            frozen: Arc::default(),
+            counts: Counts::default(),
+        };
         Ok(SharedMemory { inner: Arc::new(inner) })
     }
 
@@ -122,7 +131,8 @@ impl SharedMemory {
         SharedMemoryCounts { by_reference, by_network, exhausted }
     }
 
-    /// A reader has gone without a word, and with it whatever it held: a fresh region takes the place of this one, as soon as the one before is out of use.
+    /// A reader has gone without a word, and with it whatever it held: a fresh region takes the place of this
+    /// one, as soon as the one before is out of use.
     pub fn spoil(&self) {
         lock(&self.inner.regions).is_spoilt = true;
         self.inner.replace();
@@ -161,7 +171,8 @@ impl SharedMemory {
     pub(super) fn probe(&self, region: u64) -> Option<ZBytes> {
         let found = {
             let regions = lock(&self.inner.regions);
-            let mut known = [Some(Arc::clone(&regions.current)), regions.last.upgrade()].into_iter().flatten();
+            let mut known =
+                [Some(Arc::clone(&regions.current)), regions.last.upgrade()].into_iter().flatten();
             known.find(|known| known.number == region)?
         };
         let mut piece = found.take(PROBE.len())?;
@@ -176,11 +187,14 @@ impl SharedMemory {
     }
 }
 
-/// Whether a session of Zenoh's can have any: tried once in a process, since each failure costs some for good (Zenoh leaves mapped what could not be locked).
+/// Whether a session of Zenoh's can have any: tried once in a process, since each failure costs some for good
+/// (Zenoh leaves mapped what could not be locked).
 pub(super) fn is_to_be_had() -> bool {
     static TRIED: LazyLock<bool> = LazyLock::new(|| {
         Region::new(0, 2 << 20)
-            .inspect_err(|error| tracing::info!("no shared memory, so observations travel by the network: {error}"))
+            .inspect_err(|error| {
+                tracing::info!("no shared memory, so observations travel by the network: {error}")
+            })
             .is_ok()
     });
     *TRIED
@@ -188,7 +202,10 @@ pub(super) fn is_to_be_had() -> bool {
 
 impl fmt::Debug for SharedMemory {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("SharedMemory").field("len", &self.inner.len).field("counts", &self.counts()).finish_non_exhaustive()
+        f.debug_struct("SharedMemory")
+            .field("len", &self.inner.len)
+            .field("counts", &self.counts())
+            .finish_non_exhaustive()
     }
 }
 
@@ -196,7 +213,8 @@ impl Region {
     fn new(number: u64, len: usize) -> Result<Region, Box<dyn Error + Send + Sync>> {
         // A power of two.
         let alignment = AllocAlignment::new(ALIGNMENT.ilog2() as u8).map_err(|error| format!("{error:?}"))?;
-        let provider = ShmProviderBuilder::default_backend((len, alignment)).wait().map_err(|error| cause(&error))?;
+        let provider =
+            ShmProviderBuilder::default_backend((len, alignment)).wait().map_err(|error| cause(&error))?;
         Ok(Region { number, provider })
     }
 
@@ -211,10 +229,12 @@ impl Region {
 }
 
 impl Inner {
-    /// Puts a fresh region in place of a spoilt one, unless there are two already; on a thread, since the whole of it is locked into memory.
+    /// Puts a fresh region in place of a spoilt one, unless there are two already; on a thread, since the
+    /// whole of it is locked into memory.
     fn replace(&self) {
         let mut regions = lock(&self.regions);
-        let must_stay = regions.is_being_replaced || regions.is_irreplaceable || regions.last.strong_count() > 0;
+        let must_stay =
+            regions.is_being_replaced || regions.is_irreplaceable || regions.last.strong_count() > 0;
         if !regions.is_spoilt || must_stay {
             return;
         }
@@ -238,7 +258,8 @@ impl Inner {
             drop(regions);
             tracing::debug!("shared memory begins afresh after a peer that was lost");
         };
-        regions.is_being_replaced = thread::Builder::new().name("chiral-memory".to_owned()).spawn(replace).is_ok();
+        regions.is_being_replaced =
+            thread::Builder::new().name("chiral-memory".to_owned()).spawn(replace).is_ok();
         regions.next += 1;
     }
 }

@@ -1,13 +1,17 @@
-//! What a put on a lane is: a few bytes beside its payload, in Zenoh's attachment. One byte of kind, then `u64`s, little-endian.
+//! What a put on a lane is: a few bytes beside its payload, in Zenoh's attachment. One byte of kind, then
+//! `u64`s, little-endian.
 
-/// A lane's put, without its payload. Frames are numbered from 1: a number beyond the next one means a loss, an earlier one means that it is sent again.
+/// A lane's put, without its payload. Frames are numbered from 1: a number beyond the next one means a loss,
+/// an earlier one means that it is sent again.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Word {
-    /// The lane is there. The client says it until the server answers it: what is put before the other side is known to listen is lost without a word.
+    /// The lane is there. The client says it until the server answers it: what is put before the other side
+    /// is known to listen is lost without a word.
     Begin,
     /// A whole frame.
     Frame { number: u64 },
-    /// A whole frame, some of which lies in shared memory: the other side is to answer, or gets it again by the network.
+    /// A whole frame, some of which lies in shared memory: the other side is to answer, or gets it again by
+    /// the network.
     Reference { number: u64 },
     /// A frame that was sent by reference has arrived.
     Mapped { number: u64 },
@@ -15,7 +19,8 @@ pub(super) enum Word {
     Chunk { number: u64, offset: u64, total: u64 },
     /// So much, as `flow::cost` counts, was taken from the lane since it began.
     Taken { cost: u64 },
-    /// The payload lies in this region of shared memory: the other side is to say whether it can be seen there.
+    /// The payload lies in this region of shared memory: the other side is to say whether it can be seen
+    /// there.
     Probe { region: u64 },
     /// Whether it could: 1 if so.
     Probed { region: u64, is_shared: u64 },

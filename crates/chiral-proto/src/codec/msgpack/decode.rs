@@ -1,4 +1,5 @@
-//! The wire's maps to our types. Everything that a peer can get wrong is found here, once; tensors are slices of what arrived.
+//! The wire's maps to our types. Everything that a peer can get wrong is found here, once; tensors are slices
+//! of what arrived.
 
 use std::sync::Arc;
 
@@ -27,8 +28,8 @@ type Result<T, E = DecodeError> = std::result::Result<T, E>;
 pub struct Said {
     /// As far as our own words go.
     pub message: Message,
-    /// When each camera's frame was captured, by the camera's name, as the peer put it: of the observation in the message, or of the one that its
-    /// actions came from. A time that an observation leaves out is 0.0.
+    /// When each camera's frame was captured, by the camera's name, as the peer put it: of the observation in
+    /// the message, or of the one that its actions came from. A time that an observation leaves out is 0.0.
     pub capture_times: ValueMap,
 }
 
@@ -59,7 +60,13 @@ fn message(kind: &str, fields: &mut Fields, payload: &Payload) -> Result<Said> {
         "apply_action" => {
             capture_times = fields.times("obs_timestamps")?;
             let actions = chunk(fields, payload)?;
-            Message::Notice(Notice::Action(ActionMessage { session: 0, episode: 0, seq: 0, actions, observation_seq: 0 }))
+            Message::Notice(Notice::Action(ActionMessage {
+                session: 0,
+                episode: 0,
+                seq: 0,
+                actions,
+                observation_seq: 0,
+            }))
         }
         "metadata_response" => reply(Reply::Metadata(fields.get("data", "a map", as_map)?)),
         "reset_response" => {
@@ -99,11 +106,15 @@ fn camera(fields: &mut Fields, payload: &Payload, times: &mut ValueMap) -> Resul
         Value::Null => Value::Float(0.0),
         said => said,
     };
-    let captured_at =
-        timestamp(&time).ok_or_else(|| DecodeError::new("timestamp", "a number of seconds or nanoseconds", describe(&time)))?;
+    let captured_at = timestamp(&time).ok_or_else(|| {
+        DecodeError::new("timestamp", "a number of seconds or nanoseconds", describe(&time))
+    })?;
     let image = array(fields, "image_", payload)?;
     let [height, width, _] = exactly("image_shape", image.shape())?;
-    let depth = match ["depth_shape", "depth_dtype", "depth_offset", "depth_size"].into_iter().any(|field| fields.has(field)) {
+    let depth = match ["depth_shape", "depth_dtype", "depth_offset", "depth_size"]
+        .into_iter()
+        .any(|field| fields.has(field))
+    {
         true => Some(array(fields, "depth_", payload)?),
         false => None,
     };
@@ -140,7 +151,11 @@ fn proprio(fields: &mut Fields, payload: &Payload) -> Result<Arc<Proprio>> {
         return Err(DecodeError::new("size", "whole float32 values", size));
     }
     let data = Tensor::new(DType::F32, [size / DType::F32.size()], payload.take(offset, size)?);
-    Ok(Arc::new(Proprio { name, captured_at: Timestamp(0), data: data.expect("the shape was made from the size") }))
+    Ok(Arc::new(Proprio {
+        name,
+        captured_at: Timestamp(0),
+        data: data.expect("the shape was made from the size"),
+    }))
 }
 
 /// The array of a camera whose fields begin with `prefix`.
@@ -150,9 +165,14 @@ fn array(fields: &mut Fields, prefix: &str, payload: &Payload) -> Result<Tensor>
     let (shape, len) = shape(fields, &field("shape"), dtype)?;
     let (offset, size) = (fields.size(&field("offset"))?, fields.size(&field("size"))?);
     if size != len {
-        return Err(DecodeError::new(field("size"), format_args!("{len} bytes for {dtype} of shape {shape:?}"), size));
+        return Err(DecodeError::new(
+            field("size"),
+            format_args!("{len} bytes for {dtype} of shape {shape:?}"),
+            size,
+        ));
     }
-    let data = payload.take(offset, len).map_err(|error| DecodeError { field: field(&error.field), ..error })?;
+    let data =
+        payload.take(offset, len).map_err(|error| DecodeError { field: field(&error.field), ..error })?;
     Ok(Tensor::new(dtype, shape, data).expect("the length was checked against the shape"))
 }
 
@@ -168,7 +188,8 @@ fn chunk(fields: &mut Fields, payload: &Payload) -> Result<ActionChunk> {
         let expected = format_args!("{len} bytes for {} of shape {shape:?}", DType::F32).to_string();
         return Err(DecodeError::new("payload", expected, payload.len()));
     }
-    let rows = Tensor::new(DType::F32, shape, payload.take(0, len)?).expect("the length was checked against the shape");
+    let rows = Tensor::new(DType::F32, shape, payload.take(0, len)?)
+        .expect("the length was checked against the shape");
     let values = rows.values().expect("made as float32").into_owned();
     ActionChunk::new(dimension, values).map_err(|error| DecodeError::new("shape", "whole rows", error))
 }
@@ -176,8 +197,9 @@ fn chunk(fields: &mut Fields, payload: &Payload) -> Result<ActionChunk> {
 /// A shape, and the bytes that an array of it takes.
 fn shape(fields: &mut Fields, field: &str, dtype: DType) -> Result<(Vec<usize>, usize)> {
     let axis = |said: &Value| said.as_i64().and_then(|axis| usize::try_from(axis).ok());
-    let shape: Vec<usize> = fields
-        .get(field, "a list of sizes", |said| said.as_list().and_then(|axes| axes.iter().map(axis).collect()).ok_or(said))?;
+    let shape: Vec<usize> = fields.get(field, "a list of sizes", |said| {
+        said.as_list().and_then(|axes| axes.iter().map(axis).collect()).ok_or(said)
+    })?;
     let len = byte_len(dtype, &shape)
         .ok_or_else(|| DecodeError::new(field, "an array that memory can hold", format_args!("{shape:?}")))?;
     Ok((shape, len))
@@ -197,10 +219,15 @@ fn floats(fields: &mut Fields) -> Result<()> {
 }
 
 /// Converts each map of a list; an error says which.
-fn each<T>(field: &str, items: Vec<Value>, mut convert: impl FnMut(&mut Fields) -> Result<T>) -> Result<Vec<T>> {
+fn each<T>(
+    field: &str,
+    items: Vec<Value>,
+    mut convert: impl FnMut(&mut Fields) -> Result<T>,
+) -> Result<Vec<T>> {
     let convert = |(i, item)| {
         let within = |error: DecodeError| error.within(format_args!("{field}[{i}]"));
-        let map = as_map(item).map_err(|item| DecodeError::new(format!("{field}[{i}]"), "a map", describe(&item)))?;
+        let map = as_map(item)
+            .map_err(|item| DecodeError::new(format!("{field}[{i}]"), "a map", describe(&item)))?;
         convert(&mut Fields(map)).map_err(within)
     };
     items.into_iter().enumerate().map(convert).collect()
@@ -227,7 +254,12 @@ impl Fields {
     }
 
     /// What `convert` makes of a field's value; it gives back what is not `expected`.
-    fn get<T>(&mut self, field: &str, expected: &str, convert: impl FnOnce(Value) -> Result<T, Value>) -> Result<T> {
+    fn get<T>(
+        &mut self,
+        field: &str,
+        expected: &str,
+        convert: impl FnOnce(Value) -> Result<T, Value>,
+    ) -> Result<T> {
         convert(self.take(field)).map_err(|found| DecodeError::new(field, expected, describe(&found)))
     }
 
@@ -240,7 +272,8 @@ impl Fields {
     }
 
     fn numbers<const N: usize>(&mut self, field: &str) -> Result<[f64; N]> {
-        let numbers = |said: &Value| said.as_list().and_then(|items| items.iter().map(Value::as_f64).collect());
+        let numbers =
+            |said: &Value| said.as_list().and_then(|items| items.iter().map(Value::as_f64).collect());
         let items: Vec<f64> = self.get(field, "a list of numbers", |said| numbers(&said).ok_or(said))?;
         exactly(field, &items)
     }
@@ -264,7 +297,9 @@ impl Fields {
         let times = self.map(field)?;
         match times.iter().find(|(_, time)| time.as_f64().is_none()) {
             None => Ok(times),
-            Some((camera, time)) => Err(DecodeError::new(format!("{field}[{camera:?}]"), "a number", describe(time))),
+            Some((camera, time)) => {
+                Err(DecodeError::new(format!("{field}[{camera:?}]"), "a number", describe(time)))
+            }
         }
     }
 }

@@ -1,4 +1,5 @@
-//! Our types to the wire's maps, their fields in the order in which the wire is described. Tensors go to the payload by reference.
+//! Our types to the wire's maps, their fields in the order in which the wire is described. Tensors go to the
+//! payload by reference.
 
 use std::fmt::Debug;
 
@@ -17,8 +18,8 @@ use crate::{
 
 type Result<T, E = Unsayable> = std::result::Result<T, E>;
 
-/// The frame of `message`, which shares the memory of its tensors. `capture_times` are those of the observation that actions came from, as
-/// [`Said`](super::Said) has them; other messages do not use them.
+/// The frame of `message`, which shares the memory of its tensors. `capture_times` are those of the
+/// observation that actions came from, as [`Said`](super::Said) has them; other messages do not use them.
 ///
 /// # Errors
 /// [`Unsayable`] if this wire has no words for it.
@@ -195,7 +196,8 @@ impl Writer {
         numbers.iter().for_each(|&number| self.float(number));
     }
 
-    // Lengths are cast: what is longer than a length may say makes a header of more than 4 GiB, which is refused.
+    // Lengths are cast: what is longer than a length may say makes a header of more than 4 GiB, which is
+    // refused.
 
     fn map(&mut self, len: usize) -> &mut Writer {
         written(encode::write_map_len(&mut self.header, len as u32));

@@ -1,4 +1,5 @@
-//! A header's bytes to values: bounded in depth and number, and without trust in any length that the header says.
+//! A header's bytes to values: bounded in depth and number, and without trust in any length that the header
+//! says.
 
 use bytes::{Buf, Bytes};
 use rmp::Marker;
@@ -10,7 +11,8 @@ use crate::{
 
 type Result<T> = std::result::Result<T, DecodeError>;
 
-/// How many values a header may hold, so that its values take no more than about 100 MB: a byte of the header may stand for a value.
+/// How many values a header may hold, so that its values take no more than about 100 MB: a byte of the header
+/// may stand for a value.
 const MAX_VALUES: usize = 1 << 20;
 /// A map that is not empty has room for several entries, so that it counts as so many values more.
 const MAP_COST: usize = 8;
@@ -52,8 +54,13 @@ struct Reader {
 impl Reader {
     /// The next value, in which values may lie `depth` deep, itself included.
     fn value(&mut self, depth: usize) -> Result<Value> {
-        let too_deep =
-            || DecodeError::new("header", format_args!("values at most {} within each other", Value::MAX_DEPTH), "more");
+        let too_deep = || {
+            DecodeError::new(
+                "header",
+                format_args!("values at most {} within each other", Value::MAX_DEPTH),
+                "more",
+            )
+        };
         let depth = depth.checked_sub(1).ok_or_else(too_deep)?;
         self.count(1)?;
         let [marker] = self.array()?;
@@ -97,7 +104,9 @@ impl Reader {
             Marker::FixMap(len) => self.map(len.into(), depth)?,
             Marker::Map16 => self.len16().and_then(|len| self.map(len, depth))?,
             Marker::Map32 => self.len32().and_then(|len| self.map(len, depth))?,
-            Marker::Reserved => return Err(DecodeError::new("header", "MessagePack", "the byte 0xc1, which begins no value")),
+            Marker::Reserved => {
+                return Err(DecodeError::new("header", "MessagePack", "the byte 0xc1, which begins no value"));
+            }
         })
     }
 
@@ -156,7 +165,11 @@ impl Reader {
     fn list(&mut self, len: usize, depth: usize) -> Result<Value> {
         // A value takes a byte at least: what is said to be longer than the header makes no room for itself.
         if len > self.rest.len() {
-            return Err(DecodeError::new("header", format_args!("a list of at most {} values", self.rest.len()), len));
+            return Err(DecodeError::new(
+                "header",
+                format_args!("a list of at most {} values", self.rest.len()),
+                len,
+            ));
         }
         // Room as it is needed: the number of values is bounded one by one.
         (0..len).map(|_| self.value(depth)).collect::<Result<_>>().map(Value::List)
@@ -164,10 +177,14 @@ impl Reader {
 
     fn map(&mut self, len: usize, depth: usize) -> Result<Value> {
         self.count(if len > 0 { MAP_COST } else { 0 })?;
-        (0..len).map(|_| Ok((self.key(depth)?, self.value(depth)?))).collect::<Result<ValueMap>>().map(Value::Map)
+        (0..len)
+            .map(|_| Ok((self.key(depth)?, self.value(depth)?)))
+            .collect::<Result<ValueMap>>()
+            .map(Value::Map)
     }
 
-    /// Python's keys may be more than text. One that is a map has keys itself: they are as deep as its values.
+    /// Python's keys may be more than text. One that is a map has keys itself: they are as deep as its
+    /// values.
     fn key(&mut self, depth: usize) -> Result<String> {
         match self.value(depth.min(1))? {
             Value::Str(text) => Ok(text),

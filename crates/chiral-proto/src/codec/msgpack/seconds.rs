@@ -13,7 +13,8 @@ pub(super) fn timestamp(said: &Value) -> Option<Timestamp> {
     Some(Timestamp(match said {
         Value::Int(nanos) if seconds > MAX_SECONDS => *nanos,
         _ if seconds > MAX_SECONDS => seconds as i64,
-        // Whole seconds and the rest apart, since their product with 1e9 would be rounded. Casts of floats saturate.
+        // Whole seconds and the rest apart, since their product with 1e9 would be rounded. Casts of floats
+        // saturate.
         _ => {
             let rest = (seconds.fract() * NANOS as f64).round() as i64;
             (seconds.trunc() as i64).saturating_mul(NANOS).saturating_add(rest)
@@ -49,7 +50,9 @@ mod tests {
         check(1_700_000_000_123_456_789_i64, 1_700_000_000_123_456_789);
         check(1.5e18, 1_500_000_000_000_000_000);
         check(f64::NAN, 0);
-        for (far, nanos) in [(1e15, i64::MAX), (-1e15, i64::MIN), (f64::INFINITY, i64::MAX), (f64::NEG_INFINITY, i64::MIN)] {
+        for (far, nanos) in
+            [(1e15, i64::MAX), (-1e15, i64::MIN), (f64::INFINITY, i64::MAX), (f64::NEG_INFINITY, i64::MIN)]
+        {
             check(far, nanos);
         }
         assert_eq!(timestamp(&Value::Null), None);

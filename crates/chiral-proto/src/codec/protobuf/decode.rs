@@ -1,4 +1,5 @@
-//! The wire's types to ours. Everything that a peer can get wrong is found here, once; tensors are slices of what arrived.
+//! The wire's types to ours. Everything that a peer can get wrong is found here, once; tensors are slices of
+//! what arrived.
 
 use std::{fmt, sync::Arc};
 
@@ -11,7 +12,10 @@ use crate::{
     clock::Timestamp,
     error::{Code, DecodeError, Fault},
     frame::{self, Frame, Payload},
-    message::{ActionMessage, Hello, Message, Notice, Reply, Request, RobotInfo, Role, StepResult, Subscribe, Welcome},
+    message::{
+        ActionMessage, Hello, Message, Notice, Reply, Request, RobotInfo, Role, StepResult, Subscribe,
+        Welcome,
+    },
     observation::{Camera, CameraSpec, Observation, Proprio, ProprioSpec},
     pool::ALIGNMENT,
     tensor::{DType, Tensor, byte_len},
@@ -22,7 +26,8 @@ type Result<T, E = DecodeError> = std::result::Result<T, E>;
 
 pub(crate) fn decode(frame: Frame) -> Result<Message> {
     let (header, payload) = frame::open(frame, ALIGNMENT)?;
-    let header = wire::Header::decode(header).map_err(|error| DecodeError::new("header", "a protobuf Header", error))?;
+    let header = wire::Header::decode(header)
+        .map_err(|error| DecodeError::new("header", "a protobuf Header", error))?;
     let id = header.id;
     match header.kind {
         None => Ok(Message::Unknown { id }),
@@ -84,9 +89,11 @@ fn message(id: u64, kind: Kind, payload: &Payload) -> Result<Message> {
         })),
         Kind::Credit(said) => notice(Notice::Credit { received: said.received, window: said.window }),
         Kind::Ping(said) => notice(Notice::Ping { t1: Timestamp(said.t1_ns) }),
-        Kind::Pong(said) => {
-            notice(Notice::Pong { t1: Timestamp(said.t1_ns), t2: Timestamp(said.t2_ns), t3: Timestamp(said.t3_ns) })
-        }
+        Kind::Pong(said) => notice(Notice::Pong {
+            t1: Timestamp(said.t1_ns),
+            t2: Timestamp(said.t2_ns),
+            t3: Timestamp(said.t3_ns),
+        }),
         Kind::Goodbye(said) => notice(Notice::Goodbye { reason: said.reason }),
         Kind::Error(said) => match id {
             0 => notice(Notice::Error(fault(said))),
@@ -220,7 +227,8 @@ fn chunk(said: Option<wire::Tensor>, payload: &Payload) -> Result<ActionChunk> {
     let rows = floats("actions", said, payload)?;
     let [_, dimension] = exactly("actions.shape", rows.shape())?;
     let values = rows.values().expect("floats checked the dtype").into_owned();
-    ActionChunk::new(dimension, values).map_err(|error| DecodeError::new("actions.shape", "whole rows", error))
+    ActionChunk::new(dimension, values)
+        .map_err(|error| DecodeError::new("actions.shape", "whole rows", error))
 }
 
 fn floats(field: &str, said: Option<wire::Tensor>, payload: &Payload) -> Result<Tensor> {
@@ -238,10 +246,14 @@ fn tensor(field: &str, said: Option<wire::Tensor>, payload: &Payload) -> Result<
             return Err(DecodeError::new("encoding", "raw", said.encoding));
         }
         let shape = shape("shape", &said.shape)?;
-        let len =
-            byte_len(dtype, &shape).ok_or_else(|| DecodeError::new("shape", "an array that memory can hold", debug(&shape)))?;
+        let len = byte_len(dtype, &shape)
+            .ok_or_else(|| DecodeError::new("shape", "an array that memory can hold", debug(&shape)))?;
         if said.size != len as u64 {
-            return Err(DecodeError::new("size", format_args!("{len} bytes for {dtype} of shape {shape:?}"), said.size));
+            return Err(DecodeError::new(
+                "size",
+                format_args!("{len} bytes for {dtype} of shape {shape:?}"),
+                said.size,
+            ));
         }
         let data = payload.take(size("offset", said.offset)?, len)?;
         Ok(Tensor::new(dtype, shape, data).expect("the length was checked against the shape"))
@@ -274,8 +286,9 @@ fn fault(said: wire::Error) -> Fault {
 }
 
 fn value_map(said: Option<wire::ValueMap>) -> Result<ValueMap> {
-    entries(said.unwrap_or_default(), Value::MAX_DEPTH)
-        .ok_or_else(|| DecodeError::new("values", format_args!("at most {} within each other", Value::MAX_DEPTH), "more"))
+    entries(said.unwrap_or_default(), Value::MAX_DEPTH).ok_or_else(|| {
+        DecodeError::new("values", format_args!("at most {} within each other", Value::MAX_DEPTH), "more")
+    })
 }
 
 /// `None` if anything lies deeper than `depth` values.
@@ -293,14 +306,17 @@ fn value(said: wire::Value, depth: usize) -> Option<Value> {
         Some(Kind::Float(item)) => Value::Float(item),
         Some(Kind::Str(item)) => Value::Str(item),
         Some(Kind::Bytes(item)) => Value::Bytes(item),
-        Some(Kind::List(list)) => Value::List(list.items.into_iter().map(|item| value(item, depth)).collect::<Option<_>>()?),
+        Some(Kind::List(list)) => {
+            Value::List(list.items.into_iter().map(|item| value(item, depth)).collect::<Option<_>>()?)
+        }
         Some(Kind::Map(map)) => Value::Map(entries(map, depth)?),
     })
 }
 
 /// Converts each item; an error says which.
 fn each<T, U>(field: &str, items: Vec<T>, convert: impl Fn(T) -> Result<U>) -> Result<Vec<U>> {
-    let convert = |(i, item)| convert(item).map_err(|error: DecodeError| error.within(format_args!("{field}[{i}]")));
+    let convert =
+        |(i, item)| convert(item).map_err(|error: DecodeError| error.within(format_args!("{field}[{i}]")));
     items.into_iter().enumerate().map(convert).collect()
 }
 

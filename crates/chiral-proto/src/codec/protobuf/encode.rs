@@ -34,9 +34,11 @@ fn request_kind(request: &Request, payload: &mut PayloadWriter) -> Result<Kind, 
             Kind::Reset(wire::Reset { seed: *seed, options: Some(value_map(options, "reset.options")?) })
         }
         Request::GetObs => Kind::GetObs(wire::GetObs {}),
-        Request::Step { session, episode, actions } => {
-            Kind::Step(wire::Step { session: *session, episode: *episode, actions: Some(chunk(actions, payload)) })
-        }
+        Request::Step { session, episode, actions } => Kind::Step(wire::Step {
+            session: *session,
+            episode: *episode,
+            actions: Some(chunk(actions, payload)),
+        }),
         Request::Subscribe(said) => Kind::Subscribe(wire::Subscribe {
             hz: said.hz,
             cameras: said.cameras.clone(),
@@ -50,14 +52,18 @@ fn request_kind(request: &Request, payload: &mut PayloadWriter) -> Result<Kind, 
 fn reply_kind(reply: &Reply, payload: &mut PayloadWriter) -> Result<Kind, Unsayable> {
     Ok(match reply {
         Reply::Welcome(said) => Kind::Welcome(welcome(said)),
-        Reply::Metadata(data) => Kind::Metadata(wire::Metadata { data: Some(value_map(data, "metadata.data")?) }),
+        Reply::Metadata(data) => {
+            Kind::Metadata(wire::Metadata { data: Some(value_map(data, "metadata.data")?) })
+        }
         Reply::Reset { obs, info } => Kind::ResetResult(wire::ResetResult {
             observation: Some(observation(obs, payload)?),
             info: Some(value_map(info, "reset_result.info")?),
         }),
         Reply::Observation(obs) => Kind::Observation(observation(obs, payload)?),
         Reply::Step(result) => Kind::StepResult(step_result(result, payload)?),
-        Reply::Subscribed { hz, cameras } => Kind::Subscribed(wire::Subscribed { hz: *hz, cameras: cameras.clone() }),
+        Reply::Subscribed { hz, cameras } => {
+            Kind::Subscribed(wire::Subscribed { hz: *hz, cameras: cameras.clone() })
+        }
         Reply::StreamEnd { reason } => Kind::StreamEnd(wire::StreamEnd { reason: reason.clone() }),
         Reply::Error(said) => Kind::Error(fault(said)),
     })
@@ -74,7 +80,9 @@ fn notice_kind(notice: &Notice, payload: &mut PayloadWriter) -> Result<Kind, Uns
             actions: Some(chunk(&said.actions, payload)),
             observation_seq: said.observation_seq,
         }),
-        Notice::Credit { received, window } => Kind::Credit(wire::Credit { received: *received, window: *window }),
+        Notice::Credit { received, window } => {
+            Kind::Credit(wire::Credit { received: *received, window: *window })
+        }
         Notice::Ping { t1 } => Kind::Ping(wire::Ping { t1_ns: t1.0 }),
         Notice::Pong { t1, t2, t3 } => Kind::Pong(wire::Pong { t1_ns: t1.0, t2_ns: t2.0, t3_ns: t3.0 }),
         Notice::Goodbye { reason } => Kind::Goodbye(wire::Goodbye { reason: reason.clone() }),
@@ -188,7 +196,8 @@ fn proprio(proprio: &Proprio, payload: &mut PayloadWriter) -> wire::Proprio {
 }
 
 fn chunk(chunk: &ActionChunk, payload: &mut PayloadWriter) -> wire::Tensor {
-    let rows = Tensor::from_vec([chunk.rows(), chunk.dimension()], chunk.values().to_vec()).expect("a chunk holds whole rows");
+    let rows = Tensor::from_vec([chunk.rows(), chunk.dimension()], chunk.values().to_vec())
+        .expect("a chunk holds whole rows");
     tensor(&rows, payload)
 }
 
@@ -226,7 +235,8 @@ fn value_map(map: &ValueMap, field: &'static str) -> Result<wire::ValueMap, Unsa
 
 /// `None` if anything lies deeper than `depth` values.
 fn entries(map: &ValueMap, depth: usize) -> Option<wire::ValueMap> {
-    let entries = map.iter().map(|(key, item)| Some((key.clone(), value(item, depth)?))).collect::<Option<_>>()?;
+    let entries =
+        map.iter().map(|(key, item)| Some((key.clone(), value(item, depth)?))).collect::<Option<_>>()?;
     Some(wire::ValueMap { entries })
 }
 
@@ -240,9 +250,9 @@ fn value(item: &Value, depth: usize) -> Option<wire::Value> {
         Value::Float(item) => Kind::Float(*item),
         Value::Str(item) => Kind::Str(item.clone()),
         Value::Bytes(item) => Kind::Bytes(item.clone()),
-        Value::List(items) => {
-            Kind::List(wire::ValueList { items: items.iter().map(|item| value(item, depth)).collect::<Option<_>>()? })
-        }
+        Value::List(items) => Kind::List(wire::ValueList {
+            items: items.iter().map(|item| value(item, depth)).collect::<Option<_>>()?,
+        }),
         Value::Map(map) => Kind::Map(entries(map, depth)?),
     };
     Some(wire::Value { kind: Some(kind) })

@@ -1,4 +1,5 @@
-//! The codec of `proto/chiral/v1/chiral.proto`: the only place that names its generated types. Protobuf sees headers, never pixels.
+//! The codec of `proto/chiral/v1/chiral.proto`: the only place that names its generated types. Protobuf sees
+//! headers, never pixels.
 
 mod decode;
 mod encode;

@@ -1,4 +1,5 @@
-//! How long an action takes from `send_action` to `apply_action`, with nothing else on the wire and under a stream of observations.
+//! How long an action takes from `send_action` to `apply_action`, with nothing else on the wire and under a
+//! stream of observations.
 
 use std::thread;
 use std::time::Duration;
@@ -51,7 +52,10 @@ fn send(client: &PolicyClient, control: &mut Control) -> Result<Vec<f64>> {
         thread::sleep(PAUSE);
     }
     let arrivals = control.arrivals(ACTIONS)?;
-    arrivals.iter().map(|&(i, at)| Ok((at - sent.get(i).context("an action that was never sent")?) as f64 * 1e-3)).collect()
+    arrivals
+        .iter()
+        .map(|&(i, at)| Ok((at - sent.get(i).context("an action that was never sent")?) as f64 * 1e-3))
+        .collect()
 }
 
 fn note([p50, p90]: &mut [Vec<f64>; 2], took_us: &[f64]) {

@@ -1,4 +1,5 @@
-//! The connection by which the measuring client asks the server process for what only that knows: a word a line there, a JSON object a line back.
+//! The connection by which the measuring client asks the server process for what only that knows: a word a
+//! line there, a JSON object a line back.
 
 use std::io::{BufRead, BufReader, Write};
 use std::net::{SocketAddr, TcpListener, TcpStream};
@@ -25,7 +26,8 @@ pub(crate) struct Host {
 pub(crate) struct Cameras {
     /// They publish at this rate; at 0, not at all.
     pub(crate) hz: f64,
-    /// Those of the robot on Zenoh, into fresh buffers, as cameras do. The other robot's publish what was drawn before, which costs nothing.
+    /// Those of the robot on Zenoh, into fresh buffers, as cameras do. The other robot's publish what was
+    /// drawn before, which costs nothing.
     pub(crate) draw: bool,
 }
 
@@ -58,7 +60,8 @@ fn answer(host: &Host, line: &str) -> Result<Value> {
         }
         ("cameras", how) => {
             let (hz, draw) = how.split_once(' ').context("cameras")?;
-            let cameras = Cameras { hz: hz.parse().context("cameras")?, draw: draw.parse().context("cameras")? };
+            let cameras =
+                Cameras { hz: hz.parse().context("cameras")?, draw: draw.parse().context("cameras")? };
             *host.cameras.lock().unwrap_or_else(PoisonError::into_inner) = cameras;
             json!({})
         }
@@ -83,7 +86,8 @@ impl Control {
 
     pub(crate) fn about(&mut self) -> Result<About> {
         let about = self.ask("about")?;
-        let address = |path: &str| text(&about[path])?.parse().with_context(|| format!("the address of {path}"));
+        let address =
+            |path: &str| text(&about[path])?.parse().with_context(|| format!("the address of {path}"));
         Ok(About {
             workload: text(&about["workload"])?.to_owned(),
             bytes: number(&about["bytes"])? as usize,
@@ -118,7 +122,8 @@ impl Control {
         self.ask(&format!("cameras {hz} {draw}")).map(drop)
     }
 
-    /// When which actions arrived, in the order they did, since this was asked last; waits until there are `count`, or no more come.
+    /// When which actions arrived, in the order they did, since this was asked last; waits until there are
+    /// `count`, or no more come.
     pub(crate) fn arrivals(&mut self, count: usize) -> Result<Vec<(usize, i64)>> {
         let (mut arrived, mut grew) = (0, Instant::now());
         while arrived < count && grew.elapsed() < Self::SILENCE {
@@ -130,15 +135,21 @@ impl Control {
         }
         let answer = self.ask("arrivals")?;
         let arrivals = answer["arrivals"].as_array().context("expected a list of arrivals")?;
-        let pair = |pair: &Value| Ok((number(&pair[0])? as usize, pair[1].as_i64().context("expected nanoseconds")?));
+        let pair = |pair: &Value| {
+            Ok((number(&pair[0])? as usize, pair[1].as_i64().context("expected nanoseconds")?))
+        };
         arrivals.iter().map(pair).collect()
     }
 
     fn ask(&mut self, line: &str) -> Result<Value> {
-        self.reader.get_mut().write_all(format!("{line}\n").as_bytes()).context("asking the server process")?;
+        self.reader
+            .get_mut()
+            .write_all(format!("{line}\n").as_bytes())
+            .context("asking the server process")?;
         let mut answer = String::new();
         self.reader.read_line(&mut answer).context("hearing from the server process")?;
-        serde_json::from_str(&answer).with_context(|| format!("the server process answered {answer:?} to {line:?}"))
+        serde_json::from_str(&answer)
+            .with_context(|| format!("the server process answered {answer:?} to {line:?}"))
     }
 }
 

@@ -82,14 +82,16 @@ fn dispatch(client: &PolicyClient, control: &mut Control, hz: u32) -> Result<Rou
     Ok(Round { lost, achieved_hz, arrival_late_p50_us: percentile(&late_us, 50), late_p50_us })
 }
 
-/// By how much arrivals are behind the ticks of this period, in microseconds. Where the ticks lie is not known here: where the earliest twentieth of the
-/// arrivals would be on time. Ticks that were skipped show in the rate, not here.
+/// By how much arrivals are behind the ticks of this period, in microseconds. Where the ticks lie is not
+/// known here: where the earliest twentieth of the arrivals would be on time. Ticks that were skipped show in
+/// the rate, not here.
 fn late_us(after_ns: &[f64], period_ns: f64) -> Vec<f64> {
     // Within a period there is no first and last: places are told from their mean on the circle.
     let angles = after_ns.iter().map(|at| at / period_ns * TAU);
     let (sin, cos) = angles.fold((0.0, 0.0), |(sin, cos), angle| (sin + angle.sin(), cos + angle.cos()));
     let mean_ns = f64::atan2(sin, cos) / TAU * period_ns;
-    let off_ns: Vec<f64> = after_ns.iter().map(|at| (at - mean_ns + period_ns / 2.0).rem_euclid(period_ns)).collect();
+    let off_ns: Vec<f64> =
+        after_ns.iter().map(|at| (at - mean_ns + period_ns / 2.0).rem_euclid(period_ns)).collect();
     let earliest_ns = percentile(&off_ns, 5);
     off_ns.iter().map(|off| (off - earliest_ns).max(0.0) * 1e-3).collect()
 }
@@ -105,7 +107,10 @@ mod tests {
             // A tenth on time, most 100 µs late, a few by more than half a period.
             let late = |i: usize| if i.is_multiple_of(10) { 0.0 } else { 1e5 } + if i % 100 == 7 { 1.5e6 } else { 0.0 };
             let after_ns: Vec<f64> = (0..1000).map(|i| phase_ns + i as f64 * PERIOD_NS + late(i)).collect();
-            assert!((percentile(&late_us(&after_ns, PERIOD_NS), 50) - 100.0).abs() < 1e-3, "phase {phase_ns}");
+            assert!(
+                (percentile(&late_us(&after_ns, PERIOD_NS), 50) - 100.0).abs() < 1e-3,
+                "phase {phase_ns}"
+            );
         }
     }
 }

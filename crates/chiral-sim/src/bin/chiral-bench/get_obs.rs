@@ -21,7 +21,13 @@ struct Way {
 
 impl Way {
     fn new(name: &'static str, ask: impl FnMut() -> Result<()> + 'static) -> Way {
-        Way { name, ask: Box::new(ask), p50_ms: Vec::new(), client_cpu_ms: Vec::new(), server_cpu_ms: Vec::new() }
+        Way {
+            name,
+            ask: Box::new(ask),
+            p50_ms: Vec::new(),
+            client_cpu_ms: Vec::new(),
+            server_cpu_ms: Vec::new(),
+        }
     }
 
     fn round(&mut self, control: &mut Control, count: usize) -> Result<()> {

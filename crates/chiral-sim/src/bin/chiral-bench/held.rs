@@ -1,4 +1,5 @@
-//! What a policy that holds one observation costs in memory: page faults in steady state, and resident bytes above those before it connected.
+//! What a policy that holds one observation costs in memory: page faults in steady state, and resident bytes
+//! above those before it connected.
 
 use anyhow::{Context, Result};
 

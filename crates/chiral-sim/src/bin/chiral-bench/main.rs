@@ -1,5 +1,6 @@
-//! `chiral-bench`: the processes that `cargo xtask bench` measures and that nobody else starts. A server process serves one workload in every way
-//! that is compared, a client process asks for it and prints what it measured, a JSON object a line. What is made of it is the bench's own business.
+//! `chiral-bench`: the processes that `cargo xtask bench` measures and that nobody else starts. A server
+//! process serves one workload in every way that is compared, a client process asks for it and prints what it
+//! measured, a JSON object a line. What is made of it is the bench's own business.
 
 mod actions;
 mod control;

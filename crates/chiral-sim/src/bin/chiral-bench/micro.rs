@@ -26,8 +26,11 @@ pub(crate) fn run(rounds: usize) -> Result<()> {
         let memcpy = timed(rounds, REPEATS / 10, || black_box(&mut copy).copy_from_slice(black_box(&whole)));
         let snapshot = timed(rounds, REPEATS, || drop(black_box(prepared.sensors.snapshot())));
         let encode = timed(rounds, REPEATS, || drop(black_box(Codec::Protobuf.encode(black_box(&message)))));
-        let decode = timed(rounds, REPEATS, || drop(black_box(Codec::Protobuf.decode(Frame::from(whole.clone())))));
-        for (row, rounds) in [("memcpy", memcpy), ("snapshot", snapshot), ("encode", encode), ("decode", decode)] {
+        let decode =
+            timed(rounds, REPEATS, || drop(black_box(Codec::Protobuf.decode(Frame::from(whole.clone())))));
+        for (row, rounds) in
+            [("memcpy", memcpy), ("snapshot", snapshot), ("encode", encode), ("decode", decode)]
+        {
             sheet.put(row, "chiral", "p50_us", &rounds);
         }
     }

@@ -1,4 +1,5 @@
-//! What one writes first: axum sends a `Message::Binary`, tokio-tungstenite receives it. Kind to it, for its message is in one piece already.
+//! What one writes first: axum sends a `Message::Binary`, tokio-tungstenite receives it. Kind to it, for its
+//! message is in one piece already.
 
 use std::net::{SocketAddr, TcpListener};
 
@@ -20,7 +21,9 @@ use crate::raw;
 pub(crate) fn serve(listener: TcpListener, reply: &Bytes) -> Result<()> {
     let runtime = Builder::new_multi_thread().enable_all().build().context("starting a runtime")?;
     let reply = reply.clone();
-    let upgrade = async move |upgrade: WebSocketUpgrade| upgrade.on_upgrade(move |socket| answer(socket, reply.clone()));
+    let upgrade = async move |upgrade: WebSocketUpgrade| {
+        upgrade.on_upgrade(move |socket| answer(socket, reply.clone()))
+    };
     let app = Router::new().route("/", get(upgrade));
     runtime.block_on(async {
         let listener = raw::from_std(listener)?.tap_io(|stream| drop(stream.set_nodelay(true)));
@@ -30,7 +33,8 @@ pub(crate) fn serve(listener: TcpListener, reply: &Bytes) -> Result<()> {
 
 async fn answer(mut socket: WebSocket, reply: Bytes) {
     while let Some(Ok(message)) = socket.next().await {
-        if matches!(message, Message::Binary(_)) && socket.send(Message::Binary(reply.clone())).await.is_err() {
+        if matches!(message, Message::Binary(_)) && socket.send(Message::Binary(reply.clone())).await.is_err()
+        {
             return;
         }
     }
@@ -51,7 +55,9 @@ impl Client {
         let config = WebSocketConfig::default().max_message_size(None).max_frame_size(None);
         let (socket, _) = runtime.block_on(async {
             let stream = tokio::net::TcpStream::from_std(stream).context("handing a stream to tokio")?;
-            client_async_with_config(format!("ws://{address}/"), stream, Some(config)).await.context("the handshake with axum")
+            client_async_with_config(format!("ws://{address}/"), stream, Some(config))
+                .await
+                .context("the handshake with axum")
         })?;
         Ok(Client { runtime, socket, reply_len })
     }
@@ -59,10 +65,15 @@ impl Client {
     pub(crate) fn ask(&mut self) -> Result<()> {
         let Client { runtime, socket, reply_len } = self;
         runtime.block_on(async {
-            socket.send(tungstenite::Message::Binary(Bytes::from_static(&[7; 56]))).await.context("asking axum")?;
+            socket
+                .send(tungstenite::Message::Binary(Bytes::from_static(&[7; 56])))
+                .await
+                .context("asking axum")?;
             match socket.next().await.context("axum is gone")?.context("reading from axum")? {
                 tungstenite::Message::Binary(bytes) if bytes.len() == *reply_len => Ok(()),
-                other => bail!("expected a message of {reply_len} bytes from axum, found one of {}", other.len()),
+                other => {
+                    bail!("expected a message of {reply_len} bytes from axum, found one of {}", other.len())
+                }
             }
         })
     }

@@ -1,5 +1,6 @@
-//! What Zenoh's connection itself costs, which no protocol on it can undercut: as many bytes as an observation has, put as soon as a put of 56 bytes asks for
-//! them, in pieces as large as Chiral's, which are counted and dropped. Nothing is acknowledged, put together or decoded.
+//! What Zenoh's connection itself costs, which no protocol on it can undercut: as many bytes as an
+//! observation has, put as soon as a put of 56 bytes asks for them, in pieces as large as Chiral's, which are
+//! counted and dropped. Nothing is acknowledged, put together or decoded.
 
 use std::net::SocketAddr;
 use std::sync::mpsc::{Receiver, sync_channel};
@@ -24,15 +25,20 @@ const LIMIT: Duration = Duration::from_secs(5);
 /// Answers at this address as long as what is returned is there.
 pub(crate) fn serve(address: SocketAddr, answer: &Bytes) -> Result<Session> {
     let session = open("peer", "listen/endpoints", address)?;
-    let publisher = session.declare_publisher(ANSWER).congestion_control(CongestionControl::Block).priority(Priority::Data);
+    let publisher = session
+        .declare_publisher(ANSWER)
+        .congestion_control(CongestionControl::Block)
+        .priority(Priority::Data);
     let publisher = publisher.express(true).wait().map_err(failed)?;
     let (sender, asked) = sync_channel(1);
     let heard = session.declare_subscriber(ASK).callback(move |_| {
         let _ = sender.try_send(());
     });
     heard.background().wait().map_err(failed)?;
-    let pieces: Vec<ZBytes> =
-        (0..answer.len()).step_by(PIECE).map(|at| answer.slice(at..answer.len().min(at + PIECE)).into()).collect();
+    let pieces: Vec<ZBytes> = (0..answer.len())
+        .step_by(PIECE)
+        .map(|at| answer.slice(at..answer.len().min(at + PIECE)).into())
+        .collect();
     std::thread::spawn(move || {
         for () in asked {
             for piece in &pieces {

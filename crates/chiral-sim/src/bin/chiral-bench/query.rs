@@ -1,4 +1,5 @@
-//! Zenoh's own baseline: a query of 56 bytes, and a reply of the observation's size from where it was asked. As urgent as Chiral's observations are.
+//! Zenoh's own baseline: a query of 56 bytes, and a reply of the observation's size from where it was asked.
+//! As urgent as Chiral's observations are.
 
 use std::net::{Ipv4Addr, SocketAddr, TcpListener};
 
@@ -14,7 +15,9 @@ const KEY: &str = "chiral-bench/query";
 
 /// An address on loopback that was free a moment ago: Zenoh does not tell which port it was given.
 pub(crate) fn free_address() -> Result<SocketAddr> {
-    TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).and_then(|listener| listener.local_addr()).context("reserving a port")
+    TcpListener::bind((Ipv4Addr::LOCALHOST, 0))
+        .and_then(|listener| listener.local_addr())
+        .context("reserving a port")
 }
 
 /// Answers at this address as long as what is returned is there.

@@ -1,4 +1,5 @@
-//! The baseline: a request of 56 bytes and a reply of the observation's size over TCP, from and into memory that is warm. Blocking, and by tokio.
+//! The baseline: a request of 56 bytes and a reply of the observation's size over TCP, from and into memory
+//! that is warm. Blocking, and by tokio.
 
 use std::io::{Read, Write};
 use std::net::{Ipv4Addr, SocketAddr, TcpListener, TcpStream};
@@ -57,7 +58,9 @@ pub(crate) fn serve_tokio(listener: TcpListener, reply: &Bytes) -> Result<()> {
             tokio::spawn(async move {
                 let mut request = REQUEST;
                 let _ = stream.set_nodelay(true);
-                while stream.read_exact(&mut request).await.is_ok() && stream.write_all(&reply).await.is_ok() {}
+                while stream.read_exact(&mut request).await.is_ok() && stream.write_all(&reply).await.is_ok()
+                {
+                }
             });
         }
     })
@@ -102,7 +105,9 @@ impl Tokio {
     pub(crate) fn connect(address: SocketAddr, reply_len: usize) -> Result<Tokio> {
         let (runtime, stream) = (runtime()?, connect(address)?);
         stream.set_nonblocking(true).context("making a stream non-blocking")?;
-        let stream = runtime.block_on(async { tokio::net::TcpStream::from_std(stream) }).context("handing a stream to tokio")?;
+        let stream = runtime
+            .block_on(async { tokio::net::TcpStream::from_std(stream) })
+            .context("handing a stream to tokio")?;
         Ok(Tokio { runtime, stream, buffer: vec![1; reply_len] })
     }
 

@@ -1,4 +1,5 @@
-//! The server process: one workload, by raw TCP, by the naive path and by Chiral, and a control connection for the client that measures.
+//! The server process: one workload, by raw TCP, by the naive path and by Chiral, and a control connection
+//! for the client that measures.
 
 use std::net::{SocketAddr, TcpListener};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -25,8 +26,10 @@ pub(crate) fn run(workload: Workload) -> Result<()> {
     // Two robots, since the pictures of one that is on Zenoh lie in shared memory, whose pages are small.
     let (mut heap, mut shared) = (Prepared::new(workload)?, Prepared::new(workload)?);
     let arrivals = Arrivals::default();
-    let [zenoh, zenoh_query, zenoh_put] = [query::free_address()?, query::free_address()?, query::free_address()?];
-    let server = PolicyServer::builder(Noting(Arc::clone(&arrivals)), heap.sensors.clone()).name("bench").build()?;
+    let [zenoh, zenoh_query, zenoh_put] =
+        [query::free_address()?, query::free_address()?, query::free_address()?];
+    let server =
+        PolicyServer::builder(Noting(Arc::clone(&arrivals)), heap.sensors.clone()).name("bench").build()?;
     let on_zenoh = PolicyServer::builder(Noting(Arc::default()), shared.sensors.clone()).name("bench");
     let on_zenoh = on_zenoh.listen_zenoh(format!("tcp/{zenoh}")).discovery(false).build()?;
     // Now that there is shared memory for the pictures to lie in.
@@ -53,8 +56,12 @@ pub(crate) fn run(workload: Workload) -> Result<()> {
     reply_by(raw::serve_blocking, blocking);
     reply_by(raw::serve_tokio, tokio);
     reply_by(naive::serve, axum);
-    thread::spawn(move || runtime()?.block_on(async { Ok::<_, anyhow::Error>(server.serve_on(raw::from_std(chiral)?).await?) }));
-    thread::spawn(move || runtime()?.block_on(async { Ok::<_, anyhow::Error>(on_zenoh.serve_zenoh().await?) }));
+    thread::spawn(move || {
+        runtime()?.block_on(async { Ok::<_, anyhow::Error>(server.serve_on(raw::from_std(chiral)?).await?) })
+    });
+    thread::spawn(move || {
+        runtime()?.block_on(async { Ok::<_, anyhow::Error>(on_zenoh.serve_zenoh().await?) })
+    });
 
     let cameras = Arc::new(Mutex::new(Cameras::OFF));
     let publisher = Arc::clone(&cameras);
@@ -151,7 +158,8 @@ impl About {
         if path != Path::ZenohExisting {
             return self.connect(path, false);
         }
-        // Which may be asked for observations only once it has reset, in case that its first question was lost.
+        // Which may be asked for observations only once it has reset, in case that its first question was
+        // lost.
         let client = self.connect(path, true)?;
         client.reset().context("reset")?;
         Ok(client)

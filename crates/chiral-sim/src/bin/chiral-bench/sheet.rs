@@ -19,7 +19,10 @@ impl Sheet {
 
     /// The same, under another name than the workload's.
     pub(crate) fn put_under(&self, workload: &str, row: &str, path: &str, metric: &str, rounds: &[f64]) {
-        println!("{}", json!({"row": row, "workload": workload, "path": path, "metric": metric, "rounds": rounds}));
+        println!(
+            "{}",
+            json!({"row": row, "workload": workload, "path": path, "metric": metric, "rounds": rounds})
+        );
     }
 }
 

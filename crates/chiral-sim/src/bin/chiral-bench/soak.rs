@@ -17,14 +17,21 @@ const STALL: Duration = Duration::from_millis(500);
 /// After so much everything has been used once; of a shorter soak, after a fifth.
 const SETTLED: Duration = Duration::from_secs(60);
 
-pub(crate) fn run(control: &mut Control, about: &About, sheet: &Sheet, path: Path, length: Duration) -> Result<()> {
+pub(crate) fn run(
+    control: &mut Control,
+    about: &About,
+    sheet: &Sheet,
+    path: Path,
+    length: Duration,
+) -> Result<()> {
     let client = about.watch(path)?;
     control.set_cameras(Cameras { hz: HZ, draw: true })?;
     client.start_obs_stream(HZ).context("starting the stream")?;
     let former = client.next_obs(LIMIT).context("the first observation")?;
     let mut last = client.next_obs(LIMIT).context("the second observation")?;
-    // The most that a client ever holds: what its policy had and what it has, the newest, and one that is arriving. Were that left to the first stall of the
-    // machine, what grows then could not be told from what should not.
+    // The most that a client ever holds: what its policy had and what it has, the newest, and one that is
+    // arriving. Were that left to the first stall of the machine, what grows then could not be told from what
+    // should not.
     sleep(STALL);
     drop(former);
     let (began, first) = (Instant::now(), last.seq);
@@ -32,7 +39,12 @@ pub(crate) fn run(control: &mut Control, about: &About, sheet: &Sheet, path: Pat
     let mut settled = None;
     while began.elapsed() < length {
         last = client.next_obs(LIMIT).context("the next observation")?;
-        let captured_at = last.cameras.iter().map(|camera| camera.captured_at).min().context("an observation without cameras")?;
+        let captured_at = last
+            .cameras
+            .iter()
+            .map(|camera| camera.captured_at)
+            .min()
+            .context("an observation without cameras")?;
         ages_ms.extend(client.age(captured_at).map(|age| age.as_secs_f64() * 1e3));
         if settled.is_none() && began.elapsed() >= SETTLED.min(length / 5) {
             settled = Some(peaks(control)?);

@@ -1,4 +1,5 @@
-//! A stream at 30 Hz of cameras that publish at 30 Hz: what arrives, and how old it is. And whether raw TCP carries as much.
+//! A stream at 30 Hz of cameras that publish at 30 Hz: what arrives, and how old it is. And whether raw TCP
+//! carries as much.
 
 use std::thread;
 use std::time::{Duration, Instant};
@@ -41,7 +42,9 @@ fn paced(tcp: &mut raw::Blocking) -> Result<f64> {
     tcp.ask()?;
     let began = Instant::now();
     for i in 1..=OBSERVATIONS {
-        thread::sleep((began + Duration::from_secs_f64(f64::from(i) / HZ)).saturating_duration_since(Instant::now()));
+        thread::sleep(
+            (began + Duration::from_secs_f64(f64::from(i) / HZ)).saturating_duration_since(Instant::now()),
+        );
         tcp.ask()?;
     }
     // The last one's own time belongs to no period.
@@ -59,7 +62,12 @@ fn streamed(client: &PolicyClient) -> Result<(f64, Vec<f64>)> {
     for _ in 0..OBSERVATIONS {
         let obs = client.next_obs(LIMIT).context("the next observation")?;
         (ended, last) = (Instant::now(), obs.seq);
-        let captured_at = obs.cameras.iter().map(|camera| camera.captured_at).min().context("an observation without cameras")?;
+        let captured_at = obs
+            .cameras
+            .iter()
+            .map(|camera| camera.captured_at)
+            .min()
+            .context("an observation without cameras")?;
         ages_ms.extend(client.age(captured_at).map(|age| age.as_secs_f64() * 1e3));
     }
     // One that was overtaken by a newer before this thread woke has arrived all the same.

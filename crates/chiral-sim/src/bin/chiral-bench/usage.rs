@@ -18,9 +18,11 @@ impl Usage {
     pub(crate) fn now() -> Result<Usage> {
         let cpu = clock_gettime(ClockId::ProcessCPUTime);
         let stat = std::fs::read_to_string("/proc/self/stat").context("reading /proc/self/stat")?;
-        // The second field is the program's name in brackets and may hold anything; the tenth of all is minflt (proc_pid_stat(5)).
+        // The second field is the program's name in brackets and may hold anything; the tenth of all is
+        // minflt (proc_pid_stat(5)).
         let mut fields = stat.rsplit_once(')').map_or("", |(_, rest)| rest).split_whitespace();
-        let minor_faults = fields.nth(7).and_then(|field| field.parse().ok()).context("looking for minflt")?;
+        let minor_faults =
+            fields.nth(7).and_then(|field| field.parse().ok()).context("looking for minflt")?;
         let status = std::fs::read_to_string("/proc/self/status").context("reading /proc/self/status")?;
         let bytes = |key: &str| {
             let line = status.lines().find_map(|line| line.strip_prefix(key)?.trim().strip_suffix(" kB"));

@@ -1,4 +1,5 @@
-//! What is observed: prebuilt pictures, published again and again, and a robot that only notes when an action reached it.
+//! What is observed: prebuilt pictures, published again and again, and a robot that only notes when an action
+//! reached it.
 
 use std::str::FromStr;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -29,9 +30,10 @@ impl FromStr for Workload {
             "L" => Ok(Workload::L),
             "M" => Ok(Workload::M),
             "S" => Ok(Workload::S),
-            bytes => {
-                bytes.parse().map(Workload::Bytes).map_err(|_| format!("expected L, M, S or a number of bytes, found {bytes:?}"))
-            }
+            bytes => bytes
+                .parse()
+                .map(Workload::Bytes)
+                .map_err(|_| format!("expected L, M, S or a number of bytes, found {bytes:?}")),
         }
     }
 }
@@ -51,14 +53,18 @@ impl Workload {
             Workload::L => (0..8).map(|i| CameraSpec::rgbd(format!("cam_{i}"), 480, 640)).collect(),
             Workload::M => (0..3).map(|i| CameraSpec::rgb(format!("cam_{i}"), 224, 224)).collect(),
             Workload::S => Vec::new(),
-            Workload::Bytes(bytes) => vec![CameraSpec { image_shape: [1, bytes, 1], ..CameraSpec::rgb("cam_0", 1, bytes) }],
+            Workload::Bytes(bytes) => {
+                vec![CameraSpec { image_shape: [1, bytes, 1], ..CameraSpec::rgb("cam_0", 1, bytes) }]
+            }
         }
     }
 
     fn proprios(self) -> Vec<ProprioSpec> {
         match self {
             Workload::Bytes(_) => Vec::new(),
-            _ => [("joint_pos", "rad"), ("joint_vel", "rad/s")].map(|(name, unit)| ProprioSpec::new(name, 7, unit)).into(),
+            _ => [("joint_pos", "rad"), ("joint_vel", "rad/s")]
+                .map(|(name, unit)| ProprioSpec::new(name, 7, unit))
+                .into(),
         }
     }
 }
@@ -77,7 +83,8 @@ impl Prepared {
     /// Nothing is drawn yet.
     pub(crate) fn new(workload: Workload) -> Result<Prepared> {
         let sensors = Sensors::new(workload.cameras(), workload.proprios())?;
-        let cameras = sensors.camera_specs().map(|spec| Ok((sensors.camera(&spec.name)?, Default::default())));
+        let cameras =
+            sensors.camera_specs().map(|spec| Ok((sensors.camera(&spec.name)?, Default::default())));
         let cameras = cameras.collect::<Result<_>>()?;
         Ok(Prepared { sensors, cameras, turn: 0 })
     }
@@ -110,8 +117,12 @@ impl Prepared {
     /// Bytes of all tensors of an observation.
     pub(crate) fn observed_bytes(&self) -> Result<usize> {
         let obs = self.sensors.snapshot().context("everything has published")?;
-        let cameras = obs.cameras.iter().flat_map(|camera| std::iter::once(&camera.image).chain(&camera.depth));
-        Ok(cameras.chain(obs.proprios.iter().map(|proprio| &proprio.data)).map(|tensor| tensor.data().len()).sum())
+        let cameras =
+            obs.cameras.iter().flat_map(|camera| std::iter::once(&camera.image).chain(&camera.depth));
+        Ok(cameras
+            .chain(obs.proprios.iter().map(|proprio| &proprio.data))
+            .map(|tensor| tensor.data().len())
+            .sum())
     }
 }
 
