@@ -2,8 +2,8 @@
 //! loss. The fuzzers and the plain test `crates/chiral-proto/tests/seeds.rs` share this file.
 
 use bytes::Bytes;
-use chiral_proto::codec::msgpack::{self, Said};
-use chiral_proto::error::Unsayable;
+use chiral_proto::codec::msgpack::{self, Decoded};
+use chiral_proto::error::EncodeError;
 use chiral_proto::{Codec, DType, DecodeError, Frame, Message, Notice, Observation, Reply, Tensor};
 
 /// Takes the bytes for a frame.
@@ -58,7 +58,7 @@ pub(crate) fn msgpack(data: &[u8]) {
     if said.message == (Message::Unknown { id: 0 }) {
         return;
     }
-    let write = |said: &Said| {
+    let write = |said: &Decoded| {
         msgpack::encode(&said.message, &said.capture_times).expect("what was decoded is encoded").into_bytes()
     };
     let ours = write(&said);
@@ -80,7 +80,7 @@ fn check(frame: Frame) -> Result<Message, DecodeError> {
         }
         Err(error) => {
             let unknown = matches!(message, Message::Unknown { .. });
-            assert!(unknown && error == Unsayable::Unknown, "decoded, but not encoded: {error}");
+            assert!(unknown && error == EncodeError::Unknown, "decoded, but not encoded: {error}");
         }
     }
     Ok(message)

@@ -210,7 +210,7 @@ const PYTHON: Client = Client { name: "python", command: policy_in_python };
 
 /// More than Zenoh gives a query, 10 s.
 const LONG: u32 = 15;
-/// More than two of the pings that an existing client sends during a reset, one every 20 s.
+/// More than two of the pings that a legacy client sends during a reset, one every 20 s.
 const LONGER: u32 = 45;
 
 /// The guide's complete programs; each takes the server's URI and ends by itself.

@@ -5,7 +5,7 @@ use std::{fmt, future::Future, sync::Arc, time::Duration};
 use chiral_proto::{
     ActionChunk, Codec, Observation, StepResult, Timestamp, ValueMap, action::Action, message::RobotInfo,
 };
-use chiral_transport::Host;
+use chiral_transport::Runtime;
 use tokio::{runtime::Handle, time::timeout};
 
 use crate::{ClientStats, PolicyClientBuilder, PutMode, StreamOptions, client, error::Error};
@@ -25,7 +25,7 @@ pub struct PolicyClient {
 /// A client, and what drives it.
 struct Connection {
     client: client::PolicyClient,
-    host: Host,
+    host: Runtime,
 }
 
 impl Drop for Connection {
@@ -64,7 +64,7 @@ impl PolicyClient {
     }
 
     #[cfg(any(feature = "websocket", feature = "zenoh"))]
-    pub(crate) fn new(client: client::PolicyClient, host: Host) -> PolicyClient {
+    pub(crate) fn new(client: client::PolicyClient, host: Runtime) -> PolicyClient {
         PolicyClient { connection: Arc::new(Connection { client, host }) }
     }
 

@@ -13,22 +13,22 @@ use chiral_proto::{
     message::{RobotInfo, Role, Welcome},
     pool::Pool,
 };
-use chiral_transport::{Courtesy, Host, Patience, monotonic};
+use chiral_transport::{IdleTimeout, Pacing, Runtime, monotonic};
 use tokio::{
     sync::{Notify, watch},
     time::{sleep, timeout},
 };
 
-#[cfg(any(feature = "websocket", feature = "zenoh"))]
-use crate::address::{Connection, Server};
 #[cfg(feature = "zenoh")]
 use crate::discover::{DiscoveredRobot, discover};
+#[cfg(any(feature = "websocket", feature = "zenoh"))]
+use crate::endpoint::{Connection, Server};
 use crate::{
     client::PolicyClient,
-    dispatcher::{self, Dispatcher, Pace},
+    connection::{Carries, Lane},
+    dispatch::thread::{self as dispatch_thread, DispatchThread, Pace},
     error::Error,
-    existing::{Existing, Known},
-    lane::{Carries, Lane},
+    legacy::session::{LegacySession, LegacyState},
     session::{self, Identity, Shared},
     state::State,
 };
@@ -48,16 +48,16 @@ pub struct PolicyClientBuilder {
     quiet: bool,
     deadline: Option<Duration>,
     request_timeout: Duration,
-    silence_limit: Duration,
-    reply_limit: Duration,
+    idle_timeout: Duration,
+    reply_timeout: Duration,
     queue_capacity: usize,
     clock: Option<Clock>,
     dispatch_spin: Duration,
     one_connection: bool,
     max_frame: usize,
-    means: Means,
+    means: ConnectOptions,
     pool: Pool,
-    courtesy: Courtesy,
+    pacing: Pacing,
 }
 
 /// By what a server is reached, beside its address.
@@ -66,7 +66,7 @@ pub struct PolicyClientBuilder {
     not(all(feature = "websocket", feature = "zenoh")),
     allow(dead_code, reason = "certificates are of WebSocket, the rest of Zenoh")
 )]
-pub(crate) struct Means {
+pub(crate) struct ConnectOptions {
     /// Trusted for `wss://`, in place of the system's.
     pub(crate) root_certificates: Option<Vec<u8>>,
     /// Which robot, on a Zenoh network.
@@ -77,8 +77,8 @@ pub(crate) struct Means {
     pub(crate) shared_memory: bool,
     /// The one wire that will do.
     pub(crate) codec: Option<Codec>,
-    /// With a server that may rightly be silent, as long as its connection lives.
-    pub(crate) patience: Patience,
+    /// After how long without an arrival a connection is lost.
+    pub(crate) idle_timeout: Duration,
 }
 
 /// What became of one attempt to connect.
@@ -86,7 +86,7 @@ pub(crate) struct Means {
     not(any(feature = "websocket", feature = "zenoh")),
     expect(dead_code, reason = "transports make them")
 )]
-pub(crate) enum Attempt {
+pub(crate) enum ConnectError {
     /// Nobody is there yet; it is worth trying again.
     Absent(String),
     /// Trying again would not help.
@@ -101,16 +101,16 @@ impl PolicyClientBuilder {
             quiet: false,
             deadline: None,
             request_timeout: Duration::from_secs(5),
-            silence_limit: Duration::from_secs(10),
-            reply_limit: Duration::from_secs(60),
+            idle_timeout: Duration::from_secs(10),
+            reply_timeout: Duration::from_secs(60),
             queue_capacity: 256,
             clock: None,
             dispatch_spin: Duration::from_micros(300),
             one_connection: false,
             max_frame: 256 << 20,
-            means: Means { shared_memory: true, ..Means::default() },
+            means: ConnectOptions { shared_memory: true, ..ConnectOptions::default() },
             pool: Pool::new(IDLE_BUFFERS),
-            courtesy: Courtesy::default(),
+            pacing: Pacing::default(),
         }
     }
 
@@ -179,7 +179,7 @@ impl PolicyClientBuilder {
         self
     }
 
-    /// Speaks by this codec only: [`Codec::Protobuf`] with servers of ours, [`Codec::Msgpack`] as existing
+    /// Speaks by this codec only: [`Codec::Protobuf`] with servers of ours, [`Codec::Msgpack`] as legacy
     /// clients do, to whatever server takes them. By default it is the former, or else, where a WebSocket
     /// server chooses no subprotocol, the latter.
     #[must_use]
@@ -188,12 +188,12 @@ impl PolicyClientBuilder {
         self
     }
 
-    /// How long an existing server may take for a `reset`, a `step` or a gym-like one's action, and for how
+    /// How long a legacy server may take for a `reset`, a `step` or a gym-like one's action, and for how
     /// long it may answer no pings meanwhile; 60 s by default. One that drops a request says nothing of it,
     /// so that there must be some limit.
     #[must_use]
-    pub fn reply_limit(mut self, limit: Duration) -> Self {
-        self.reply_limit = limit;
+    pub fn reply_timeout(mut self, limit: Duration) -> Self {
+        self.reply_timeout = limit;
         self
     }
 
@@ -206,11 +206,11 @@ impl PolicyClientBuilder {
     }
 
     /// After how long without a word the server counts as lost; 10 s by default. An observation that is still
-    /// arriving is no word yet: raise this for a link on which one takes longer. Of an existing server every
+    /// arriving is no word yet: raise this for a link on which one takes longer. Of a legacy server every
     /// byte is one, pongs among them: raise this for one that answers no pings while it resets.
     #[must_use]
-    pub fn silence_limit(mut self, limit: Duration) -> Self {
-        self.silence_limit = limit;
+    pub fn idle_timeout(mut self, limit: Duration) -> Self {
+        self.idle_timeout = limit;
         self
     }
 
@@ -295,7 +295,8 @@ impl PolicyClientBuilder {
     #[cfg(feature = "zenoh")]
     pub async fn discover(&self, duration: Duration) -> Result<Vec<DiscoveredRobot>, Error> {
         let config = self.means.zenoh_config.clone();
-        discover(&chiral_transport::zenoh::NetworkOptions { config, ..Default::default() }, duration).await
+        discover(&chiral_transport::zenoh::ZenohSessionOptions { config, ..Default::default() }, duration)
+            .await
     }
 
     /// The same, for code without a runtime; blocks.
@@ -313,11 +314,12 @@ impl PolicyClientBuilder {
     /// [`Error::Busy`], [`Error::VersionMismatch`], [`Error::Rejected`], or how the connection broke.
     pub async fn connect_over(self, transport: impl Transport) -> Result<PolicyClient, Error> {
         if transport.codec() == Codec::Msgpack {
-            return self.begin_existing((transport, Host::current()), 0).await;
+            return self.begin_legacy((transport, Runtime::current(), IdleTimeout::never()), 0).await;
         }
         let began = self.now();
         let welcome = session::greet(&transport, &self.identity, Bytes::new()).await?;
-        self.begin(began, welcome, (transport, Host::current()), None, None)
+        let idle_timeout = IdleTimeout::new(self.idle_timeout);
+        self.begin(began, welcome, (transport, Runtime::current(), idle_timeout), None, None)
     }
 
     /// Connects over two, so that observations and actions do not wait for each other.
@@ -335,20 +337,24 @@ impl PolicyClientBuilder {
             return Err(Error::Protocol { expected: "a token for a second connection" });
         }
         session::greet(&observations, &self.identity, welcome.attach_token.clone()).await?;
-        self.begin(began, welcome, (control, Host::current()), Some((observations, Host::current())), None)
+        let here = || (Runtime::current(), IdleTimeout::new(self.idle_timeout));
+        let [control_runtime, observations_runtime] = [here(), here()];
+        let control = (control, control_runtime.0, control_runtime.1);
+        let observations = (observations, observations_runtime.0, observations_runtime.1);
+        self.begin(began, welcome, control, Some(observations), None)
     }
 
     #[cfg(any(feature = "websocket", feature = "zenoh"))]
-    async fn connect_by(mut self, host: Host) -> Result<PolicyClient, Error> {
+    async fn connect_by(mut self, host: Runtime) -> Result<PolicyClient, Error> {
         // Clones of a builder make clients that have nothing in common.
-        (self.pool, self.courtesy) = (Pool::new(IDLE_BUFFERS), Courtesy::default());
-        self.means.patience = Patience::new(self.silence_limit);
+        (self.pool, self.pacing) = (Pool::new(IDLE_BUFFERS), Pacing::default());
+        self.means.idle_timeout = self.idle_timeout;
         let server = Server::parse(&self.uri, &self.means)?;
         let control =
             self.wait_for(server.retry_period(), || self.attempt(&server, Carries::Control, &host)).await?;
         if control.codec() == Codec::Msgpack {
-            let probes = control.probes();
-            return self.begin_existing((control, host), probes).await;
+            let (probes, idle_timeout) = (control.probes(), control.idle_timeout());
+            return self.begin_legacy((control, host, idle_timeout), probes).await;
         }
         let began = self.now();
         let welcome = session::greet(&control, &self.identity, Bytes::new()).await?;
@@ -361,7 +367,12 @@ impl PolicyClientBuilder {
                 Err(_) => self.alone(&format_args!("not within {} s", ATTACH_LIMIT.as_secs())),
             },
         };
-        self.begin(began, welcome, (control, host), observations, None)
+        let idle_timeout = control.idle_timeout();
+        let observations = observations.map(|(transport, host)| {
+            let idle_timeout = transport.idle_timeout();
+            (transport, host, idle_timeout)
+        });
+        self.begin(began, welcome, (control, host, idle_timeout), observations, None)
     }
 
     #[cfg(any(feature = "websocket", feature = "zenoh"))]
@@ -375,12 +386,12 @@ impl PolicyClientBuilder {
 
     /// The session's second connection.
     #[cfg(any(feature = "websocket", feature = "zenoh"))]
-    async fn attach(&self, server: &Server, welcome: &Welcome) -> Result<(Connection, Host), Error> {
+    async fn attach(&self, server: &Server, welcome: &Welcome) -> Result<(Connection, Runtime), Error> {
         let host = thread("chiral-client-o")?;
         let observations =
             self.attempt(server, Carries::Observations, &host).await.map_err(|attempt| match attempt {
-                Attempt::Failed(error) => error,
-                Attempt::Absent(reason) => Error::Disconnected { reason, cause: None },
+                ConnectError::Failed(error) => error,
+                ConnectError::Absent(reason) => Error::Disconnected { reason, cause: None },
             })?;
         session::greet(&observations, &self.identity, welcome.attach_token.clone()).await?;
         Ok((observations, host))
@@ -388,18 +399,23 @@ impl PolicyClientBuilder {
 
     /// One attempt to connect, on the runtime that the connection will live on.
     #[cfg(any(feature = "websocket", feature = "zenoh"))]
-    async fn attempt(&self, server: &Server, carries: Carries, host: &Host) -> Result<Connection, Attempt> {
-        let (server, limit, pool, courtesy) =
-            (server.clone(), self.max_frame, self.pool.clone(), self.courtesy.clone());
-        let connecting = host.spawn(async move { server.connect(carries, limit, pool, courtesy).await });
-        connecting.await.unwrap_or_else(|ended| Err(Attempt::Absent(ended.to_string())))
+    async fn attempt(
+        &self,
+        server: &Server,
+        carries: Carries,
+        host: &Runtime,
+    ) -> Result<Connection, ConnectError> {
+        let (server, limit, pool, pacing) =
+            (server.clone(), self.max_frame, self.pool.clone(), self.pacing.clone());
+        let connecting = host.spawn(async move { server.connect(carries, limit, pool, pacing).await });
+        connecting.await.unwrap_or_else(|ended| Err(ConnectError::Absent(ended.to_string())))
     }
 
-    /// Begins a session with an existing server, where nobody says hello, after so many probes on a network
+    /// Begins a session with a legacy server, where nobody says hello, after so many probes on a network
     /// where they may be lost; without any, a first question shows that it is one.
-    async fn begin_existing<T: Transport>(
+    async fn begin_legacy<T: Transport>(
         self,
-        control: (T, Host),
+        control: (T, Runtime, IdleTimeout),
         probes: u64,
     ) -> Result<PolicyClient, Error> {
         let action_spec = ActionSpec {
@@ -421,19 +437,20 @@ impl PolicyClientBuilder {
             attach_token: Bytes::new(),
             controller: String::new(),
         };
-        let existing = Existing {
+        let legacy = LegacySession {
             request_timeout: self.request_timeout,
-            reply_limit: self.reply_limit,
-            patience: self.means.patience.clone(),
+            reply_timeout: self.reply_timeout,
+            idle_timeout: control.2.clone(),
             // Whoever waits for the answer is told first that there was none.
-            busy_patience: self.silence_limit.saturating_add(self.reply_limit),
+            busy_idle_timeout: self.idle_timeout.saturating_add(self.reply_timeout),
             is_lossy: probes > 0,
             is_observer: self.identity.role == Role::Observer,
-            ..Existing::default()
+            turn: Default::default(),
+            order: Default::default(),
         };
         let now = self.now();
         let client =
-            self.begin(now, welcome, control, None, Some((existing, Known::after_probes(probes))))?;
+            self.begin(now, welcome, control, None, Some((legacy, LegacyState::after_probes(probes))))?;
         if probes == 0 {
             client.get_metadata().await?;
         }
@@ -445,43 +462,43 @@ impl PolicyClientBuilder {
         self,
         began: Timestamp,
         welcome: Welcome,
-        (control, host): (T, Host),
-        observations: Option<(T, Host)>,
-        existing: Option<(Existing, Known)>,
+        (control, host, idle_timeout): (T, Runtime, IdleTimeout),
+        observations: Option<(T, Runtime, IdleTimeout)>,
+        legacy: Option<(LegacySession, LegacyState)>,
     ) -> Result<PolicyClient, Error> {
         let first_round_trip = self.now().since(began);
         let pace = if self.clock.is_some() { Pace::Timers } else { Pace::Spin(self.dispatch_spin) };
         let carries = if observations.is_some() { Carries::Control } else { Carries::Everything };
         let control = Arc::new(control);
-        let lane = Arc::new(Lane::new(carries, &control, host));
-        let second = observations.map(|(transport, host)| {
+        let lane = Arc::new(Lane::new(carries, &control, host, idle_timeout));
+        let second = observations.map(|(transport, host, idle_timeout)| {
             let transport = Arc::new(transport);
-            (Arc::new(Lane::new(Carries::Observations, &transport, host)), transport)
+            (Arc::new(Lane::new(Carries::Observations, &transport, host, idle_timeout)), transport)
         });
         let mut state = State::new(welcome.session, welcome.episode, self.queue_capacity, first_round_trip);
-        let existing = existing.map(|(existing, known)| {
-            state.existing = known;
-            existing
+        let legacy = legacy.map(|(legacy, known)| {
+            state.legacy = known;
+            legacy
         });
         let shared = Arc::new(Shared {
             state: state.into(),
-            existing,
+            legacy,
             latest: watch::Sender::new(None),
             room: Notify::new(),
             clock: self.clock.unwrap_or_else(monotonic),
-            silence_limit: self.silence_limit,
-            dispatcher: Dispatcher::new(pace),
+            idle_timeout: self.idle_timeout,
+            dispatcher: DispatchThread::new(pace),
             observations: Arc::clone(second.as_ref().map_or(&lane, |(lane, _)| lane)),
             control: lane,
             pool: self.pool,
-            courtesy: self.courtesy,
+            pacing: self.pacing,
             ended: watch::Sender::new(false),
         });
         session::run(&shared, &shared.control, control);
         if let Some((lane, transport)) = second {
             session::run(&shared, &lane, transport);
         }
-        dispatcher::start(&shared).inspect_err(|error| shared.end(error.clone()))?;
+        dispatch_thread::start(&shared).inspect_err(|error| shared.end(error.clone()))?;
         Ok(PolicyClient::new(shared, welcome, self.request_timeout))
     }
 
@@ -494,7 +511,7 @@ impl PolicyClientBuilder {
         not(any(feature = "websocket", feature = "zenoh")),
         expect(dead_code, reason = "transports use it")
     )]
-    async fn wait_for<T, F: Future<Output = Result<T, Attempt>>>(
+    async fn wait_for<T, F: Future<Output = Result<T, ConnectError>>>(
         &self,
         period: Duration,
         attempt: impl Fn() -> F,
@@ -505,8 +522,8 @@ impl PolicyClientBuilder {
             loop {
                 match attempt().await {
                     Ok(connected) => return Ok(connected),
-                    Err(Attempt::Failed(error)) => return Err(error),
-                    Err(Attempt::Absent(reason)) => last = reason,
+                    Err(ConnectError::Failed(error)) => return Err(error),
+                    Err(ConnectError::Absent(reason)) => last = reason,
                 }
                 if !self.quiet
                     && let Some(line) = waiting.line(&self.uri, &last, Instant::now())
@@ -549,8 +566,8 @@ impl Waiting {
 }
 
 #[cfg(any(feature = "websocket", feature = "zenoh"))]
-fn thread(name: &str) -> Result<Host, Error> {
-    Host::thread(name).map_err(|error| Error::Thread(Arc::new(error)))
+fn thread(name: &str) -> Result<Runtime, Error> {
+    Runtime::thread(name).map_err(|error| Error::Thread(Arc::new(error)))
 }
 
 fn default_name() -> String {

@@ -3,8 +3,10 @@
 use std::{fmt, ops::Deref, sync::Arc, time::Duration};
 
 use chiral_proto::{
-    ActionChunk, ActionSpec, Codec, Message, Observation, Reply, Request, StepResult, Timestamp, ValueMap,
+    ActionChunk, ActionSpec, Codec, Message, Observation, Rate, Reply, Request, StepResult, Timestamp,
+    ValueMap,
     action::Action,
+    clock::InvalidRate,
     message::{RobotInfo, Subscribe, Welcome},
 };
 use tokio::time::timeout;
@@ -13,9 +15,9 @@ use tokio::time::timeout;
 use crate::discover::DiscoveredRobot;
 use crate::{
     builder::PolicyClientBuilder,
-    dispatch::PutMode,
+    connection::Lane,
+    dispatch::queue::PutMode,
     error::Error,
-    lane::Lane,
     lock,
     session::Shared,
     state::{RequestKind, Stream},
@@ -139,7 +141,7 @@ impl PolicyClient {
         self.shared.control.codec
     }
 
-    /// What the robot is: its name, its cameras and proprioception, its actions. An existing server, of
+    /// What the robot is: its name, its cameras and proprioception, its actions. A legacy server, of
     /// [`Codec::Msgpack`], declares nothing: its name is the address, there are no cameras and no
     /// proprioception, and `action_spec` has dimension 0, which stands for any, and 0 Hz.
     pub fn robot(&self) -> &RobotInfo {
@@ -186,7 +188,7 @@ impl PolicyClient {
     ///
     /// # Errors
     /// The session's end, [`Error::Timeout`], or [`Error::Rejected`] if a sensor published nothing in time.
-    /// [`Error::Unsupported`] of an existing server that observes in reset and step only, before the first.
+    /// [`Error::Unsupported`] of a legacy server that observes in reset and step only, before the first.
     pub async fn get_obs(&self) -> Result<Arc<Observation>> {
         match self.ask_briefly(Request::GetObs, RequestKind::Other, "an observation").await? {
             Reply::Observation(obs) => Ok(self.see(obs)),
@@ -219,13 +221,13 @@ impl PolicyClient {
     ///
     /// # Errors
     /// [`Error::InvalidArgument`], the session's end, [`Error::Timeout`], or [`Error::Rejected`] if there is
-    /// no such camera or a sensor is silent. Of an existing server [`Error::UnknownName`] for the former, and
+    /// no such camera or a sensor is silent. Of a legacy server [`Error::UnknownName`] for the former, and
     /// [`Error::Unsupported`] if it observes in reset and step only.
     pub async fn start_obs_stream(&self, options: impl Into<StreamOptions>) -> Result<()> {
         let StreamOptions { hz, cameras, depth } = options.into();
-        check_hz("the stream's rate", hz)?;
+        let rate = rate("the stream's rate", hz)?;
         let window = lock(&self.shared.state).window(hz);
-        let subscribe = Request::Subscribe(Subscribe { hz, cameras, depth, window });
+        let subscribe = Request::Subscribe(Subscribe { rate, cameras, depth, window });
         match self.ask_briefly(subscribe, RequestKind::Subscribe, "the observation stream").await? {
             Reply::Subscribed { .. } => Ok(()),
             _ => Err(Error::Protocol { expected: "the stream's beginning" }),
@@ -287,10 +289,10 @@ impl PolicyClient {
     /// # Errors
     /// [`Error::InvalidArgument`], or the session's end.
     pub fn start_action_dispatch(&self, hz: f64) -> Result<()> {
-        check_hz("the dispatch's rate", hz)?;
+        let rate = rate("the dispatch's rate", hz)?;
         let mut state = lock(&self.shared.state);
         state.check_alive()?;
-        state.dispatch.start(hz, self.shared.now());
+        state.dispatch.start(rate, self.shared.now());
         drop(state);
         self.shared.dispatcher.wake();
         Ok(())
@@ -399,8 +401,8 @@ impl PolicyClient {
     // ---- Helpers ------------------------------------------------------------------------------------------
 
     async fn ask(&self, request: Request, kind: RequestKind) -> Result<Reply> {
-        if let Some(existing) = &self.shared.existing {
-            return existing.ask(&self.shared, request).await;
+        if let Some(legacy) = &self.shared.legacy {
+            return legacy.ask(&self.shared, request).await;
         }
         let lane = self.lane_of(&request);
         let (frame, answered) = {
@@ -454,7 +456,7 @@ impl PolicyClient {
 
     fn checked(&self, chunk: ActionChunk) -> Result<ActionChunk> {
         let declared = &self.welcome.robot.action_spec;
-        if self.shared.existing.is_some() {
+        if self.shared.legacy.is_some() {
             // Which dimension is right, the server alone knows.
             ActionSpec { dimension: chunk.dimension(), ..declared.clone() }.check(&chunk)?;
         } else {
@@ -485,9 +487,11 @@ impl fmt::Debug for PolicyClient {
     }
 }
 
-fn check_hz(name: &'static str, hz: f64) -> Result<()> {
-    if hz > 0.0 && hz <= Subscribe::MAX_HZ {
-        return Ok(());
-    }
-    Err(Error::InvalidArgument { name, expected: "more than 0 and at most 1000 Hz", found: hz.to_string() })
+fn rate(name: &'static str, hz: f64) -> Result<Rate> {
+    let expected = "more than 0 and at most 1000 Hz";
+    Rate::new(hz).map_err(|InvalidRate { found }| Error::InvalidArgument {
+        name,
+        expected,
+        found: found.to_string(),
+    })
 }

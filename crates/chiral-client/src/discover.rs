@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use chiral_proto::{CameraSpec, Codec, Frame, Message, Reply};
-use chiral_transport::zenoh::{NetworkOptions, Search, Sighting};
+use chiral_transport::zenoh::{Scout, ScoutedRobot, ZenohSessionOptions};
 
 use crate::{error::Error, zenoh::failed};
 
@@ -26,10 +26,10 @@ pub struct DiscoveredRobot {
 
 /// The robots that answer within `duration`, in order of their names.
 pub(crate) async fn discover(
-    options: &NetworkOptions,
+    options: &ZenohSessionOptions,
     duration: Duration,
 ) -> Result<Vec<DiscoveredRobot>, Error> {
-    let mut search = Search::begin(options, duration).await.map_err(failed)?;
+    let mut search = Scout::begin(options, duration).await.map_err(failed)?;
     let mut sightings = Vec::new();
     while let Some(sighting) = search.next().await {
         sightings.push(sighting);
@@ -39,7 +39,7 @@ pub(crate) async fn discover(
 
 /// One of each name, with the addresses of its own server if there are any, and otherwise those of whoever
 /// leads to it.
-fn merge(mut sightings: Vec<Sighting>) -> Vec<DiscoveredRobot> {
+fn merge(mut sightings: Vec<ScoutedRobot>) -> Vec<DiscoveredRobot> {
     sightings.sort_by(|a, b| (&a.robot, !a.is_own, &a.locator).cmp(&(&b.robot, !b.is_own, &b.locator)));
     let mut robots: Vec<DiscoveredRobot> = Vec::new();
     for same in sightings.chunk_by(|a, b| a.robot == b.robot) {
@@ -99,7 +99,7 @@ mod tests {
                 .unwrap();
             frame.into_bytes().to_vec()
         };
-        let seen = |robot: &str, locator: &str, is_own, info: &[u8]| Sighting {
+        let seen = |robot: &str, locator: &str, is_own, info: &[u8]| ScoutedRobot {
             robot: robot.to_owned(),
             locator: locator.to_owned(),
             is_own,

@@ -4,7 +4,7 @@
 use std::{error::Error as StdError, path::PathBuf, sync::Arc, time::Duration};
 
 use chiral_proto::{
-    DecodeError, Fault, InvalidAction, PROTOCOL_VERSION, TensorError, TransportError, Unsayable,
+    DecodeError, EncodeError, Fault, InvalidAction, PROTOCOL_VERSION, TensorError, TransportError,
     error::UnknownName,
 };
 
@@ -43,7 +43,7 @@ pub enum Error {
     Tls(Arc<dyn StdError + Send + Sync>),
     /// A wire was asked for that the server does not speak.
     #[error(
-        "expected a server that speaks protobuf, as this client was told to, found one without the subprotocol chiral.v1, as existing msgpack servers are"
+        "expected a server that speaks protobuf, as this client was told to, found one without the subprotocol chiral.v1, as legacy msgpack servers are"
     )]
     NotProtobuf,
     /// Something listens, but does not speak WebSocket as expected.
@@ -135,7 +135,7 @@ pub enum Error {
     },
     /// The request cannot be put on the wire.
     #[error(transparent)]
-    Unsayable(#[from] Unsayable),
+    EncodeError(#[from] EncodeError),
     /// The server said something that cannot be understood.
     #[error("the server sent a malformed message: {0}")]
     Malformed(DecodeError),
@@ -151,13 +151,13 @@ pub enum Error {
         /// What was expected.
         expected: &'static str,
     },
-    /// An existing server said something out of turn.
+    /// A legacy server said something out of turn.
     #[error("expected answers to what was asked only, in order, found a {found} from the server")]
     UnaskedAnswer {
         /// Its type on the wire.
         found: &'static str,
     },
-    /// An existing server cannot do this, or not yet.
+    /// A legacy server cannot do this, or not yet.
     #[error("the server cannot {what}: {why}")]
     Unsupported {
         /// What was asked for.

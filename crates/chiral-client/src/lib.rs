@@ -21,19 +21,17 @@
 //!
 //! [`blocking::PolicyClient`] is the same without a runtime.
 
-#[cfg(any(feature = "websocket", feature = "zenoh"))]
-mod address;
 pub mod blocking;
 mod builder;
 mod client;
+mod connection;
 #[cfg(feature = "zenoh")]
 mod discover;
 mod dispatch;
-mod dispatcher;
+#[cfg(any(feature = "websocket", feature = "zenoh"))]
+mod endpoint;
 mod error;
-mod existing;
-mod lane;
-mod owed;
+mod legacy;
 mod session;
 mod state;
 mod stats;
@@ -49,19 +47,15 @@ pub use chiral_proto::{
     StepResult, Tensor, Timestamp, Value, ValueMap, action, message::RobotInfo, value,
 };
 
+use chiral_transport::lock;
+
 pub use builder::PolicyClientBuilder;
 pub use client::{PolicyClient, StreamOptions};
 #[cfg(feature = "zenoh")]
 pub use discover::DiscoveredRobot;
-pub use dispatch::PutMode;
+pub use dispatch::queue::PutMode;
 pub use error::Error;
 pub use stats::ClientStats;
-
-/// Locks; a panic elsewhere does not poison what this crate keeps behind locks, since no invariant is broken
-/// between two statements.
-pub(crate) fn lock<T>(mutex: &std::sync::Mutex<T>) -> std::sync::MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
-}
 
 #[cfg(all(doctest, feature = "websocket"))]
 #[doc = include_str!("../../../docs/client-guide.md")]

@@ -16,17 +16,17 @@ use chiral_proto::{
     message::{Hello, Role, Welcome},
     pool::Pool,
 };
-use chiral_transport::{Courtesy, Silence};
+use chiral_transport::Pacing;
 use tokio::{
     sync::{Notify, watch},
     time::{sleep, timeout},
 };
 
 use crate::{
-    dispatcher::Dispatcher,
+    connection::{Carries, Lane},
+    dispatch::thread::DispatchThread,
     error::Error,
-    existing::{self, Existing},
-    lane::{Carries, Lane},
+    legacy::session::{self as legacy, LegacySession},
     lock,
     state::{Due, Latest, Outgoing, Pings, State, Stream},
 };
@@ -47,17 +47,17 @@ pub(crate) struct Shared {
     /// The action queue may have room, or has lost what empties it.
     pub(crate) room: Notify,
     pub(crate) clock: Clock,
-    pub(crate) silence_limit: Duration,
-    pub(crate) dispatcher: Dispatcher,
+    pub(crate) idle_timeout: Duration,
+    pub(crate) dispatcher: DispatchThread,
     pub(crate) control: Arc<Lane>,
     /// The second connection, or the first if there is only one.
     pub(crate) observations: Arc<Lane>,
     /// If the server is none of ours.
-    pub(crate) existing: Option<Existing>,
+    pub(crate) legacy: Option<LegacySession>,
     /// Where received observations lie.
     pub(crate) pool: Pool,
     /// Asked for by the actions that are sent.
-    pub(crate) courtesy: Courtesy,
+    pub(crate) pacing: Pacing,
     pub(crate) ended: watch::Sender<bool>,
 }
 
@@ -93,9 +93,9 @@ impl Shared {
 
     /// Sends actions.
     pub(crate) async fn act(&self, outgoing: Outgoing) -> Result<(), Error> {
-        self.courtesy.ask();
-        match &self.existing {
-            Some(existing) => existing.act(self, outgoing).await,
+        self.pacing.ask();
+        match &self.legacy {
+            Some(legacy) => legacy.act(self, outgoing).await,
             None => self.say(&self.control, &Message::Notice(Notice::Action(outgoing.message))).await,
         }
     }
@@ -107,7 +107,7 @@ impl Shared {
             tracing::debug!("an action was not sent: {error}");
             let mut state = lock(&self.state);
             // Of what a server of ours would have refused, the next to act is told.
-            if self.existing.is_some() && state.check_alive().is_ok() {
+            if self.legacy.is_some() && state.check_alive().is_ok() {
                 state.refused(match error {
                     Error::ActionRefused(fault) => fault,
                     Error::Rejected(fault) => Fault { action_seq, ..fault },
@@ -222,7 +222,7 @@ pub(crate) fn run<T: Transport>(shared: &Arc<Shared>, lane: &Arc<Lane>, transpor
         let parting = async {
             part(shared, lane, &*transport).await;
             // Nor does a server that has no word for it.
-            let is_told = shared.existing.as_ref().is_none_or(|existing| !existing.is_lossy);
+            let is_told = shared.legacy.as_ref().is_none_or(|legacy| !legacy.is_lossy);
             if !has_server_left && is_told {
                 // Until it has parted, too: only then the robot is free for who connects next.
                 receiving.await;
@@ -264,22 +264,19 @@ async fn part<T: Transport>(shared: &Shared, lane: &Lane, transport: &T) {
 // ---- Receiving --------------------------------------------------------------------------------------------
 
 async fn receive<T: Transport>(shared: &Shared, lane: &Lane, transport: &T) -> Error {
-    let silence = Silence::begin();
-    if shared.existing.is_some() {
-        // It may rightly be silent for long. Its connection tells whether it lives, or deadlines do.
-        return hear(shared, lane, transport, &silence).await;
-    }
+    lane.idle_timeout.record();
     tokio::select! {
         biased;
-        end = hear(shared, lane, transport, &silence) => end,
-        () = silence.lasts(shared.silence_limit) => {
-            let reason = format!("nothing heard from the server for {} s", shared.silence_limit.as_secs_f64());
+        end = receive_frames(shared, lane, transport) => end,
+        () = lane.idle_timeout.expired() => {
+            let limit = lane.idle_timeout.limit();
+            let reason = format!("nothing received from the server for {} s", limit.as_secs_f64());
             Error::Disconnected { reason, cause: None }
         }
     }
 }
 
-async fn hear<T: Transport>(shared: &Shared, lane: &Lane, transport: &T, silence: &Silence) -> Error {
+async fn receive_frames<T: Transport>(shared: &Shared, lane: &Lane, transport: &T) -> Error {
     loop {
         let frame = match transport.recv().await {
             Ok(Some(frame)) => frame,
@@ -291,7 +288,7 @@ async fn hear<T: Transport>(shared: &Shared, lane: &Lane, transport: &T, silence
             }
             Err(error) => return lost(error),
         };
-        silence.end();
+        lane.idle_timeout.record();
         if let Err(end) = handle(shared, lane, frame) {
             return end;
         }
@@ -299,8 +296,8 @@ async fn hear<T: Transport>(shared: &Shared, lane: &Lane, transport: &T, silence
 }
 
 fn handle(shared: &Shared, lane: &Lane, frame: Frame) -> Result<(), Error> {
-    if shared.existing.is_some() {
-        return existing::heard(shared, frame);
+    if shared.legacy.is_some() {
+        return legacy::heard(shared, frame);
     }
     let now = shared.now();
     let message = match lane.codec.decode(frame) {
@@ -377,9 +374,9 @@ pub(crate) fn settle(shared: &Shared, id: u64, outcome: Result<Reply, Error>, no
 
 /// What is said by itself, until the connection fails.
 async fn say(shared: &Shared, lane: &Lane) -> Error {
-    let Some(existing) = &shared.existing else { return send(shared, lane).await };
+    let Some(legacy) = &shared.legacy else { return send(shared, lane).await };
     tokio::select! {
-        () = existing.poll(shared) => Error::Closed,
+        () = legacy.poll(shared) => Error::Closed,
         () = trim(&shared.pool) => Error::Closed,
     }
 }
@@ -422,7 +419,7 @@ async fn send(shared: &Shared, lane: &Lane) -> Error {
 }
 
 fn lost(cause: TransportError) -> Error {
-    // A server of ours has no other words for it on an existing peer's wire.
+    // A server of ours has no other words for it on a legacy peer's wire.
     if let TransportError::Closed { code: TRY_AGAIN_LATER, reason } = &cause
         && reason.starts_with("the robot is controlled by")
     {

@@ -11,9 +11,9 @@ use chiral_proto::{
 use tokio::sync::oneshot;
 
 use crate::{
-    dispatch::{Dispatch, Row, Source},
+    dispatch::queue::{ActionQueue, Row, Source},
     error::Error,
-    existing::Known,
+    legacy::session::LegacyState,
     stats::{ClientStats, Recent, percentile},
 };
 
@@ -33,13 +33,13 @@ pub(crate) struct State {
     /// The observation that the caller saw last: what its actions come from.
     pub(crate) seen: Source,
     pub(crate) stream: Stream,
-    pub(crate) dispatch: Dispatch,
+    pub(crate) dispatch: ActionQueue,
     /// The refusal that the next `put_*` returns.
     pub(crate) refusal: Option<Fault>,
     /// Why the session ended.
     pub(crate) ended: Option<Error>,
     /// Of a server that is none of ours.
-    pub(crate) existing: Known,
+    pub(crate) legacy: LegacyState,
     pending: HashMap<u64, Pending>,
     last_request: u64,
     last_action: u64,
@@ -137,10 +137,10 @@ impl State {
             episode,
             seen: Source { episode, ..Source::default() },
             stream: Stream::Off,
-            dispatch: Dispatch::new(queue_capacity),
+            dispatch: ActionQueue::new(queue_capacity),
             refusal: None,
             ended: None,
-            existing: Known::default(),
+            legacy: LegacyState::default(),
             pending: HashMap::new(),
             last_request: 1,
             last_action: 0,
@@ -257,7 +257,7 @@ impl State {
     /// before.
     pub(crate) fn see(&mut self, obs: &Arc<Observation>) {
         if (obs.episode, obs.seq) >= (self.seen.episode, self.seen.observation_seq) {
-            let capture_times = self.existing.capture_times(obs);
+            let capture_times = self.legacy.capture_times(obs);
             self.seen = Source { episode: obs.episode, observation_seq: obs.seq, capture_times };
         }
     }

@@ -11,7 +11,7 @@ use std::{
 };
 
 use chiral_proto::{Codec, pool::Pool};
-use chiral_transport::{Courtesy, Patience, Role, SUBPROTOCOL, WebSocketOptions, WebSocketTransport, tune};
+use chiral_transport::{Pacing, Role, SUBPROTOCOL, WebSocketOptions, WebSocketTransport, tcp};
 use tokio::{
     io::{AsyncRead, AsyncWrite, ReadBuf},
     net::TcpStream,
@@ -37,9 +37,9 @@ use tokio_tungstenite::{
 };
 
 use crate::{
-    builder::{Attempt, Means},
+    builder::{ConnectError, ConnectOptions},
+    connection::Carries,
     error::Error,
-    lane::Carries,
 };
 
 /// For the name, the connection, TLS and the upgrade together.
@@ -59,11 +59,11 @@ pub(crate) struct Server {
     tls: Option<TlsConnector>,
     /// The wire that is asked for; without, ours, or else that of the peers before us.
     codec: Option<Codec>,
-    patience: Patience,
+    idle_timeout: Duration,
 }
 
 impl Server {
-    pub(crate) fn parse(address: &str, means: &Means) -> Result<Server, Error> {
+    pub(crate) fn parse(address: &str, means: &ConnectOptions) -> Result<Server, Error> {
         let refuse = |reason: String| Error::Address { uri: address.to_owned(), reason };
         let uri: Uri = address.parse().map_err(|error| refuse(format!("{error}")))?;
         let (is_tls, default_port) = match uri.scheme_str() {
@@ -78,8 +78,8 @@ impl Server {
             .ok_or_else(|| refuse("it names no host".to_owned()))?;
         let host = host.trim_matches(['[', ']']).to_owned();
         let tls = if is_tls { Some(tls(means.root_certificates.as_deref())?) } else { None };
-        let (codec, patience) = (means.codec, means.patience.clone());
-        Ok(Server { port: uri.port_u16().unwrap_or(default_port), host, tls, uri, codec, patience })
+        let (codec, idle_timeout) = (means.codec, means.idle_timeout);
+        Ok(Server { port: uri.port_u16().unwrap_or(default_port), host, tls, uri, codec, idle_timeout })
     }
 }
 
@@ -155,27 +155,35 @@ pub(crate) async fn connect(
     carries: Carries,
     max_message: usize,
     pool: Pool,
-    courtesy: Courtesy,
-) -> Result<Connection, Attempt> {
+    pacing: Pacing,
+) -> Result<Connection, ConnectError> {
     let attempt = async {
         // A session's second connection is one of ours, or none.
         let codec = if carries == Carries::Observations { Some(Codec::Protobuf) } else { server.codec };
         let (stream, codec) = agree(server, codec).await?;
         let peer = server.uri.to_string();
-        let options = WebSocketOptions { role: Role::Client, max_message, pool, courtesy, codec, peer };
-        let transport = WebSocketTransport::new(stream, &[], options);
-        Ok(if codec == Codec::Msgpack { transport.pinging(server.patience.clone()) } else { transport })
+        let options = WebSocketOptions {
+            role: Role::Client,
+            max_message,
+            pool,
+            pacing,
+            codec,
+            peer,
+            idle_timeout: server.idle_timeout,
+            pings: codec == Codec::Msgpack,
+        };
+        Ok(WebSocketTransport::new(stream, &[], options))
     };
     match timeout(HANDSHAKE_LIMIT, attempt).await {
         Ok(outcome) => outcome,
-        Err(_) => Err(Attempt::Absent(format!("no handshake within {} s", HANDSHAKE_LIMIT.as_secs()))),
+        Err(_) => Err(ConnectError::Absent(format!("no handshake within {} s", HANDSHAKE_LIMIT.as_secs()))),
     }
 }
 
-/// A connection that was upgraded, and what is spoken on it. Existing servers know no subprotocol: they
+/// A connection that was upgraded, and what is spoken on it. Legacy servers know no subprotocol: they
 /// upgrade and choose none, or refuse the upgrade because of it, as some libraries do with everything that
 /// they were not told of. Then they are asked again without.
-async fn agree(server: &Server, codec: Option<Codec>) -> Result<(Stream, Codec), Attempt> {
+async fn agree(server: &Server, codec: Option<Codec>) -> Result<(Stream, Codec), ConnectError> {
     let mut stream = open(server).await?;
     if codec == Some(Codec::Msgpack) {
         upgrade(server, &mut stream, None).await.map_err(judge)?;
@@ -200,13 +208,10 @@ async fn agree(server: &Server, codec: Option<Codec>) -> Result<(Stream, Codec),
                 return Err(judge(error));
             }
         }
-        Some(Codec::Protobuf) if chose_none => return Err(Attempt::Failed(Error::NotProtobuf)),
+        Some(Codec::Protobuf) if chose_none => return Err(ConnectError::Failed(Error::NotProtobuf)),
         _ => return Err(judge(error)),
     }
-    tracing::info!(
-        "the server at {} knows no {SUBPROTOCOL}: taken for an existing one, of msgpack",
-        server.uri
-    );
+    tracing::info!("the server at {} knows no {SUBPROTOCOL}: taken for a legacy one, of msgpack", server.uri);
     Ok((stream, Codec::Msgpack))
 }
 
@@ -220,16 +225,16 @@ async fn upgrade(
     if let Some(subprotocol) = subprotocol {
         request.headers_mut().insert(SEC_WEBSOCKET_PROTOCOL, HeaderValue::from_static(subprotocol));
     }
-    client_async(request, Frugal::new(stream)).await?;
+    client_async(request, HandshakeReader::new(stream)).await?;
     Ok(())
 }
 
-async fn open(server: &Server) -> Result<Stream, Attempt> {
-    let absent = |error: io::Error| Attempt::Absent(error.to_string());
+async fn open(server: &Server) -> Result<Stream, ConnectError> {
+    let absent = |error: io::Error| ConnectError::Absent(error.to_string());
     let stream = TcpStream::connect((server.host.as_str(), server.port)).await.map_err(absent)?;
-    tune(&stream, stream.peer_addr().map_err(absent)?);
+    tcp::set_options(&stream, stream.peer_addr().map_err(absent)?);
     let Some(tls) = &server.tls else { return Ok(Stream::Plain(stream)) };
-    let distrust = |error: Arc<dyn StdError + Send + Sync>| Attempt::Failed(Error::Tls(error));
+    let distrust = |error: Arc<dyn StdError + Send + Sync>| ConnectError::Failed(Error::Tls(error));
     let name = ServerName::try_from(server.host.clone()).map_err(|error| distrust(Arc::new(error)))?;
     match tls.connect(name, stream).await {
         Ok(stream) => Ok(Stream::Tls(Box::new(stream))),
@@ -238,44 +243,44 @@ async fn open(server: &Server) -> Result<Stream, Attempt> {
 }
 
 /// Whether a failed handshake is worth another attempt.
-fn judge(error: tungstenite::Error) -> Attempt {
+fn judge(error: tungstenite::Error) -> ConnectError {
     use tungstenite::{Error::*, error::ProtocolError::HandshakeIncomplete};
     match error {
         Http(response) => {
             let body = response.body().as_deref().unwrap_or_default();
             let text = String::from_utf8_lossy(&body[..body.len().min(MAX_HTTP_TEXT)]).trim().to_owned();
-            Attempt::Failed(Error::Http { status: response.status().as_u16(), text })
+            ConnectError::Failed(Error::Http { status: response.status().as_u16(), text })
         }
         // A server that is just stopping or starting.
         Io(error)
             if matches!(error.kind(), io::ErrorKind::ConnectionReset | io::ErrorKind::ConnectionAborted) =>
         {
-            Attempt::Absent(error.to_string())
+            ConnectError::Absent(error.to_string())
         }
         Protocol(HandshakeIncomplete) => {
-            Attempt::Absent("the connection closed during the handshake".to_owned())
+            ConnectError::Absent("the connection closed during the handshake".to_owned())
         }
-        error => Attempt::Failed(Error::Handshake(Arc::new(error))),
+        error => ConnectError::Failed(Error::Handshake(Arc::new(error))),
     }
 }
 
 /// Reads no byte beyond the response's head, since what the handshake reads too much of would be lost with
 /// it; and hands the head over in one piece, since a handshake in small pieces is taken for an attack. A
 /// refusal may have a body, of which it gets what is there.
-struct Frugal<'a> {
+struct HandshakeReader<'a> {
     stream: &'a mut Stream,
     head: Vec<u8>,
     is_complete: bool,
     handed_over: usize,
 }
 
-impl<'a> Frugal<'a> {
+impl<'a> HandshakeReader<'a> {
     const END: &'static [u8] = b"\r\n\r\n";
     const MAX_HEAD: usize = 8 * 1024;
     const STATUS: std::ops::Range<usize> = 9..12;
 
-    fn new(stream: &'a mut Stream) -> Frugal<'a> {
-        Frugal { stream, head: Vec::new(), is_complete: false, handed_over: 0 }
+    fn new(stream: &'a mut Stream) -> HandshakeReader<'a> {
+        HandshakeReader { stream, head: Vec::new(), is_complete: false, handed_over: 0 }
     }
 
     /// Reads up to `N` bytes more; none at the stream's end.
@@ -288,7 +293,7 @@ impl<'a> Frugal<'a> {
     }
 }
 
-impl AsyncRead for Frugal<'_> {
+impl AsyncRead for HandshakeReader<'_> {
     fn poll_read(
         mut self: Pin<&mut Self>,
         context: &mut Context<'_>,
@@ -310,7 +315,7 @@ impl AsyncRead for Frugal<'_> {
     }
 }
 
-impl AsyncWrite for Frugal<'_> {
+impl AsyncWrite for HandshakeReader<'_> {
     fn poll_write(
         mut self: Pin<&mut Self>,
         context: &mut Context<'_>,

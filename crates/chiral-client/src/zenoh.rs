@@ -14,15 +14,15 @@ use chiral_proto::{
     Codec, Message, Reply, Request, Transport, codec::msgpack, error::chain, keys, pool::Pool,
 };
 use chiral_transport::zenoh::{
-    ExistingTransport, LaneKind, Network, NetworkError, NetworkOptions, Search, ZenohOptions,
+    LaneKind, LegacyTransport, Scout, ZenohError, ZenohOptions, ZenohSession, ZenohSessionOptions,
 };
 use tokio::time::timeout;
 
 use crate::{
-    address::Connection,
-    builder::{Attempt, Means},
+    builder::{ConnectError, ConnectOptions},
+    connection::Carries,
+    endpoint::Connection,
     error::Error,
-    lane::Carries,
     lock,
 };
 
@@ -30,10 +30,10 @@ use crate::{
 pub(crate) const RETRY_PERIOD: Duration = Duration::from_millis(500);
 /// For the answers of a network that is searched for a robot.
 const SEARCH_LIMIT: Duration = Duration::from_secs(1);
-/// So long a robot of ours may take to show on a network before existing servers are asked whether they are
+/// So long a robot of ours may take to show on a network before legacy servers are asked whether they are
 /// there.
 const ALIVE_LIMIT: Duration = Duration::from_secs(1);
-/// For an existing server's answer to that, before it is asked again.
+/// For a legacy server's answer to that, before it is asked again.
 const PROBE_LIMIT: Duration = Duration::from_millis(500);
 /// After so long without anybody the network is joined anew, in case that it is another by now.
 const LOOK_LIMIT: Duration = Duration::from_secs(5);
@@ -46,25 +46,26 @@ pub(crate) struct Server {
     uri: String,
     asked: Option<String>,
     /// Without a locator of ours, the network is the configuration file's, or else whatever answers a search.
-    options: NetworkOptions,
+    options: ZenohSessionOptions,
     /// The network and the robot's name, once it was found; for its second connection.
-    found: Arc<Mutex<Option<(Network, String)>>>,
+    found: Arc<Mutex<Option<(ZenohSession, String)>>>,
     /// Whether the last attempt found somebody who did not let us in.
     was_refused: Arc<AtomicBool>,
     /// The wire that is asked for; without, ours, or else that of the peers before us.
     codec: Option<Codec>,
     /// Where nobody was found yet.
     looking: Arc<Mutex<Option<Looking>>>,
-    /// How often existing servers were asked, on whatever session: they share their keys.
+    idle_timeout: Duration,
+    /// How often legacy servers were asked, on whatever session: they share their keys.
     probes: Arc<AtomicU64>,
 }
 
 /// A network without a robot of ours, so far.
 struct Looking {
-    network: Network,
+    network: ZenohSession,
     since: Instant,
-    /// Where existing servers answer, once they were asked: an answer may come after the attempt that asked.
-    existing: Option<ExistingTransport>,
+    /// Where legacy servers answer, once they were asked: an answer may come after the attempt that asked.
+    legacy: Option<LegacyTransport>,
 }
 
 impl Server {
@@ -75,7 +76,7 @@ impl Server {
             .any(|beginning| uri.starts_with(beginning))
     }
 
-    pub(crate) fn parse(uri: &str, means: &Means) -> Result<Server, Error> {
+    pub(crate) fn parse(uri: &str, means: &ConnectOptions) -> Result<Server, Error> {
         let refuse = |reason: String| Error::Address { uri: uri.to_owned(), reason };
         let (locator, named) = match uri.strip_prefix(BY_NAME) {
             Some(name) => (None, Some(name).filter(|name| !name.is_empty())),
@@ -112,15 +113,15 @@ impl Server {
             && (asked.is_some() || (locator.is_none() && means.zenoh_config.is_none()))
         {
             return Err(refuse(
-                "existing servers, of msgpack, have no name, only an address such as tcp/localhost:7447"
+                "legacy servers, of msgpack, have no name, only an address such as tcp/localhost:7447"
                     .to_owned(),
             ));
         }
-        let options = NetworkOptions {
+        let options = ZenohSessionOptions {
             connect: locator.iter().cloned().collect(),
             config: means.zenoh_config.clone(),
             shared_memory: means.shared_memory,
-            ..NetworkOptions::default()
+            ..ZenohSessionOptions::default()
         };
         let asked = asked.map(str::to_owned);
         Ok(Server {
@@ -130,6 +131,7 @@ impl Server {
             found: Arc::default(),
             was_refused: Arc::default(),
             codec: means.codec,
+            idle_timeout: means.idle_timeout,
             looking: Arc::default(),
             probes: Arc::default(),
         })
@@ -141,39 +143,45 @@ impl Server {
         carries: Carries,
         max_frame: usize,
         pool: Pool,
-    ) -> Result<Connection, Attempt> {
+    ) -> Result<Connection, ConnectError> {
         let kind = if carries == Carries::Observations { LaneKind::Observations } else { LaneKind::Control };
         let known = lock(&self.found).clone();
         let (network, robot) = match known {
             Some(known) => known,
             None => match self.find(max_frame, &pool).await? {
                 (network, Meant::Robot(robot)) => (network, robot),
-                (_, Meant::Existing(existing)) => {
+                (_, Meant::Legacy(legacy)) => {
                     let probes = self.probes.load(Ordering::Relaxed);
-                    return Ok(Connection::Existing(Box::new(existing), probes));
+                    return Ok(Connection::Legacy(Box::new(legacy), probes));
                 }
             },
         };
-        let options = ZenohOptions { max_frame, pool, codec: Codec::Protobuf, shared_memory: None };
+        let options = ZenohOptions {
+            max_frame,
+            pool,
+            codec: Codec::Protobuf,
+            shared_memory: None,
+            idle_timeout: self.idle_timeout,
+        };
         let connected = network.connect(&robot, kind, options).await.map_err(|error| self.judge(error))?;
         *lock(&self.found) = Some((network, robot));
         Ok(Connection::Zenoh(Box::new(connected)))
     }
 
-    async fn find(&self, max_frame: usize, pool: &Pool) -> Result<(Network, Meant), Attempt> {
+    async fn find(&self, max_frame: usize, pool: &Pool) -> Result<(ZenohSession, Meant), ConnectError> {
         let looking = lock(&self.looking).take().filter(|looking| looking.since.elapsed() < LOOK_LIMIT);
         let mut looking = match looking {
             Some(looking) => looking,
-            None => match Network::open(&self.options).await {
-                Err(NetworkError::NoLocator) => {
+            None => match ZenohSession::open(&self.options).await {
+                Err(ZenohError::NoLocator) => {
                     let (locator, robot) = self.search().await?;
-                    let options = NetworkOptions { connect: vec![locator], ..self.options.clone() };
-                    let network = Network::open(&options).await.map_err(|error| self.judge(error))?;
+                    let options = ZenohSessionOptions { connect: vec![locator], ..self.options.clone() };
+                    let network = ZenohSession::open(&options).await.map_err(|error| self.judge(error))?;
                     return Ok((network, Meant::Robot(robot)));
                 }
                 opened => {
                     let network = opened.map_err(|error| self.judge(error))?;
-                    Looking { network, since: Instant::now(), existing: None }
+                    Looking { network, since: Instant::now(), legacy: None }
                 }
             },
         };
@@ -181,45 +189,46 @@ impl Server {
         // Before this look, which may itself have taken so long.
         let is_patience_over = self.codec == Some(Codec::Msgpack) || looking.since.elapsed() >= ALIVE_LIMIT;
         let absent = if self.codec == Some(Codec::Msgpack) {
-            "no existing server answers".to_owned()
+            "no legacy server answers".to_owned()
         } else {
             let robots = looking.network.robots().await.map_err(|error| self.judge(error))?;
             let mut names: Vec<String> = robots.into_iter().map(|(robot, _)| robot).collect();
             names.dedup();
             match choose(names, self.asked.as_deref(), &self.uri) {
                 Ok(robot) => return Ok((looking.network, Meant::Robot(robot))),
-                // Existing servers have no name to be asked for.
-                Err(Attempt::Absent(reason)) if self.asked.is_none() && self.codec.is_none() => reason,
+                // Legacy servers have no name to be asked for.
+                Err(ConnectError::Absent(reason)) if self.asked.is_none() && self.codec.is_none() => reason,
                 Err(attempt) => return Err(attempt),
             }
         };
         if is_patience_over {
-            let existing = match looking.existing.take() {
-                Some(existing) => existing,
+            let legacy = match looking.legacy.take() {
+                Some(legacy) => legacy,
                 None => {
-                    let declared = looking.network.existing(keys::End::Client, max_frame, pool.clone()).await;
+                    let declared = looking.network.legacy(keys::End::Client, max_frame, pool.clone()).await;
                     declared.map_err(|error| self.judge(error))?
                 }
             };
-            if self.probe(&existing).await? {
-                return Ok((looking.network, Meant::Existing(existing)));
+            if self.probe(&legacy).await? {
+                return Ok((looking.network, Meant::Legacy(legacy)));
             }
-            looking.existing = Some(existing);
+            looking.legacy = Some(legacy);
         }
         *lock(&self.looking) = Some(looking);
-        Err(Attempt::Absent(absent))
+        Err(ConnectError::Absent(absent))
     }
 
-    /// Asks whether an existing server is there, as existing clients do.
-    async fn probe(&self, existing: &ExistingTransport) -> Result<bool, Attempt> {
+    /// Asks whether a legacy server is there, as legacy clients do.
+    async fn probe(&self, legacy: &LegacyTransport) -> Result<bool, ConnectError> {
         let question = Message::Request { id: msgpack::ID, request: Request::GetMetadata };
-        let question = Codec::Msgpack.encode(&question).map_err(|error| Attempt::Failed(error.into()))?;
+        let question =
+            Codec::Msgpack.encode(&question).map_err(|error| ConnectError::Failed(error.into()))?;
         self.probes.fetch_add(1, Ordering::Relaxed);
         let asking = async {
-            existing.send(question).await?;
+            legacy.send(question).await?;
             loop {
                 // Anything else is another client's.
-                if let Some(frame) = existing.recv().await?
+                if let Some(frame) = legacy.recv().await?
                     && let Ok(Message::Reply { reply: Reply::Metadata(_), .. }) = Codec::Msgpack.decode(frame)
                 {
                     return Ok(());
@@ -230,16 +239,16 @@ impl Server {
             Ok(Ok(())) => Ok(true),
             Ok(Err(error)) => {
                 let error: chiral_proto::TransportError = error;
-                Err(Attempt::Absent(chain(&error)))
+                Err(ConnectError::Absent(chain(&error)))
             }
             Err(_) => Ok(false),
         }
     }
 
     /// Where the robot was found without an address, and its name.
-    async fn search(&self) -> Result<(String, String), Attempt> {
+    async fn search(&self) -> Result<(String, String), ConnectError> {
         let mut search =
-            Search::begin(&self.options, SEARCH_LIMIT).await.map_err(|error| self.judge(error))?;
+            Scout::begin(&self.options, SEARCH_LIMIT).await.map_err(|error| self.judge(error))?;
         let mut sightings = Vec::new();
         while let Some(sighting) = search.next().await {
             let is_asked = self.asked.as_ref() == Some(&sighting.robot);
@@ -252,7 +261,7 @@ impl Server {
         names.sort();
         names.dedup();
         if names.is_empty() {
-            return Err(Attempt::Absent("no robot answers a search by multicast".to_owned()));
+            return Err(ConnectError::Absent("no robot answers a search by multicast".to_owned()));
         }
         let robot = choose(names, self.asked.as_deref(), &self.uri)?;
         sightings.sort_by_key(|sighting| !sighting.is_own);
@@ -262,22 +271,22 @@ impl Server {
     }
 
     /// Whether another attempt may mend it.
-    fn judge(&self, error: NetworkError) -> Attempt {
+    fn judge(&self, error: ZenohError) -> ConnectError {
         match error {
             // A server that is just ending or beginning looks like one that refuses: only twice in turn is it
             // believed.
-            NetworkError::NotLetIn { .. } if !self.was_refused.swap(true, Ordering::Relaxed) => {
-                Attempt::Absent(error.to_string())
+            ZenohError::NotLetIn { .. } if !self.was_refused.swap(true, Ordering::Relaxed) => {
+                ConnectError::Absent(error.to_string())
             }
-            NetworkError::Locator { .. } | NetworkError::NoLocator => {
-                Attempt::Failed(Error::Address { uri: self.uri.clone(), reason: chain(&error) })
+            ZenohError::Locator { .. } | ZenohError::NoLocator => {
+                ConnectError::Failed(Error::Address { uri: self.uri.clone(), reason: chain(&error) })
             }
-            NetworkError::Open { ref source, .. } => {
+            ZenohError::Open { ref source, .. } => {
                 self.was_refused.store(false, Ordering::Relaxed);
-                Attempt::Absent(source.to_string())
+                ConnectError::Absent(source.to_string())
             }
-            NetworkError::NoWord | NetworkError::NoAnswer { .. } => Attempt::Absent(error.to_string()),
-            error => Attempt::Failed(failed(error)),
+            ZenohError::NoWord | ZenohError::NoAnswer { .. } => ConnectError::Absent(error.to_string()),
+            error => ConnectError::Failed(failed(error)),
         }
     }
 }
@@ -287,35 +296,35 @@ enum Meant {
     /// One of ours, by its name.
     Robot(String),
     /// A server that was there before us, which has answered.
-    Existing(ExistingTransport),
+    Legacy(LegacyTransport),
 }
 
 /// What waiting does not mend.
-pub(crate) fn failed(error: NetworkError) -> Error {
+pub(crate) fn failed(error: ZenohError) -> Error {
     match error {
-        NetworkError::Config { file, problem } => Error::ZenohConfig { file, problem },
-        NetworkError::Thread(error) => Error::Thread(Arc::new(error)),
+        ZenohError::Config { file, problem } => Error::ZenohConfig { file, problem },
+        ZenohError::Thread(error) => Error::Thread(Arc::new(error)),
         error => Error::Zenoh(Arc::from(Box::<dyn StdError + Send + Sync>::from(chain(&error)))),
     }
 }
 
 /// The robot that is meant, of those that are alive.
-fn choose(mut alive: Vec<String>, asked: Option<&str>, uri: &str) -> Result<String, Attempt> {
+fn choose(mut alive: Vec<String>, asked: Option<&str>, uri: &str) -> Result<String, ConnectError> {
     match asked {
         Some(asked) if alive.iter().any(|name| name == asked) => Ok(asked.to_owned()),
-        Some(asked) if alive.is_empty() => Err(Attempt::Absent(format!(
+        Some(asked) if alive.is_empty() => Err(ConnectError::Absent(format!(
             "no robot is alive there, or none that we may reach, nor is {asked:?}"
         ))),
-        Some(asked) => Err(Attempt::Absent(format!(
+        Some(asked) => Err(ConnectError::Absent(format!(
             "no robot named {asked:?} is alive there, or we may not reach it; there are: {}",
             alive.join(", ")
         ))),
         None if alive.len() > 1 => {
-            Err(Attempt::Failed(Error::SeveralRobots { uri: uri.to_owned(), names: alive }))
+            Err(ConnectError::Failed(Error::SeveralRobots { uri: uri.to_owned(), names: alive }))
         }
-        None => alive
-            .pop()
-            .ok_or_else(|| Attempt::Absent("no robot is alive there, or none that we may reach".to_owned())),
+        None => alive.pop().ok_or_else(|| {
+            ConnectError::Absent("no robot is alive there, or none that we may reach".to_owned())
+        }),
     }
 }
 
@@ -331,8 +340,8 @@ mod tests {
             "tcp/a:1",
         ) {
             Ok(name) => name,
-            Err(Attempt::Absent(reason)) => format!("absent: {reason}"),
-            Err(Attempt::Failed(error)) => format!("failed: {error}"),
+            Err(ConnectError::Absent(reason)) => format!("absent: {reason}"),
+            Err(ConnectError::Failed(error)) => format!("failed: {error}"),
         };
         assert_eq!(choose(&["arm"], None), "arm");
         assert_eq!(choose(&["arm", "leg"], Some("leg")), "leg");
@@ -360,7 +369,10 @@ mod tests {
             "zenoh:",
         ];
         let parse = |uri: &str, robot: Option<&str>| {
-            Server::parse(uri, &Means { robot: robot.map(str::to_owned), ..Means::default() })
+            Server::parse(
+                uri,
+                &ConnectOptions { robot: robot.map(str::to_owned), ..ConnectOptions::default() },
+            )
         };
         for good in good {
             assert!(Server::is_meant(good) && parse(good, None).is_ok(), "{good}");

@@ -1,4 +1,5 @@
-//! Times and the difference between two hosts' clocks. Nothing here reads a clock.
+//! Times, ticks at a fixed rate, and the offset between two hosts' clocks. Nothing here reads a clock: `now`
+//! is passed in.
 
 use std::{
     collections::VecDeque,
@@ -69,6 +70,107 @@ impl fmt::Debug for Clock {
     }
 }
 
+/// How often something happens: more than 0 and at most [`Rate::MAX_HZ`] times a second.
+#[derive(Clone, Copy, Debug, PartialEq, PartialOrd)]
+pub struct Rate(f64);
+
+/// A number that is not a [`Rate`].
+#[derive(Clone, Copy, Debug, PartialEq, thiserror::Error)]
+#[error("expected a rate above 0 and at most {} Hz, found {found}", Rate::MAX_HZ)]
+pub struct InvalidRate {
+    /// The number, in hertz.
+    pub found: f64,
+}
+
+impl Rate {
+    /// The highest rate, in hertz.
+    pub const MAX_HZ: f64 = 1000.0;
+
+    /// A rate in hertz.
+    ///
+    /// # Errors
+    /// [`InvalidRate`] if `hz` is not above 0 or is above [`Rate::MAX_HZ`].
+    pub fn new(hz: f64) -> Result<Rate, InvalidRate> {
+        // NaN is neither.
+        if hz > 0.0 && hz <= Self::MAX_HZ { Ok(Rate(hz)) } else { Err(InvalidRate { found: hz }) }
+    }
+
+    /// In hertz.
+    pub fn hz(self) -> f64 {
+        self.0
+    }
+}
+
+/// Ticks at a fixed rate on absolute deadlines: tick `n` is due at `start + n / rate`, so that neither
+/// rounding nor late wake-ups add up. A tick that was missed by more than a period is skipped, never caught
+/// up.
+#[derive(Clone, Debug)]
+pub struct Ticker {
+    rate: Rate,
+    started: Timestamp,
+    /// Number of the next tick.
+    next: u64,
+}
+
+/// A tick that was taken.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Tick {
+    /// Earlier ticks that were missed by more than a period.
+    pub skipped: u64,
+    /// How long after its deadline it was taken.
+    pub lateness: Duration,
+}
+
+impl Ticker {
+    /// A ticker whose first tick is due now.
+    pub fn new(rate: Rate, now: Timestamp) -> Ticker {
+        Ticker { rate, started: now, next: 0 }
+    }
+
+    /// When the next tick is due.
+    pub fn deadline(&self) -> Timestamp {
+        self.deadline_of(self.next)
+    }
+
+    /// How long until the next tick is due; zero if it is overdue.
+    pub fn due_in(&self, now: Timestamp) -> Duration {
+        self.deadline().since(now)
+    }
+
+    /// Takes the last tick that is due by `now`, or the next one if none is. Ticks before it are skipped.
+    pub fn take(&mut self, now: Timestamp) -> Tick {
+        let tick = self.next.max(self.last_due(now));
+        let skipped = tick - self.next;
+        self.next = tick + 1;
+        Tick { skipped, lateness: now.since(self.deadline_of(tick)) }
+    }
+
+    /// Skips the ticks that are due by `now`.
+    pub fn skip_due(&mut self, now: Timestamp) {
+        if self.deadline() <= now {
+            self.next = self.last_due(now) + 1;
+        }
+    }
+
+    fn deadline_of(&self, tick: u64) -> Timestamp {
+        // Far in the future at a rate close to 0.
+        self.started + Duration::try_from_secs_f64(tick as f64 / self.rate.0).unwrap_or(Duration::MAX)
+    }
+
+    /// Number of the last tick at or before `now`; 0 before the first.
+    fn last_due(&self, now: Timestamp) -> u64 {
+        let estimate = (now.since(self.started).as_secs_f64() * self.rate.0) as u64;
+        // Deadlines are rounded to nanoseconds, the estimate is not.
+        if self.deadline_of(estimate) > now {
+            estimate.saturating_sub(1)
+        } else if self.deadline_of(estimate + 1) <= now {
+            estimate + 1
+        } else {
+            estimate
+        }
+    }
+}
+
 /// The four times of a ping and its pong (RFC 5905, section 8): sent and received back on the asker's clock,
 /// received and answered on the other.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -133,6 +235,42 @@ impl OffsetFilter {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_rate_is_above_zero_and_at_most_1000_hz() {
+        for hz in [0.0, -1.0, 1000.1, f64::NAN, f64::INFINITY] {
+            assert!(Rate::new(hz).is_err(), "{hz}");
+        }
+        assert!(Rate::new(1e-3).is_ok() && Rate::new(1000.0).is_ok());
+    }
+
+    #[test]
+    fn ticks_are_on_absolute_deadlines_and_missed_ones_are_skipped() {
+        for hz in [0.3, 7.0, 30.0, 1000.0] {
+            let mut ticker = Ticker::new(Rate::new(hz).unwrap(), Timestamp(17));
+            for n in 0..5000 {
+                let deadline = Timestamp(17) + Duration::from_secs_f64(n as f64 / hz);
+                assert_eq!(ticker.deadline(), deadline, "{hz} Hz, tick {n}");
+                assert_eq!(ticker.take(deadline), Tick { skipped: 0, lateness: Duration::ZERO });
+            }
+        }
+        let mut slow = Ticker::new(Rate::new(1e-300).unwrap(), Timestamp(0));
+        assert_eq!(slow.take(Timestamp(5)).skipped, 0);
+        assert_eq!(slow.deadline(), Timestamp(i64::MAX));
+
+        const MS: i64 = 1_000_000;
+        let mut ticker = Ticker::new(Rate::new(10.0).unwrap(), Timestamp(0));
+        assert_eq!(
+            ticker.take(Timestamp(299 * MS)),
+            Tick { skipped: 2, lateness: Duration::from_millis(99) }
+        );
+        assert_eq!(ticker.due_in(Timestamp(299 * MS)), Duration::from_millis(1));
+        assert_eq!(ticker.take(Timestamp(299 * MS)).skipped, 0, "taken early");
+        ticker.skip_due(Timestamp(399 * MS));
+        assert_eq!(ticker.deadline(), Timestamp(400 * MS), "none is due");
+        ticker.skip_due(Timestamp(400 * MS));
+        assert_eq!(ticker.deadline(), Timestamp(500 * MS));
+    }
 
     #[test]
     fn the_shortest_round_trip_decides() {

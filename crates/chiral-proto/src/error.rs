@@ -115,7 +115,7 @@ pub enum InvalidAction {
 /// A message that cannot be put on the wire.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[non_exhaustive]
-pub enum Unsayable {
+pub enum EncodeError {
     /// A message of unknown kind can be received but not sent.
     #[error("a message of unknown kind cannot be sent")]
     Unknown,

@@ -8,7 +8,7 @@ use std::cell::Cell;
 use bytes::{Bytes, BytesMut};
 
 use crate::{
-    error::{DecodeError, Unsayable},
+    error::{DecodeError, EncodeError},
     pool::ALIGNMENT,
 };
 
@@ -99,8 +99,8 @@ impl PayloadWriter {
         self,
         header_len: usize,
         encode_header: impl FnOnce(&mut BytesMut),
-    ) -> Result<Frame, Unsayable> {
-        let prefix = u32::try_from(header_len).map_err(|_| Unsayable::TooLong { len: header_len })?;
+    ) -> Result<Frame, EncodeError> {
+        let prefix = u32::try_from(header_len).map_err(|_| EncodeError::TooLong { len: header_len })?;
         let head_len = (4 + header_len).next_multiple_of(self.alignment);
         let mut head = BytesMut::with_capacity(head_len);
         head.extend_from_slice(&prefix.to_le_bytes());

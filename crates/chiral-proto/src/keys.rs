@@ -9,7 +9,7 @@
 //! chiral/v1/<robot>/c/<connection>/s2c    frames of the server
 //! chiral/v1/<robot>/c/<connection>/client, .../server    liveliness tokens of the connection's two ends
 //!
-//! chiral/c2s, chiral/s2c                  frames of existing peers, whoever they are
+//! chiral/c2s, chiral/s2c                  frames of legacy peers, whoever they are
 //! ```
 
 /// All keys of our own wire begin with it.
@@ -109,8 +109,8 @@ pub fn end(robot: &str, connection: &str, end: End) -> String {
     format!("{ROOT}/{robot}/c/{connection}/{name}")
 }
 
-/// What this end says where existing peers are spoken to: all of a network share it, whatever the robot.
-pub fn existing(from: End) -> &'static str {
+/// What this end says where legacy peers are spoken to: all of a network share it, whatever the robot.
+pub fn legacy(from: End) -> &'static str {
     match from {
         End::Client => "chiral/c2s",
         End::Server => "chiral/s2c",
@@ -176,7 +176,7 @@ mod tests {
     #[test]
     fn the_two_ends_never_share_a_key() {
         let keys = [End::Client, End::Server]
-            .map(|side| [frames("a", "1", side), end("a", "1", side), existing(side).to_owned()]);
+            .map(|side| [frames("a", "1", side), end("a", "1", side), legacy(side).to_owned()]);
         let distinct: std::collections::BTreeSet<_> = keys.as_flattened().iter().collect();
         assert_eq!(distinct.len(), 6);
         assert_eq!(End::Client.other().other(), End::Client);

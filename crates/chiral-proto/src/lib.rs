@@ -38,9 +38,9 @@ pub mod value;
 pub use {bytes, nalgebra, ndarray};
 
 pub use action::{ActionChunk, ActionMeaning, ActionSpec};
-pub use clock::{Clock, Timestamp};
+pub use clock::{Clock, Rate, Ticker, Timestamp};
 pub use codec::Codec;
-pub use error::{Code, DecodeError, Fault, InvalidAction, TensorError, TransportError, Unsayable};
+pub use error::{Code, DecodeError, EncodeError, Fault, InvalidAction, TensorError, TransportError};
 pub use frame::Frame;
 pub use message::{Message, Notice, Reply, Request, StepResult};
 pub use observation::{Camera, CameraSpec, Observation, Proprio, ProprioSpec};

@@ -6,6 +6,7 @@ use bytes::Bytes;
 
 use crate::{
     action::{ActionChunk, ActionSpec},
+    clock::Rate,
     clock::Timestamp,
     error::Fault,
     observation::{CameraSpec, Observation, ProprioSpec},
@@ -208,18 +209,13 @@ pub struct RobotInfo {
 #[derive(Clone, Debug, PartialEq)]
 pub struct Subscribe {
     /// Observations a second asked for.
-    pub hz: f64,
+    pub rate: Rate,
     /// Only these cameras; none means all.
     pub cameras: Vec<String>,
     /// Whether depth is wanted.
     pub depth: bool,
     /// The first credit.
     pub window: u32,
-}
-
-impl Subscribe {
-    /// The highest rate that may be asked for.
-    pub const MAX_HZ: f64 = 1000.0;
 }
 
 /// Actions to apply now.

@@ -25,14 +25,14 @@ pub struct Pool {
 }
 
 /// Memory of another kind than the heap for a pool to lend, such as what two processes share.
-pub trait Memory: fmt::Debug + Send + Sync {
+pub trait BufferProvider: fmt::Debug + Send + Sync {
     /// `len` bytes that begin at a multiple of [`ALIGNMENT`], whatever they were last; `None` if there are
     /// none to be had now. Never waits.
-    fn take(&self, len: usize) -> Option<Box<dyn Lent>>;
+    fn take(&self, len: usize) -> Option<Box<dyn PoolBuffer>>;
 }
 
-/// A piece of such [`Memory`], to be written and then shared.
-pub trait Lent: AsRef<[u8]> + AsMut<[u8]> + Send + Sync {
+/// A piece of such [`BufferProvider`], to be written and then shared.
+pub trait PoolBuffer: AsRef<[u8]> + AsMut<[u8]> + Send + Sync {
     /// What was written; nothing is copied.
     fn freeze(self: Box<Self>) -> Bytes;
 }
@@ -42,7 +42,7 @@ struct Shelf {
     /// In the order in which they came back.
     idle: Mutex<Vec<Idle>>,
     max_idle: usize,
-    supply: Mutex<Option<Weak<dyn Memory>>>,
+    set_provider: Mutex<Option<Weak<dyn BufferProvider>>>,
 }
 
 #[derive(Debug)]
@@ -98,20 +98,21 @@ impl DerefMut for Block {
 impl Pool {
     /// A pool that keeps at most `max_idle` buffers that nobody uses.
     pub fn new(max_idle: usize) -> Pool {
-        Pool { shelf: Arc::new(Shelf { idle: Mutex::default(), max_idle, supply: Mutex::default() }) }
+        Pool { shelf: Arc::new(Shelf { idle: Mutex::default(), max_idle, set_provider: Mutex::default() }) }
     }
 
     /// From now on, buffers are of this memory, as long as it is there and has any to lend; else its own as
     /// before.
-    pub fn supply(&self, memory: &Arc<dyn Memory>) {
-        *self.shelf.supply.lock().unwrap_or_else(PoisonError::into_inner) = Some(Arc::downgrade(memory));
+    pub fn set_provider(&self, memory: &Arc<dyn BufferProvider>) {
+        *self.shelf.set_provider.lock().unwrap_or_else(PoisonError::into_inner) =
+            Some(Arc::downgrade(memory));
     }
 
     /// A buffer of `len` bytes, whatever they were last; never waits.
     pub fn take(&self, len: usize) -> Buffer {
-        let supply = self.shelf.supply.lock().unwrap_or_else(PoisonError::into_inner).clone();
-        if let Some(lent) = supply.and_then(|memory| memory.upgrade()?.take(len)) {
-            return Buffer { memory: Kind::Lent(lent) };
+        let set_provider = self.shelf.set_provider.lock().unwrap_or_else(PoisonError::into_inner).clone();
+        if let Some(lent) = set_provider.and_then(|memory| memory.upgrade()?.take(len)) {
+            return Buffer { memory: Kind::PoolBuffer(lent) };
         }
         let needed = len + ALIGNMENT - 1;
         let mut idle = self.shelf.idle.lock().unwrap_or_else(PoisonError::into_inner);
@@ -148,7 +149,7 @@ pub struct Buffer {
 
 enum Kind {
     Own(Own),
-    Lent(Box<dyn Lent>),
+    PoolBuffer(Box<dyn PoolBuffer>),
 }
 
 struct Own {
@@ -169,7 +170,7 @@ impl Buffer {
     pub fn freeze(self) -> Bytes {
         match self.memory {
             Kind::Own(own) => Bytes::from_owner(own),
-            Kind::Lent(lent) => lent.freeze(),
+            Kind::PoolBuffer(lent) => lent.freeze(),
         }
     }
 }
@@ -190,7 +191,7 @@ impl AsRef<[u8]> for Buffer {
     fn as_ref(&self) -> &[u8] {
         match &self.memory {
             Kind::Own(own) => own.as_ref(),
-            Kind::Lent(lent) => (**lent).as_ref(),
+            Kind::PoolBuffer(lent) => (**lent).as_ref(),
         }
     }
 }
@@ -207,7 +208,7 @@ impl DerefMut for Buffer {
     fn deref_mut(&mut self) -> &mut [u8] {
         match &mut self.memory {
             Kind::Own(Own { memory, start, len, .. }) => &mut memory[*start..*start + *len],
-            Kind::Lent(lent) => (**lent).as_mut(),
+            Kind::PoolBuffer(lent) => (**lent).as_mut(),
         }
     }
 }
@@ -250,8 +251,8 @@ mod tests {
     #[derive(Debug)]
     struct One(Mutex<Option<Vec<u8>>>);
 
-    impl Memory for One {
-        fn take(&self, len: usize) -> Option<Box<dyn Lent>> {
+    impl BufferProvider for One {
+        fn take(&self, len: usize) -> Option<Box<dyn PoolBuffer>> {
             let piece = self.0.lock().unwrap().take()?;
             Some(Box::new(Piece(piece[..len].to_vec())))
         }
@@ -271,7 +272,7 @@ mod tests {
         }
     }
 
-    impl Lent for Piece {
+    impl PoolBuffer for Piece {
         fn freeze(self: Box<Self>) -> Bytes {
             self.0.into()
         }
@@ -280,8 +281,8 @@ mod tests {
     #[test]
     fn supplied_memory_is_lent_while_it_is_there_and_has_any() {
         let pool = Pool::new(1);
-        let memory: Arc<dyn Memory> = Arc::new(One(Mutex::new(Some(vec![7; 100]))));
-        pool.supply(&memory);
+        let memory: Arc<dyn BufferProvider> = Arc::new(One(Mutex::new(Some(vec![7; 100]))));
+        pool.set_provider(&memory);
         let mut supplied = pool.take(10);
         supplied[0] = 1;
         assert_eq!(supplied.freeze(), [1, 7, 7, 7, 7, 7, 7, 7, 7, 7][..]);

@@ -9,9 +9,9 @@ use std::{collections::BTreeSet, fs, path::Path, sync::Arc};
 
 use bytes::Bytes;
 use chiral_proto::{
-    ActionChunk, Camera, Codec, DType, Frame, Message, Notice, Observation, Proprio, Reply, Request,
-    StepResult, Tensor, Timestamp, Unsayable, Value, ValueMap,
-    codec::msgpack::{self, ID, Said},
+    ActionChunk, Camera, Codec, DType, EncodeError, Frame, Message, Notice, Observation, Proprio, Rate,
+    Reply, Request, StepResult, Tensor, Timestamp, Value, ValueMap,
+    codec::msgpack::{self, Decoded, ID},
     error::Fault,
     message::{ActionMessage, Subscribe},
     value::map,
@@ -37,7 +37,7 @@ fn read(path: &str, pass: impl Fn(&str) -> bool) -> Vec<(String, Bytes)> {
     named.filter(|(name, _)| pass(name)).collect()
 }
 
-fn decode(bytes: Bytes) -> Result<Said, chiral_proto::DecodeError> {
+fn decode(bytes: Bytes) -> Result<Decoded, chiral_proto::DecodeError> {
     msgpack::decode(Frame::from(bytes))
 }
 
@@ -388,7 +388,7 @@ fn a_header_of_very_many_values_is_refused() {
 #[test]
 fn what_peers_would_not_understand_is_not_sent() {
     let fault = || Fault::new(chiral_proto::Code::Busy, "held");
-    let subscribe = Subscribe { hz: 30.0, cameras: Vec::new(), depth: true, window: 1 };
+    let subscribe = Subscribe { rate: Rate::new(30.0).unwrap(), cameras: Vec::new(), depth: true, window: 1 };
     for message in [
         request(1, Request::Reset { seed: Some(0), options: ValueMap::new() }),
         request(1, Request::Reset { seed: None, options: map([("easy", true.into())]) }),
@@ -401,15 +401,15 @@ fn what_peers_would_not_understand_is_not_sent() {
         notice(Notice::Goodbye { reason: "done".to_owned() }),
     ] {
         let found = Codec::Msgpack.encode(&message);
-        assert!(matches!(found, Err(Unsayable::NoWords { .. })), "{message:?} is written as {found:?}");
+        assert!(matches!(found, Err(EncodeError::NoWords { .. })), "{message:?} is written as {found:?}");
     }
-    assert_eq!(Codec::Msgpack.encode(&Message::Unknown { id: 0 }), Err(Unsayable::Unknown));
+    assert_eq!(Codec::Msgpack.encode(&Message::Unknown { id: 0 }), Err(EncodeError::Unknown));
 }
 
 // ---- Round trips ------------------------------------------------------------------------------------------
 
 /// Encodes, cuts the frame into pieces, and decodes.
-fn through(message: &Message, capture_times: &ValueMap, cuts: &[Index]) -> Said {
+fn through(message: &Message, capture_times: &ValueMap, cuts: &[Index]) -> Decoded {
     let mut rest = msgpack::encode(message, capture_times).unwrap().into_bytes();
     let mut cuts: Vec<usize> = cuts.iter().map(|cut| cut.index(rest.len() + 1)).collect();
     cuts.sort_unstable();
@@ -459,7 +459,7 @@ proptest! {
         if maps.len() <= Value::MAX_DEPTH {
             prop_assert_eq!(through(&message, &ValueMap::new(), &[]).message, message);
         } else {
-            let too_deep = Unsayable::TooDeep { field: "data", limit: Value::MAX_DEPTH };
+            let too_deep = EncodeError::TooDeep { field: "data", limit: Value::MAX_DEPTH };
             prop_assert_eq!(Codec::Msgpack.encode(&message), Err(too_deep));
         }
     }

@@ -6,8 +6,8 @@ use std::sync::Arc;
 use bytes::Bytes;
 use chiral_proto::{
     ActionChunk, ActionMeaning, ActionSpec, Camera, CameraSpec, Code, Codec, DType, Frame, Message, Notice,
-    Observation, Proprio, ProprioSpec, Reply, Request, StepResult, Tensor, Timestamp, Value, ValueMap,
-    error::{Fault, Unsayable},
+    Observation, Proprio, ProprioSpec, Rate, Reply, Request, StepResult, Tensor, Timestamp, Value, ValueMap,
+    error::{EncodeError, Fault},
     message::{ActionMessage, Hello, RobotInfo, Role, Subscribe, Welcome},
 };
 use nalgebra::{Matrix3, Matrix4};
@@ -61,7 +61,7 @@ proptest! {
         if maps.len() <= Value::MAX_DEPTH {
             prop_assert_eq!(through(&message, &[]), message);
         } else {
-            let too_deep = Unsayable::TooDeep { field: "metadata.data", limit: Value::MAX_DEPTH };
+            let too_deep = EncodeError::TooDeep { field: "metadata.data", limit: Value::MAX_DEPTH };
             prop_assert_eq!(Codec::Protobuf.encode(&message), Err(too_deep));
         }
     }
@@ -85,7 +85,7 @@ fn a_timestamp_of_either_zero_is_carried_bit_for_bit() {
 
 #[test]
 fn an_unknown_message_is_not_sent() {
-    assert_eq!(Codec::Protobuf.encode(&Message::Unknown { id: 3 }), Err(Unsayable::Unknown));
+    assert_eq!(Codec::Protobuf.encode(&Message::Unknown { id: 3 }), Err(EncodeError::Unknown));
 }
 
 // ---- Strategies, from the whole to its parts --------------------------------------------------------------
@@ -109,8 +109,13 @@ fn requests() -> impl Strategy<Value = Request> {
             episode,
             actions
         }),
-        (1e-3..=Subscribe::MAX_HZ, vec(text(), 0..3), any::<bool>(), any::<u32>()).prop_map(
-            |(hz, cameras, depth, window)| Request::Subscribe(Subscribe { hz, cameras, depth, window })
+        (1e-3..=Rate::MAX_HZ, vec(text(), 0..3), any::<bool>(), any::<u32>()).prop_map(
+            |(hz, cameras, depth, window)| Request::Subscribe(Subscribe {
+                rate: Rate::new(hz).unwrap(),
+                cameras,
+                depth,
+                window
+            })
         ),
         Just(Request::Unsubscribe),
     ]

@@ -20,8 +20,8 @@ use chiral_proto::{
 use crate::{
     error::Error,
     lock,
-    observe::Observations,
     robot::{ActionContext, EpisodeEnd, Robot, StepOutcome},
+    sampler::Sampler,
 };
 
 /// Rows that may wait for the robot at most. More would be old when their turn comes.
@@ -45,7 +45,7 @@ struct Shared {
     state: Mutex<State>,
     wake: Condvar,
     spec: ActionSpec,
-    observations: Arc<Observations>,
+    observations: Arc<Sampler>,
     clock: Clock,
 }
 
@@ -93,7 +93,7 @@ impl Control {
     pub(crate) fn start(
         robot: Box<dyn Robot>,
         spec: ActionSpec,
-        observations: Arc<Observations>,
+        observations: Arc<Sampler>,
         clock: Clock,
         ended: impl FnOnce() + Send + 'static,
     ) -> Result<Control, Error> {

@@ -31,22 +31,20 @@
 //! # Ok::<(), chiral_server::Error>(())
 //! ```
 
+mod attach;
+mod connection;
 mod control;
 mod error;
-mod existing;
-mod lane;
-mod lobby;
-mod observe;
+mod legacy;
+mod log_throttle;
 mod robot;
-mod seldom;
+mod sampler;
 mod sensors;
 #[cfg(any(feature = "websocket", feature = "zenoh"))]
 mod serve;
 mod server;
 mod session;
 mod stream;
-#[cfg_attr(not(feature = "zenoh"), allow(dead_code, reason = "keys that all share are Zenoh's"))]
-mod turns;
 #[cfg(feature = "websocket")]
 mod websocket;
 #[cfg(feature = "zenoh")]
@@ -59,17 +57,12 @@ pub use chiral_proto::{
     action, value,
 };
 
+use chiral_transport::lock;
 pub use chiral_transport::monotonic;
 pub use error::{Error, ObserveError, RobotError, SensorError};
 pub use robot::{ActionContext, Robot, StepOutcome};
 pub use sensors::{CameraFrame, CameraSensor, ObservationSource, Sensors};
 pub use server::{PolicyServer, PolicyServerBuilder, ServerHandle, ServerStats};
-
-/// Locks; a panic elsewhere does not poison what this crate keeps behind locks, since no invariant is broken
-/// between two statements.
-pub(crate) fn lock<T>(mutex: &std::sync::Mutex<T>) -> std::sync::MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
-}
 
 #[cfg(all(doctest, feature = "websocket", feature = "zenoh"))]
 #[doc = include_str!("../../../docs/server-guide.md")]

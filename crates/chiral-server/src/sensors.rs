@@ -158,7 +158,7 @@ impl Sensors {
         let len = Self::IDLE_BUFFERS * observation + (1 << 20);
         match SharedMemory::new(len) {
             Ok(memory) => {
-                self.shared.pool.supply(&memory.memory());
+                self.shared.pool.set_provider(&memory.memory());
                 Some(memory)
             }
             Err(error) => {

@@ -20,15 +20,15 @@ use chiral_proto::{
 };
 #[cfg(feature = "zenoh")]
 use chiral_transport::zenoh::{SharedMemory, SharedMemoryCounts};
-use chiral_transport::{Courtesy, host_name, monotonic};
+use chiral_transport::{IdleTimeout, Pacing, host_name, monotonic};
 use tokio::sync::watch;
 
 use crate::{
+    attach::AttachTokens,
     control::{Control, ControlCounts, panic_text},
     error::Error,
-    lobby::Lobby,
-    observe::{Observations, Source},
     robot::Robot,
+    sampler::{Sampler, Source},
     sensors::{ObservationSource, Sensors},
     session::{self, Session},
 };
@@ -48,13 +48,13 @@ pub struct PolicyServer {
 /// What all sessions of a server share.
 pub(crate) struct Inner {
     pub(crate) robot: RobotInfo,
-    pub(crate) observations: Arc<Observations>,
+    pub(crate) observations: Arc<Sampler>,
     pub(crate) control: Control,
     pub(crate) clock: Clock,
     pub(crate) options: Options,
-    pub(crate) lobby: Mutex<Lobby<Session>>,
+    pub(crate) lobby: Mutex<AttachTokens<Session>>,
     /// Asked for by the actions that arrive.
-    pub(crate) courtesy: Courtesy,
+    pub(crate) pacing: Pacing,
     /// For observations to peers on this host, if it can be had.
     #[cfg(feature = "zenoh")]
     pub(crate) shared_memory: Option<SharedMemory>,
@@ -74,8 +74,8 @@ pub(crate) struct Options {
     /// Absent if nobody has said where.
     pub(crate) bind: Option<SocketAddr>,
     #[cfg(feature = "zenoh")]
-    pub(crate) network: chiral_transport::zenoh::NetworkOptions,
-    pub(crate) silence_limit: Duration,
+    pub(crate) network: chiral_transport::zenoh::ZenohSessionOptions,
+    pub(crate) idle_timeout: Duration,
     pub(crate) max_frame: usize,
 }
 
@@ -122,8 +122,11 @@ impl PolicyServer {
             options: Options {
                 bind: None,
                 #[cfg(feature = "zenoh")]
-                network: chiral_transport::zenoh::NetworkOptions { discovery: true, ..Default::default() },
-                silence_limit: Duration::from_secs(10),
+                network: chiral_transport::zenoh::ZenohSessionOptions {
+                    discovery: true,
+                    ..Default::default()
+                },
+                idle_timeout: Duration::from_secs(10),
                 max_frame: 16 << 20,
             },
         }
@@ -136,7 +139,7 @@ impl PolicyServer {
 
     /// Serves one peer over a connection of the host's, until it ends. Needs a tokio runtime.
     pub async fn serve_connection(&self, transport: impl Transport) {
-        session::serve(&self.inner, transport).await;
+        session::serve(&self.inner, transport, IdleTimeout::new(self.inner.options.idle_timeout)).await;
     }
 }
 
@@ -230,10 +233,10 @@ impl PolicyServerBuilder {
     }
 
     /// After how long without a word a peer counts as lost; 10 s by default. Peers ping every second;
-    /// existing clients over WebSocket are pinged.
+    /// legacy clients over WebSocket are pinged.
     #[must_use]
-    pub fn silence_limit(mut self, limit: Duration) -> Self {
-        self.options.silence_limit = limit;
+    pub fn idle_timeout(mut self, limit: Duration) -> Self {
+        self.options.idle_timeout = limit;
         self
     }
 
@@ -297,8 +300,8 @@ impl PolicyServerBuilder {
             proprios: self.sensors.proprio_specs().cloned().collect(),
             action_spec: spec.clone(),
         };
-        let source = self.source.map_or(Source::Sensors(self.sensors), Source::Host);
-        let observations = Arc::new(Observations::new(source, self.observe_timeout));
+        let source = self.source.map_or(Source::Sensors(self.sensors), Source::Runtime);
+        let observations = Arc::new(Sampler::new(source, self.observe_timeout));
         let (ended, control_ended) = watch::channel(false);
         let tell = move || {
             ended.send_replace(true);
@@ -311,7 +314,7 @@ impl PolicyServerBuilder {
             clock: self.clock,
             options: self.options,
             lobby: Mutex::default(),
-            courtesy: Courtesy::default(),
+            pacing: Pacing::default(),
             #[cfg(feature = "zenoh")]
             shared_memory,
             #[cfg(feature = "websocket")]

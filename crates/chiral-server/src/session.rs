@@ -12,15 +12,15 @@ use chiral_proto::{
     error::chain,
     message::{Hello, Role},
 };
+use chiral_transport::IdleTimeout;
 use tokio::{
     sync::{mpsc, watch},
     time::{sleep, timeout},
 };
 
 use crate::{
-    existing,
-    lane::{self, Outgoing, fault_message},
-    lock,
+    connection::{self, SendItem, fault_message},
+    legacy, lock,
     server::Inner,
 };
 
@@ -30,9 +30,9 @@ const HELLO_LIMIT: Duration = Duration::from_secs(5);
 pub(crate) const PARTING_LIMIT: Duration = Duration::from_secs(1);
 
 /// Serves one connection until it ends.
-pub(crate) async fn serve<T: Transport>(server: &Arc<Inner>, transport: T) {
+pub(crate) async fn serve<T: Transport>(server: &Arc<Inner>, transport: T, idle_timeout: IdleTimeout) {
     if transport.codec() == Codec::Msgpack {
-        return existing::serve(server, &transport).await;
+        return legacy::session::serve(server, &transport, idle_timeout).await;
     }
     let (id, hello) = match timeout(HELLO_LIMIT, receive_hello(&transport)).await {
         Ok(Ok(hello)) => hello,
@@ -47,7 +47,7 @@ pub(crate) async fn serve<T: Transport>(server: &Arc<Inner>, transport: T) {
     match session {
         Ok((session, attach_token)) => {
             let welcome = server.welcome(session.id, attach_token);
-            lane::serve(&session, &transport, id, welcome).await;
+            connection::serve(&session, &transport, idle_timeout, id, welcome).await;
         }
         Err(fault) => refuse(&transport, Some((id, fault))).await,
     }
@@ -62,8 +62,8 @@ pub(crate) enum End {
     Closed,
     #[error("{}", chain(.0))]
     Lost(TransportError),
-    #[error("nothing heard for {} s", .0.as_secs_f64())]
-    Silent(Duration),
+    #[error("nothing received for {} s", .0.as_secs_f64())]
+    Idle(Duration),
     #[error("refused: {0}")]
     Refused(Fault),
     #[error("the server is shutting down")]
@@ -105,7 +105,7 @@ pub(crate) struct Session {
     pub(crate) id: u64,
     pub(crate) server: Arc<Inner>,
     /// What the second connection has to send.
-    observations: OnceLock<mpsc::Sender<Outgoing>>,
+    observations: OnceLock<mpsc::Sender<SendItem>>,
     ended: watch::Sender<Option<End>>,
     span: tracing::Span,
 }
@@ -169,11 +169,11 @@ impl Session {
     }
 
     /// From now on, and for good, what carries observations is sent by this connection.
-    pub(crate) fn observations_go_to(&self, outbox: mpsc::Sender<Outgoing>) {
+    pub(crate) fn send_observations_on(&self, outbox: mpsc::Sender<SendItem>) {
         let _ = self.observations.set(outbox);
     }
 
-    pub(crate) fn observations(&self) -> Option<&mpsc::Sender<Outgoing>> {
+    pub(crate) fn observations(&self) -> Option<&mpsc::Sender<SendItem>> {
         self.observations.get()
     }
 

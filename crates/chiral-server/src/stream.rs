@@ -2,15 +2,13 @@
 
 use std::{sync::Arc, time::Duration};
 
-use chiral_proto::{Camera, Observation, Timestamp, message::Subscribe};
+use chiral_proto::{Camera, Observation, Ticker, Timestamp, message::Subscribe};
 
 /// One client's observation stream.
 #[derive(Debug)]
 pub(crate) struct Stream {
     asked: Subscribe,
-    started: Timestamp,
-    /// Number of the tick that is due next.
-    tick: u64,
+    ticker: Ticker,
     sent: u64,
     received: u64,
     window: u32,
@@ -18,7 +16,7 @@ pub(crate) struct Stream {
 
 impl Stream {
     pub(crate) fn new(asked: Subscribe, now: Timestamp) -> Stream {
-        Stream { started: now, tick: 0, sent: 0, received: 0, window: asked.window, asked }
+        Stream { ticker: Ticker::new(asked.rate, now), sent: 0, received: 0, window: asked.window, asked }
     }
 
     /// The client's word on how far it has come.
@@ -30,17 +28,14 @@ impl Stream {
     /// How long until an observation is due; `None` while the client's credit is used up.
     pub(crate) fn due_in(&self, now: Timestamp) -> Option<Duration> {
         let has_credit = self.sent.saturating_sub(self.received) < u64::from(self.window);
-        has_credit.then(|| (self.started + self.period().mul_f64(self.tick as f64)).since(now))
+        has_credit.then(|| self.ticker.due_in(now))
     }
 
     /// An observation is being sent. Ticks that have passed meanwhile are skipped, so that none is sent in a
     /// burst; how many.
     pub(crate) fn take(&mut self, now: Timestamp) -> u64 {
         self.sent += 1;
-        let passed = (now.since(self.started).as_secs_f64() * self.asked.hz).floor() as u64;
-        let next = self.tick + 1;
-        self.tick = next.max(passed + 1);
-        self.tick - next
+        self.ticker.take(now).skipped
     }
 
     /// Only what was asked for.
@@ -55,20 +50,18 @@ impl Stream {
         let cameras = observation.cameras.into_iter().filter(wanted).map(strip).collect();
         Observation { cameras, ..observation }
     }
-
-    fn period(&self) -> Duration {
-        Duration::from_secs_f64(1.0 / self.asked.hz)
-    }
 }
 
 #[cfg(test)]
 mod tests {
+    use chiral_proto::Rate;
+
     use super::*;
 
     /// Runs a stream whose observations each take `transfer_ms`, credited on arrival; the times at which they
     /// were taken, in ms. Every tick is taken or skipped.
     fn check(hz: f64, window: u32, transfer_ms: i64, until_ms: i64) -> Vec<i64> {
-        let asked = Subscribe { hz, cameras: vec![], depth: true, window };
+        let asked = Subscribe { rate: Rate::new(hz).unwrap(), cameras: vec![], depth: true, window };
         let mut stream = Stream::new(asked, Timestamp(0));
         let mut taken = Vec::new();
         let mut skipped = 0;
@@ -79,7 +72,10 @@ mod tests {
                 Some(Duration::ZERO) => {
                     skipped += stream.take(at);
                     taken.push(now);
-                    assert_eq!(taken.len() as u64 + skipped, stream.tick);
+                    assert_eq!(
+                        taken.len() as u64 + skipped,
+                        (stream.ticker.deadline().as_secs_f64() * hz).round() as u64
+                    );
                     now += transfer_ms;
                     stream.credit(taken.len() as u64, window);
                 }
@@ -102,7 +98,7 @@ mod tests {
 
     #[test]
     fn without_credit_nothing_is_due() {
-        let asked = Subscribe { hz: 10.0, cameras: vec![], depth: true, window: 2 };
+        let asked = Subscribe { rate: Rate::new(10.0).unwrap(), cameras: vec![], depth: true, window: 2 };
         let mut stream = Stream::new(asked, Timestamp(0));
         let late = Timestamp(10_000_000_000);
         stream.take(late);

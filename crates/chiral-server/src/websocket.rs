@@ -15,9 +15,7 @@ use axum::{
     routing::get,
 };
 use chiral_proto::{Codec, pool::Pool};
-use chiral_transport::{
-    Host, Patience, Role, SUBPROTOCOL, WebSocketOptions, WebSocketTransport, lose_after, tune,
-};
+use chiral_transport::{Role, Runtime, SUBPROTOCOL, WebSocketOptions, WebSocketTransport, tcp};
 use hyper::upgrade::Upgraded;
 use hyper_util::{
     rt::TokioIo,
@@ -86,7 +84,7 @@ impl PolicyServer {
     }
 }
 
-/// So many times the silence limit an existing client may answer no ping: one may be busy with its model, or
+/// So many times the silence limit a legacy client may answer no ping: one may be busy with its model, or
 /// read only what it has asked for. That its host is gone shows in TCP, after the limit itself.
 const BUSY_FACTOR: u32 = 4;
 
@@ -94,7 +92,7 @@ const BUSY_FACTOR: u32 = 4;
 async fn upgrade_or_explain(inner: Arc<Inner>, mut request: Request) -> Response {
     let offered =
         request.headers().get_all(SEC_WEBSOCKET_PROTOCOL).iter().filter_map(|value| value.to_str().ok());
-    // Existing clients offer none.
+    // Legacy clients offer none.
     let codec = match offered.flat_map(|names| names.split(',')).any(|name| name.trim() == SUBPROTOCOL) {
         true => Some(Codec::Protobuf),
         false => (!request.headers().contains_key(SEC_WEBSOCKET_PROTOCOL)).then_some(Codec::Msgpack),
@@ -132,8 +130,14 @@ async fn upgrade_or_explain(inner: Arc<Inner>, mut request: Request) -> Response
 async fn serve_upgraded(inner: Arc<Inner>, upgraded: Upgraded, codec: Codec, peer: String) {
     let max_message = inner.options.max_frame;
     // What a client says is small.
-    let (pool, courtesy) = (Pool::new(0), inner.courtesy.clone());
-    let options = WebSocketOptions { role: Role::Server, max_message, pool, courtesy, codec, peer };
+    let (pool, pacing) = (Pool::new(0), inner.pacing.clone());
+    // Our own clients say something every second; legacy ones think for as long as they like.
+    let (idle_timeout, pings) = match codec {
+        Codec::Protobuf => (inner.options.idle_timeout, false),
+        _ => (inner.options.idle_timeout.saturating_mul(BUSY_FACTOR), true),
+    };
+    let options =
+        WebSocketOptions { role: Role::Server, max_message, pool, pacing, codec, peer, idle_timeout, pings };
     let (stream, read_already) = match downcast::<TokioIo<TcpStream>>(upgraded) {
         Ok(Parts { io, read_buf, .. }) => (io.into_inner(), read_buf),
         Err(upgraded) => {
@@ -144,14 +148,14 @@ async fn serve_upgraded(inner: Arc<Inner>, upgraded: Upgraded, codec: Codec, pee
         }
     };
     if let Ok(address) = stream.peer_addr() {
-        tune(&stream, address);
+        tcp::set_options(&stream, address);
     }
     if codec == Codec::Msgpack {
-        lose_after(&stream, inner.options.silence_limit);
+        tcp::set_user_timeout(&stream, inner.options.idle_timeout);
     }
-    let host = Host::thread("chiral-connection").unwrap_or_else(|error| {
+    let host = Runtime::thread("chiral-connection").unwrap_or_else(|error| {
         tracing::warn!("no thread for a connection: {error}");
-        Host::current()
+        Runtime::current()
     });
     let stream = stream.into_std();
     host.spawn(async move {
@@ -168,10 +172,7 @@ async fn serve_stream<S>(inner: &Arc<Inner>, stream: S, read_already: &[u8], opt
 where
     S: AsyncRead + AsyncWrite + Send + 'static,
 {
-    let codec = options.codec;
     let transport = WebSocketTransport::new(stream, read_already, options);
-    // Our own clients say something every second; existing ones think for as long as they like.
-    let patience = Patience::new(inner.options.silence_limit.saturating_mul(BUSY_FACTOR));
-    let transport = if codec == Codec::Msgpack { transport.pinging(patience) } else { transport };
-    session::serve(inner, transport).await;
+    let idle_timeout = transport.idle_timeout();
+    session::serve(inner, transport, idle_timeout).await;
 }

@@ -6,16 +6,17 @@ use std::{convert::Infallible, sync::Arc};
 use bytes::Bytes;
 use chiral_proto::{Code, Codec, Fault, Message, Reply, error::chain, keys::End, pool::Pool};
 use chiral_transport::{
-    Host,
+    Runtime,
     zenoh::{
-        ExistingTransport, Network, NetworkError, NetworkOptions, Presence, ZenohOptions, ZenohTransport,
+        LegacyTransport, ZenohError, ZenohListener, ZenohOptions, ZenohSession, ZenohSessionOptions,
+        ZenohTransport,
     },
 };
 use tokio::sync::oneshot;
 
 use crate::{
     error::Error,
-    existing,
+    legacy,
     server::{Inner, PolicyServer},
     session,
 };
@@ -45,7 +46,7 @@ impl PolicyServer {
                 return Err(error(refused));
             }
         };
-        let NetworkOptions { listen, connect, config, .. } = &inner.options.network;
+        let ZenohSessionOptions { listen, connect, config, .. } = &inner.options.network;
         match config {
             Some(file) => {
                 tracing::info!(
@@ -67,8 +68,8 @@ impl PolicyServer {
 /// A server whose robot is alive on a Zenoh network.
 pub(crate) struct OnZenoh {
     inner: Arc<Inner>,
-    network: Network,
-    presence: Presence,
+    network: ZenohSession,
+    presence: ZenohListener,
 }
 
 impl OnZenoh {
@@ -81,11 +82,12 @@ impl OnZenoh {
             pool: Pool::new(0),
             codec: Codec::Protobuf,
             shared_memory: inner.shared_memory.clone(),
+            idle_timeout: inner.options.idle_timeout,
         };
         let (_serving, ended) = oneshot::channel();
-        match network.existing(End::Server, inner.options.max_frame, Pool::new(0)).await {
-            Ok(transport) => serve_existing(&inner, &network, transport, ended),
-            Err(error) => tracing::warn!("existing clients are not served on Zenoh: {}", chain(&error)),
+        match network.legacy(End::Server, inner.options.max_frame, Pool::new(0)).await {
+            Ok(transport) => serve_legacy(&inner, &network, transport, ended),
+            Err(error) => tracing::warn!("legacy clients are not served on Zenoh: {}", chain(&error)),
         }
         let accepting = async {
             while let Some(transport) = presence.accept(&options, || info(&inner)).await {
@@ -104,12 +106,12 @@ impl OnZenoh {
 }
 
 /// Joins the network; without an answer to those who search by multicast, where only that cannot be had.
-async fn join(options: &NetworkOptions) -> Result<Network, NetworkError> {
-    let refused = match Network::open(options).await {
-        Err(refused @ NetworkError::Open { .. }) if options.discovery => refused,
+async fn join(options: &ZenohSessionOptions) -> Result<ZenohSession, ZenohError> {
+    let refused = match ZenohSession::open(options).await {
+        Err(refused @ ZenohError::Open { .. }) if options.discovery => refused,
         joined => return joined,
     };
-    let network = Network::open(&NetworkOptions { discovery: false, ..options.clone() }).await?;
+    let network = ZenohSession::open(&ZenohSessionOptions { discovery: false, ..options.clone() }).await?;
     tracing::warn!("the robot cannot be found without its address: {}", chain(&refused));
     Ok(network)
 }
@@ -120,16 +122,17 @@ fn info(inner: &Inner) -> Vec<u8> {
     Codec::Protobuf.encode(&welcome).map(|frame| frame.into_bytes().to_vec()).unwrap_or_default()
 }
 
-/// Serves existing clients, by a thread of its own, until the other end of `ended` is dropped.
-fn serve_existing(
+/// Serves legacy clients, by a thread of its own, until the other end of `ended` is dropped.
+fn serve_legacy(
     inner: &Arc<Inner>,
-    network: &Network,
-    transport: ExistingTransport,
+    network: &ZenohSession,
+    transport: LegacyTransport,
     ended: oneshot::Receiver<Infallible>,
 ) {
     let (inner, network) = (Arc::clone(inner), network.clone());
     host().spawn(async move {
-        let serving = existing::serve_shared(&inner, &transport, || is_alone(&network, &inner.robot.name));
+        let serving =
+            legacy::session::serve_shared(&inner, &transport, || is_alone(&network, &inner.robot.name));
         tokio::select! {
             () = serving => {}
             _ = ended => {}
@@ -137,8 +140,8 @@ fn serve_existing(
     });
 }
 
-/// An existing client does not say which robot it means: no robot of ours takes its word where there are two.
-async fn is_alone(network: &Network, robot: &str) -> Result<(), Fault> {
+/// A legacy client does not say which robot it means: no robot of ours takes its word where there are two.
+async fn is_alone(network: &ZenohSession, robot: &str) -> Result<(), Fault> {
     let robots = network.robots().await;
     let robots = robots.map_err(|error| {
         Fault::new(Code::Busy, format!("which robots there are is not known: {}", chain(&error)))
@@ -147,7 +150,7 @@ async fn is_alone(network: &Network, robot: &str) -> Result<(), Fault> {
         None => Ok(()),
         Some((other, _)) => {
             let text = format!(
-                "expected robot {robot:?} to be alone on this network, where existing clients name none, found {other:?}"
+                "expected robot {robot:?} to be alone on this network, where legacy clients name none, found {other:?}"
             );
             Err(Fault::new(Code::Busy, text).retryable())
         }
@@ -156,19 +159,24 @@ async fn is_alone(network: &Network, robot: &str) -> Result<(), Fault> {
 
 fn serve_connection(inner: &Arc<Inner>, transport: ZenohTransport) {
     let inner = Arc::clone(inner);
-    host().spawn(async move { session::serve(&inner, transport).await });
+    host().spawn(async move {
+        {
+            let idle_timeout = transport.idle_timeout();
+            session::serve(&inner, transport, idle_timeout).await
+        }
+    });
 }
 
-fn host() -> Host {
-    Host::thread("chiral-connection").unwrap_or_else(|error| {
+fn host() -> Runtime {
+    Runtime::thread("chiral-connection").unwrap_or_else(|error| {
         tracing::warn!("no thread for a connection: {error}");
-        Host::current()
+        Runtime::current()
     })
 }
 
-fn error(error: NetworkError) -> Error {
+fn error(error: ZenohError) -> Error {
     match error {
-        NetworkError::NameTaken { robot, server } => Error::NameTaken { name: robot, holder: server },
+        ZenohError::NameTaken { robot, server } => Error::NameTaken { name: robot, holder: server },
         error => Error::Zenoh(Box::new(error)),
     }
 }

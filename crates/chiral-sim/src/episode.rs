@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 use chiral_client::{ActionChunk, Codec, Error, Observation, PutMode, Value, ValueMap};
 use nalgebra::Point3;
 
-use crate::face::Face;
+use crate::any_client::AnyClient;
 use crate::policy::{EXECUTION_HORIZON, Policy};
 
 /// After this long without an observation the stream counts as broken.
@@ -72,7 +72,7 @@ pub struct Snapshot {
 /// Runs episodes over one client.
 #[derive(Debug)]
 pub struct Runner<'a> {
-    client: &'a Face,
+    client: &'a AnyClient,
     coupling: Coupling,
     /// Rows that the robot runs a second.
     control_hz: f64,
@@ -88,14 +88,14 @@ impl<'a> Runner<'a> {
     /// # Errors
     /// The client's.
     pub async fn start(
-        client: &'a Face,
+        client: &'a AnyClient,
         coupling: Coupling,
         hz: f64,
         interrupted: &'a AtomicBool,
     ) -> Result<Runner<'a>, Error> {
         let mut control_hz = client.robot().action_spec.control_hz;
         if client.codec() == Codec::Msgpack {
-            // Existing servers declare nothing, and may not observe before their first reset.
+            // Legacy servers declare nothing, and may not observe before their first reset.
             control_hz =
                 client.get_metadata().await?.get("control_hz").and_then(Value::as_f64).unwrap_or(USUAL_HZ);
             client.reset_with(None, ValueMap::new()).await?;
@@ -113,7 +113,7 @@ impl<'a> Runner<'a> {
     /// The client's. That the target was not reached is none.
     pub async fn play(&self, seed: u64) -> Result<Episode, Error> {
         let began = Instant::now();
-        // The wire of existing servers has no seeds.
+        // The wire of legacy servers has no seeds.
         let said = (self.client.codec() != Codec::Msgpack).then_some(seed);
         let (obs, _info) = self.client.reset_with(said, ValueMap::new()).await?;
         let mut episode = Episode {
@@ -208,7 +208,7 @@ fn says(words: &ValueMap, name: &str) -> bool {
 }
 
 /// How old the oldest picture of an observation is now, ms; `None` until the two clocks have been compared.
-pub fn age_ms(client: &Face, obs: &Observation) -> Option<f64> {
+pub fn age_ms(client: &AnyClient, obs: &Observation) -> Option<f64> {
     let captured_at = obs.cameras.iter().map(|camera| camera.captured_at).min()?;
     client.age(captured_at).map(|age| age.as_secs_f64() * 1e3)
 }

@@ -14,12 +14,12 @@
 //! # Ok::<(), chiral_server::Error>(())
 //! ```
 
+pub mod any_client;
 pub mod arm;
 pub mod camera;
 mod cameras;
 mod canvas;
 pub mod episode;
-pub mod face;
 pub mod link;
 pub mod policy;
 pub mod render;
@@ -31,10 +31,7 @@ pub mod sheet;
 pub mod task;
 mod world;
 
-/// Locks; a panic elsewhere breaks no invariant of what this crate keeps behind locks.
-pub(crate) fn lock<T>(mutex: &std::sync::Mutex<T>) -> std::sync::MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
-}
+use chiral_transport::lock;
 
 #[cfg(doctest)]
 #[doc = include_str!("../../../README.md")]

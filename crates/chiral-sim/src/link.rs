@@ -54,7 +54,7 @@ pub struct LinkEnd {
     options: LinkOptions,
     fate: watch::Receiver<Fate>,
     outgoing: Mutex<Outgoing>,
-    incoming: Mutex<Incoming>,
+    incoming: Mutex<Reassembly>,
     peer: &'static str,
 }
 
@@ -66,7 +66,7 @@ struct Outgoing {
 }
 
 #[derive(Debug)]
-struct Incoming {
+struct Reassembly {
     frames: mpsc::UnboundedReceiver<(Instant, Frame)>,
     /// A frame that has been sent and not arrived.
     under_way: Option<(Instant, Frame)>,
@@ -81,7 +81,7 @@ pub fn link(options: LinkOptions) -> (LinkEnd, LinkEnd, LinkControl) {
         options,
         fate: watched.clone(),
         outgoing: Mutex::new(Outgoing { frames: Some(frames), free_at: Instant::now() }),
-        incoming: Mutex::new(Incoming { frames: incoming, under_way: None }),
+        incoming: Mutex::new(Reassembly { frames: incoming, under_way: None }),
         peer,
     };
     (end(to_b, from_b, "link end b"), end(to_a, from_a, "link end a"), LinkControl { fate: Arc::new(fate) })

@@ -33,7 +33,7 @@ const AGREEMENT: f64 = 0.025;
 
 /// What one camera says of the ball.
 #[derive(Clone, Debug, PartialEq)]
-pub struct Sighting {
+pub struct ScoutedRobot {
     /// Name of the camera.
     pub camera: String,
     /// The ball's centre in the world, m.
@@ -83,7 +83,7 @@ impl Policy {
         let Some(joints) = joints(obs) else {
             return Plan { chunk: ActionChunk::from(Vec::<f32>::new()), target: None };
         };
-        let sightings: Vec<Sighting> = obs.cameras.iter().filter_map(|camera| measure(camera)).collect();
+        let sightings: Vec<ScoutedRobot> = obs.cameras.iter().filter_map(|camera| measure(camera)).collect();
         let (goal, target) = match believe(&sightings) {
             Belief::At(target) => {
                 self.goal = inverse_kinematics(&target, &joints, &READY).or(self.goal);
@@ -129,7 +129,7 @@ fn joints(obs: &Observation) -> Option<Joints> {
     joints.iter().all(|joint| joint.is_finite()).then(|| joints.map(f64::from))
 }
 
-fn believe(sightings: &[Sighting]) -> Belief {
+fn believe(sightings: &[ScoutedRobot]) -> Belief {
     let pairs = || sightings.iter().flat_map(|a| sightings.iter().map(move |b| (a, b)));
     let round = sightings.iter().all(|sighting| sighting.roundness < ROUNDNESS);
     let pixels: usize = sightings.iter().map(|sighting| sighting.pixels).sum();
@@ -145,7 +145,7 @@ fn believe(sightings: &[Sighting]) -> Belief {
 }
 
 /// Where this camera sees the ball; `None` if it sees too little of it.
-pub fn measure(camera: &Camera) -> Option<Sighting> {
+pub fn measure(camera: &Camera) -> Option<ScoutedRobot> {
     let points = red_points(camera)?;
     if points.len() < FEWEST_PIXELS {
         return None;
@@ -155,7 +155,12 @@ pub fn measure(camera: &Camera) -> Option<Sighting> {
     if roundness < ROUNDNESS && flatness(&points) < FLATNESS {
         return None;
     }
-    Some(Sighting { camera: camera.name.to_string(), center: center.into(), roundness, pixels: points.len() })
+    Some(ScoutedRobot {
+        camera: camera.name.to_string(),
+        center: center.into(),
+        roundness,
+        pixels: points.len(),
+    })
 }
 
 /// The world points of all red pixels whose depth is known.

@@ -9,10 +9,10 @@ use std::sync::{Arc, Mutex};
 
 use chiral_client::{Observation, PolicyClient, Value, ValueMap, value};
 use chiral_server::{CameraFrame, PolicyServer, ServerHandle};
+use chiral_sim::any_client::AnyClient;
 use chiral_sim::arm::{Joints, Links};
 use chiral_sim::camera::Mount;
 use chiral_sim::episode::{Coupling, Runner};
-use chiral_sim::face::Face;
 use chiral_sim::robot::{self, SimConfig, Tamper};
 use tokio::net::TcpListener;
 
@@ -40,7 +40,7 @@ async fn connect(config: SimConfig) -> (PolicyClient, ServerHandle) {
 /// Plays the seeds over a faulty wire; how many episodes succeed.
 async fn successes(tamper: Option<Tamper>) -> usize {
     let (client, server) = connect(SimConfig { tamper, ..small() }).await;
-    let (client, interrupted) = (Face::Async(client), AtomicBool::new(false));
+    let (client, interrupted) = (AnyClient::Async(client), AtomicBool::new(false));
     let runner = Runner::start(&client, Coupling::Step, 30.0, &interrupted).await.unwrap();
     let mut successes = 0;
     for seed in SEEDS {

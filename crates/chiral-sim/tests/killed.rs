@@ -2,7 +2,7 @@
 //! and real sockets.
 #![allow(clippy::unwrap_used, reason = "helpers of tests, too, fail by panicking")]
 
-mod company;
+mod support;
 
 use std::{
     sync::{Arc, Mutex},
@@ -12,15 +12,15 @@ use std::{
 use chiral_client::{Error, PolicyClient};
 use chiral_server::{PolicyServer, PolicyServerBuilder};
 use chiral_sim::robot::{SimConfig, start};
-use company::{GUARD, Process, Told, Watched, free_address, until};
 use rustix::process::Signal;
+use support::processes::{GUARD, Process, Told, Watched, free_address, until};
 
 /// After so long without a word the other side is lost: Zenoh's lease, and what sessions over WebSocket are
 /// told here.
 const SILENCE: Duration = Duration::from_secs(2);
 
 /// What sessions at this address are told: over Zenoh nothing, which has to notice by itself.
-fn silence_limit(uri: &str) -> Duration {
+fn idle_timeout(uri: &str) -> Duration {
     if uri.starts_with("ws:") { SILENCE } else { GUARD }
 }
 
@@ -69,7 +69,7 @@ async fn check_server_of_each_transport(fate: Fate) {
 async fn check_server(fate: Fate, listen: &[&str], uri: &str) {
     let arguments = [&["serve"], listen, &["--width", "64", "--height", "48", "--quiet"]].concat();
     let mut server = Process::start(&arguments);
-    let builder = || PolicyClient::builder(uri).quiet().deadline(GUARD).silence_limit(silence_limit(uri));
+    let builder = || PolicyClient::builder(uri).quiet().deadline(GUARD).idle_timeout(idle_timeout(uri));
     let env = builder().connect().await.unwrap();
     let (obs, _) = env.reset().await.unwrap();
     env.start_obs_stream(100.0).await.unwrap();
@@ -131,7 +131,7 @@ async fn check_client(
     let (robot, sensors) = start(SimConfig { width: 64, height: 48, ..SimConfig::default() }).unwrap();
     let told = Arc::<Mutex<Told>>::default();
     let builder = PolicyServer::builder(Watched { robot, told: Arc::clone(&told) }, sensors);
-    let builder = builder.silence_limit(silence_limit(uri));
+    let builder = builder.idle_timeout(idle_timeout(uri));
     let server = listen(builder).build().unwrap();
     let handle = server.handle();
     tokio::spawn(server.serve());

@@ -2,19 +2,19 @@
 //! both. Which of these run in real time, and why, is said in `holds.rs`.
 #![allow(clippy::unwrap_used, reason = "helpers of tests, too, fail by panicking")]
 
-mod stand;
+mod support;
 
 use std::{collections::BTreeSet, net::SocketAddr, sync::Arc, sync::Mutex, time::Duration};
 
 use bytes::Bytes;
 use chiral_client::{Code, Error, PolicyClient, PolicyClientBuilder};
 use chiral_proto::{
-    Codec, Fault, Message, Notice, Reply, Request, Timestamp, Transport, ValueMap,
+    Codec, Fault, Message, Notice, Rate, Reply, Request, Timestamp, Transport, ValueMap,
     message::{Hello, Role, Subscribe},
 };
 use chiral_sim::link::{LinkControl, LinkEnd, LinkOptions, link};
 use futures_util::future::join_all;
-use stand::{DIMENSION, Event, Raw, Stand, hello};
+use support::harness::{self, DIMENSION, Event, Harness, Raw, hello};
 use tokio::{
     io::copy_bidirectional,
     net::{TcpListener, TcpStream},
@@ -45,7 +45,7 @@ fn goodbye(reason: &str) -> Message {
 }
 
 /// A second connection's hello, and its answer.
-async fn join(stand: &Stand, token: &[u8]) -> Result<Raw, Fault> {
+async fn join(stand: &Harness, token: &[u8]) -> Result<Raw, Fault> {
     let mut raw = Raw::silent(stand.dial(LinkOptions::default()).0);
     let hello = Hello { attach_token: Bytes::copy_from_slice(token), ..hello(Role::Controller) };
     raw.say(&Message::Request { id: 1, request: Request::Hello(hello) }).await;
@@ -59,7 +59,7 @@ async fn join(stand: &Stand, token: &[u8]) -> Result<Raw, Fault> {
     Ok(raw)
 }
 
-async fn check_refused(stand: &Stand, token: &[u8], why: &str) {
+async fn check_refused(stand: &Harness, token: &[u8], why: &str) {
     match join(stand, token).await {
         Err(fault) => {
             assert_eq!((fault.code, &*fault.field), (Code::Invalid, "hello.attach_token"), "{why}: {fault}")
@@ -87,14 +87,14 @@ async fn kinds(raw: &Raw, at_most: usize) -> Vec<String> {
 }
 
 /// A client on two links of the stand.
-async fn connect_by(stand: &Stand, builder: PolicyClientBuilder) -> (PolicyClient, [LinkControl; 2]) {
+async fn connect_by(stand: &Harness, builder: PolicyClientBuilder) -> (PolicyClient, [LinkControl; 2]) {
     let ((control, first), (observations, second)) =
         (stand.dial(LinkOptions::default()), stand.dial(LinkOptions::default()));
     (builder.connect_over_two(control, observations).await.unwrap(), [first, second])
 }
 
 /// The robot is free at once, and was told once that its controller has left.
-async fn check_left(stand: &Stand, before: &[Event]) {
+async fn check_left(stand: &Harness, before: &[Event]) {
     let (next, _links) = connect_by(stand, stand.builder()).await;
     stand.script.reset_gate.open();
     next.reset().await.unwrap();
@@ -106,7 +106,7 @@ async fn check_left(stand: &Stand, before: &[Event]) {
 type Said = [Arc<Mutex<Vec<Message>>>; 2];
 
 /// A link to the stand on which somebody listens in.
-fn tapped(stand: &Stand) -> (LinkEnd, Said) {
+fn tapped(stand: &Harness) -> (LinkEnd, Said) {
     let (ours, middle, _) = link(LinkOptions::default());
     let (beyond, _) = stand.dial(LinkOptions::default());
     let said = Said::default();
@@ -124,7 +124,7 @@ fn tapped(stand: &Stand) -> (LinkEnd, Said) {
     (ours, said)
 }
 
-async fn check_everything_works(stand: &Stand, env: &PolicyClient) {
+async fn check_everything_works(stand: &Harness, env: &PolicyClient) {
     assert_eq!(env.get_metadata().await.unwrap()["kind"].as_str(), Some("scripted"));
     let (obs, _) = env.reset().await.unwrap();
     assert!(env.get_obs().await.unwrap().seq > obs.seq);
@@ -143,13 +143,18 @@ async fn check_everything_works(stand: &Stand, env: &PolicyClient) {
 
 #[tokio::test]
 async fn every_frame_with_an_observation_comes_by_the_second_connection_wherever_it_was_asked_for() {
-    let stand = Stand::new();
+    let stand = Harness::new();
     let control = stand.raw().await;
     let observations = join(&stand, &control.welcome.attach_token).await.unwrap();
     let session = control.welcome.session;
     let reset = || Request::Reset { seed: None, options: ValueMap::new() };
     let subscribe = |camera: &str| {
-        Request::Subscribe(Subscribe { hz: 99.0, cameras: vec![camera.into()], depth: true, window: 2 })
+        Request::Subscribe(Subscribe {
+            rate: Rate::new(99.0).unwrap(),
+            cameras: vec![camera.into()],
+            depth: true,
+            window: 2,
+        })
     };
     let mut asked = 10;
     for (asking, episode) in [(&control, 1), (&observations, 3)] {
@@ -160,7 +165,7 @@ async fn every_frame_with_an_observation_comes_by_the_second_connection_wherever
             (step(episode + 7), "Reply Error"),
             (Request::GetObs, "Reply Observation"),
             (subscribe("no_cam"), "Reply Error"),
-            (subscribe(stand::CAMERA), "Reply Subscribed"),
+            (subscribe(harness::CAMERA), "Reply Subscribed"),
             (Request::Unsubscribe, "Reply StreamEnd"),
             (reset(), "Reply Error"),
         ];
@@ -192,7 +197,7 @@ async fn every_frame_with_an_observation_comes_by_the_second_connection_wherever
 
 #[tokio::test]
 async fn the_client_says_what_concerns_observations_by_the_second_connection_and_the_rest_by_the_first() {
-    let stand = Stand::new();
+    let stand = Harness::new();
     let ((control, control_said), (observations, said)) = (tapped(&stand), tapped(&stand));
     let env = stand.builder().connect_over_two(control, observations).await.unwrap();
     check_everything_works(&stand, &env).await;
@@ -221,7 +226,7 @@ async fn the_client_says_what_concerns_observations_by_the_second_connection_and
 
 #[tokio::test]
 async fn a_token_is_good_once_for_5_s_and_as_long_as_its_session_lasts() {
-    let stand = Stand::new();
+    let stand = Harness::new();
     let mut raw = stand.raw().await;
     let token = raw.welcome.attach_token.to_vec();
     assert_eq!(token.len(), 16);
@@ -254,7 +259,7 @@ async fn a_token_is_good_once_for_5_s_and_as_long_as_its_session_lasts() {
 
 #[tokio::test(start_paused = true)]
 async fn nobody_joins_a_session_that_is_still_saying_goodbye() {
-    let stand = Stand::new();
+    let stand = Harness::new();
     let (end, _link) = stand.dial(LinkOptions { bandwidth: Some(10e3), ..LinkOptions::default() });
     let leaving = Raw::greet(end).await;
     leaving.say(&goodbye("")).await;
@@ -264,9 +269,9 @@ async fn nobody_joins_a_session_that_is_still_saying_goodbye() {
 
 #[tokio::test]
 async fn after_a_stream_has_begun_it_is_too_late_for_a_second_connection() {
-    let stand = Stand::new();
+    let stand = Harness::new();
     let mut control = stand.raw().await;
-    let asked = Subscribe { hz: 10.0, cameras: vec![], depth: true, window: 1 };
+    let asked = Subscribe { rate: Rate::new(10.0).unwrap(), cameras: vec![], depth: true, window: 1 };
     assert!(matches!(control.ask(Request::Subscribe(asked)).await, Reply::Subscribed { .. }));
     check_refused(&stand, &control.welcome.attach_token.clone(), "has no stream").await;
     assert!(matches!(control.ask(Request::Unsubscribe).await, Reply::StreamEnd { .. }));
@@ -274,7 +279,7 @@ async fn after_a_stream_has_begun_it_is_too_late_for_a_second_connection() {
 
 #[tokio::test]
 async fn when_close_returns_the_robot_is_free_for_the_next_client() {
-    let stand = Stand::new();
+    let stand = Harness::new();
     let far = LinkOptions { latency: Duration::from_millis(100), ..LinkOptions::default() };
     let (env, _link) = stand.connect_over(far).await;
     env.close().await.unwrap();
@@ -285,7 +290,7 @@ async fn when_close_returns_the_robot_is_free_for_the_next_client() {
 #[tokio::test]
 async fn when_either_connection_is_cut_every_call_fails_and_the_robot_is_free() {
     for lost in [0, 1] {
-        let stand = Stand::new();
+        let stand = Harness::new();
         let (env, links) = connect_by(&stand, stand.builder().queue_capacity(1)).await;
         env.reset().await.unwrap();
         env.start_obs_stream(0.001).await.unwrap();
@@ -336,7 +341,7 @@ async fn when_either_connection_is_cut_every_call_fails_and_the_robot_is_free() 
 #[tokio::test]
 async fn when_either_connection_goes_silent_both_sides_notice() {
     for silent in [0, 1] {
-        let stand = Stand::new();
+        let stand = Harness::new();
         let (env, links) = connect_by(&stand, stand.builder()).await;
         env.start_obs_stream(30.0).await.unwrap();
         links[silent].silence();
@@ -355,7 +360,7 @@ async fn when_either_connection_goes_silent_both_sides_notice() {
 #[tokio::test]
 async fn when_the_client_drops_either_connection_the_other_is_told_and_closed() {
     for is_first in [false, true] {
-        let stand = Stand::new();
+        let stand = Harness::new();
         let first = stand.raw().await;
         let second = join(&stand, &first.welcome.attach_token).await.unwrap();
         let [lost, left] = if is_first { [first, second] } else { [second, first] };
@@ -369,7 +374,7 @@ async fn when_the_client_drops_either_connection_the_other_is_told_and_closed() 
 #[tokio::test]
 async fn who_ends_a_session_on_purpose_says_so_on_both_connections() {
     for (side, how) in [(0, "close"), (0, "drop"), (1, "shut down")] {
-        let stand = Stand::new();
+        let stand = Harness::new();
         let ((control, control_said), (observations, said)) = (tapped(&stand), tapped(&stand));
         let env = stand.builder().connect_over_two(control, observations).await.unwrap();
         let clone = env.clone();
@@ -397,11 +402,11 @@ async fn who_ends_a_session_on_purpose_says_so_on_both_connections() {
 #[tokio::test]
 async fn actions_and_pings_do_not_wait_for_an_observation_that_takes_long() {
     // 17 Mbit at 0.4 Mbit/s.
-    let stand = Stand::with(Arc::default(), 480, 640, |builder| builder);
+    let stand = Harness::with(Arc::default(), 480, 640, |builder| builder);
     let (control, said) = tapped(&stand);
     let (observations, _link) = stand.dial(LinkOptions { bandwidth: Some(400e3), ..LinkOptions::default() });
     let builder =
-        stand.builder().request_timeout(Duration::from_secs(100)).silence_limit(Duration::from_secs(100));
+        stand.builder().request_timeout(Duration::from_secs(100)).idle_timeout(Duration::from_secs(100));
     let env = builder.connect_over_two(control, observations).await.unwrap();
     // Whoever counts the observations sees when the slow one was taken.
     let watching =
@@ -436,10 +441,10 @@ async fn actions_and_pings_do_not_wait_for_an_observation_that_takes_long() {
 
 #[tokio::test]
 async fn a_client_uses_two_sockets_or_makes_do_with_one_connection_for_everything() {
-    let stand = Stand::new();
+    let stand = Harness::new();
     check_everything_works(&stand, &stand.connect().await).await;
     for (let_through, only_one, expected) in [(usize::MAX, false, 2), (usize::MAX, true, 1), (1, false, 2)] {
-        let stand = Stand::new();
+        let stand = Harness::new();
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let (proxy, came) = proxy(listener.local_addr().unwrap(), let_through).await;
         tokio::spawn(stand.server.clone().serve_on(listener));
@@ -484,7 +489,7 @@ async fn a_thread_dispatches_every_row_in_order_and_ends_with_the_session() {
     // On the system's own clock.
     let builder = PolicyClient::builder("link");
     for builder in [builder.clone().dispatch_spin(Duration::ZERO), builder] {
-        let stand = Stand::new();
+        let stand = Harness::new();
         let (env, links) = connect_by(&stand, builder).await;
         let rows: Vec<_> = (0..50_u8).map(|n| vec![f32::from(n); DIMENSION]).collect();
         env.start_action_dispatch(100.0).unwrap();

@@ -3,7 +3,7 @@
 //! without it.
 #![allow(clippy::unwrap_used, reason = "helpers of tests, too, fail by panicking")]
 
-mod stand;
+mod support;
 
 use std::{
     alloc::System,
@@ -16,8 +16,8 @@ use std::{
 use bytes::Bytes;
 use chiral_client::{Observation, PolicyClient};
 use chiral_server::{CameraFrame, CameraSpec, PolicyServer, Sensors, ServerHandle};
-use stand::ScriptedRobot;
 use stats_alloc::{INSTRUMENTED_SYSTEM, StatsAlloc};
+use support::harness::ScriptedRobot;
 use tokio::{net::TcpListener, sync::Mutex, task::JoinHandle, time::sleep};
 
 #[global_allocator]

@@ -1,5 +1,5 @@
 //! What must hold between three hosts, robot - router - policy, when a link is cut or slow; and between two,
-//! when an existing client's is. Each host is a network namespace of the test's own with a /dev/shm of its
+//! when a legacy client's is. Each host is a network namespace of the test's own with a /dev/shm of its
 //! own, gone with the processes in it; where none can be made, because the test is not root or there is no
 //! `ip`, the tests say so and pass.
 //!
@@ -7,7 +7,7 @@
 //! the policy on theirs.
 #![allow(clippy::unwrap_used, reason = "helpers of tests, too, fail by panicking")]
 
-mod company;
+mod support;
 
 use std::{
     env, fs,
@@ -27,8 +27,8 @@ use chiral_sim::{
     episode::percentile,
     robot::{SimConfig, start},
 };
-use company::{GUARD, Process, Told, Watched, until, until_it_listens};
 use serde_json::{Value, json};
+use support::processes::{GUARD, Process, Told, Watched, until, until_it_listens};
 use tokio::task::JoinHandle;
 use tokio_tungstenite::tungstenite;
 
@@ -66,8 +66,8 @@ fn the_robots_link_is_cut_both_sides_know_and_a_new_session_works() {
 }
 
 #[test]
-fn the_cable_of_an_existing_client_is_pulled_the_robot_holds_and_is_free() {
-    within("the_cable_of_an_existing_client_is_pulled_the_robot_holds_and_is_free", check_pulled());
+fn the_cable_of_an_legacy_client_is_pulled_the_robot_holds_and_is_free() {
+    within("the_cable_of_an_legacy_client_is_pulled_the_robot_holds_and_is_free", check_pulled());
 }
 
 #[test]
@@ -104,17 +104,17 @@ async fn check_cut(link: Link) {
     lab.end().await;
 }
 
-/// An existing client may answer no pings for four times the silence limit, which is not waited for where its
+/// A legacy client may answer no pings for four times the silence limit, which is not waited for where its
 /// host is gone.
 async fn check_pulled() {
     const ADDRESS: &str = "10.0.1.1:8765";
     const SILENCE: Duration = Duration::from_secs(2);
-    let (robot, policy) = (Host(None), Host::another());
+    let (robot, policy) = (Runtime(None), Runtime::another());
     robot.connect(("robot", "10.0.1.1"), &policy, ("policy", "10.0.1.2"));
     let (simulated, sensors) = start(SimConfig { width: 64, height: 48, ..SimConfig::default() }).unwrap();
     let told: Arc<Mutex<Told>> = Arc::default();
     let server = PolicyServer::builder(Watched { robot: simulated, told: Arc::clone(&told) }, sensors);
-    let server = server.bind(ADDRESS.parse::<SocketAddr>().unwrap()).silence_limit(SILENCE).build().unwrap();
+    let server = server.bind(ADDRESS.parse::<SocketAddr>().unwrap()).idle_timeout(SILENCE).build().unwrap();
     let handle = server.handle();
     let serving = tokio::spawn(server.serve());
 
@@ -122,7 +122,7 @@ async fn check_pulled() {
         let again = env::current_exe().unwrap();
         let mut command = policy.command(again.to_str().unwrap());
         command
-            .args(["--exact", "existing_client", "--ignored", "--nocapture"])
+            .args(["--exact", "legacy_client", "--ignored", "--nocapture"])
             .env(INSIDE, format!("ws://{ADDRESS}"));
         let _client = Process::spawn(command.stdout(Stdio::null()));
         until("the client drives", || handle.stats().rows_applied == drives).await;
@@ -135,7 +135,7 @@ async fn check_pulled() {
         until("the robot holds", || told.lock().unwrap().ends == expected).await;
         let noticed = began.elapsed();
         assert!(noticed < 3 * SILENCE, "noticed after {noticed:?}");
-        println!("an existing client's cable pulled: noticed within {noticed:?}");
+        println!("a legacy client's cable pulled: noticed within {noticed:?}");
         policy.ip("link set policy up");
     }
     handle.shutdown();
@@ -145,7 +145,7 @@ async fn check_pulled() {
 /// A client as they are in the field, which acts once and then only listens.
 #[test]
 #[ignore = "the others start it, in a namespace"]
-fn existing_client() {
+fn legacy_client() {
     let Ok(uri) = env::var(INSIDE) else { return };
     let mut client = tungstenite::connect(uri).unwrap().0;
     let frame = |said| msgpack::encode(&said, &ValueMap::new()).unwrap().into_bytes();
@@ -285,10 +285,10 @@ fn run(command: &mut Command) {
 }
 
 /// A host: this process's own, or another that is there as long as its holder.
-struct Host(Option<Process>);
+struct Runtime(Option<Process>);
 
-impl Host {
-    fn another() -> Host {
+impl Runtime {
+    fn another() -> Runtime {
         const HOLDER: &str = "sleep";
         let holder = Process::spawn(&mut on_a_new_host([HOLDER, "600"]));
         let (name, began) = (format!("/proc/{}/comm", holder.0.id()), Instant::now());
@@ -296,7 +296,7 @@ impl Host {
             assert!(began.elapsed() < GUARD, "the namespace is not there");
             thread::sleep(Duration::from_millis(1));
         }
-        Host(Some(holder))
+        Runtime(Some(holder))
     }
 
     /// A program on this host.
@@ -315,7 +315,7 @@ impl Host {
     fn connect(
         &self,
         (name, address): (&str, &str),
-        other: &Host,
+        other: &Runtime,
         (other_name, other_address): (&str, &str),
     ) {
         let namespace = other.0.as_ref().unwrap().0.id();
@@ -329,9 +329,9 @@ impl Host {
 
 /// The three hosts, a router on one of them and a robot on this.
 struct Lab {
-    robot: Host,
-    router: Host,
-    policy: Host,
+    robot: Runtime,
+    router: Runtime,
+    policy: Runtime,
     handle: ServerHandle,
     told: Arc<Mutex<Told>>,
     serving: JoinHandle<Result<(), Error>>,
@@ -343,7 +343,7 @@ const ROUTER: &str = "tcp/10.0.2.2:7447";
 
 impl Lab {
     fn new(config: SimConfig) -> Lab {
-        let (robot, router, policy) = (Host(None), Host::another(), Host::another());
+        let (robot, router, policy) = (Runtime(None), Runtime::another(), Runtime::another());
         for host in [&robot, &router, &policy] {
             host.ip("link set lo up");
         }
@@ -375,7 +375,7 @@ impl Lab {
     }
 
     /// Both ends of a link.
-    fn ends(&self, link: Link) -> [(&Host, &'static str); 2] {
+    fn ends(&self, link: Link) -> [(&Runtime, &'static str); 2] {
         match link {
             Link::Robot => [(&self.router, "to_robot"), (&self.robot, "robot")],
             Link::Policy => [(&self.router, "to_policy"), (&self.policy, "policy")],

@@ -2,7 +2,7 @@
 //! control; and robots found without an address.
 #![allow(clippy::unwrap_used, reason = "helpers of tests, too, fail by panicking")]
 
-mod stand;
+mod support;
 
 use std::{
     env, fs,
@@ -19,7 +19,7 @@ use chiral_client::{DiscoveredRobot, Error, PolicyClient, PolicyClientBuilder, b
 use chiral_proto::keys;
 use chiral_server::{Error as ServerError, PolicyServer, PolicyServerBuilder, ProprioSpec, Sensors};
 use rcgen::{BasicConstraints, CertificateParams, DnType, IsCa, Issuer, KeyPair, KeyUsagePurpose};
-use stand::{GUARD, ScriptedRobot, Stand, drive, free_address, session};
+use support::harness::{self, GUARD, Harness, ScriptedRobot, drive, free_address, session};
 use tokio::task::JoinHandle;
 use zenoh::Wait;
 
@@ -128,8 +128,8 @@ fn run(directory: &Path, arguments: &[&str]) -> (Output, String) {
 
 type Serving = JoinHandle<Result<(), ServerError>>;
 
-fn serve(name: &str, network: impl FnOnce(PolicyServerBuilder) -> PolicyServerBuilder) -> (Stand, Serving) {
-    let stand = Stand::with(Arc::default(), 8, 8, |builder| network(builder.name(name)));
+fn serve(name: &str, network: impl FnOnce(PolicyServerBuilder) -> PolicyServerBuilder) -> (Harness, Serving) {
+    let stand = Harness::with(Arc::default(), 8, 8, |builder| network(builder.name(name)));
     let serving = tokio::spawn(stand.server.clone().serve());
     (stand, serving)
 }
@@ -374,7 +374,7 @@ fn a_second_robot_of_a_name_is_told_who_has_it() {
 
 #[test]
 fn a_robot_is_called_as_its_host_unless_it_has_a_name() {
-    let sensors = Sensors::new([], [ProprioSpec::new("joint_pos", stand::DIMENSION, "rad")]).unwrap();
+    let sensors = Sensors::new([], [ProprioSpec::new("joint_pos", harness::DIMENSION, "rad")]).unwrap();
     let server = PolicyServer::new(ScriptedRobot(Arc::default()), sensors).unwrap();
     let host = fs::read_to_string("/proc/sys/kernel/hostname").unwrap();
     assert!(format!("{server:?}").contains(&format!("{:?}", keys::robot_of_host(host.trim()))), "{server:?}");
@@ -518,9 +518,9 @@ async fn in_own_network_robots_are_found() {
         [("arm", Some("the night shift"), &arm[..]), ("leg", None, &leg), ("near", None, &near)]
     );
     assert!(
-        robots
-            .iter()
-            .all(|robot| robot.cameras[0].name == stand::CAMERA && robot.cameras[0].image_shape == [8, 8, 3])
+        robots.iter().all(
+            |robot| robot.cameras[0].name == harness::CAMERA && robot.cameras[0].image_shape == [8, 8, 3]
+        )
     );
 
     let by_name =

@@ -2,7 +2,7 @@
 //! own robot, and never sees another.
 #![allow(clippy::unwrap_used, reason = "helpers of tests, too, fail by panicking")]
 
-mod company;
+mod support;
 
 use std::{
     sync::{Arc, Mutex},
@@ -14,7 +14,7 @@ use chiral_client::{ActionChunk, Observation, PolicyClient, ValueMap};
 use chiral_server::{CameraFrame, PolicyServer, ServerHandle};
 use chiral_sim::policy::{EXECUTION_HORIZON, Policy};
 use chiral_sim::robot::{SimConfig, start};
-use company::{GUARD, Process, Told, Watched, free_address, until_it_listens};
+use support::processes::{GUARD, Process, Told, Watched, free_address, until_it_listens};
 
 const PAIRS: u8 = 16;
 const EPISODES: u64 = 5;

@@ -2,8 +2,7 @@
 //! and no peer's end costs memory for ever.
 #![allow(clippy::unwrap_used, reason = "helpers of tests, too, fail by panicking")]
 
-mod company;
-mod stand;
+mod support;
 
 use std::{
     env, fs,
@@ -20,10 +19,10 @@ use std::{
 use chiral_client::{Observation, PolicyClient, PolicyClientBuilder};
 use chiral_proto::CameraSpec;
 use chiral_server::{CameraFrame, PolicyServer, Sensors, ServerHandle};
-use company::{GUARD, Process, free_address, until};
 use nalgebra::Matrix3;
 use rustix::process::Signal;
-use stand::{Event, Script, ScriptedRobot};
+use support::harness::{self, Event, Script, ScriptedRobot};
+use support::processes::{GUARD, Process, free_address, until};
 
 const HEIGHT: usize = 240;
 const WIDTH: usize = 320;
@@ -154,7 +153,7 @@ async fn pixels_are_read_where_the_sensors_wrote_them() {
     }
     let (obs, _) = env.reset().await.unwrap();
     assert!(is_shared(&obs));
-    let stepped = env.step([0.5; stand::DIMENSION]).await.unwrap();
+    let stepped = env.step([0.5; harness::DIMENSION]).await.unwrap();
     assert!(is_shared(&stepped.obs));
     env.start_obs_stream(50.0).await.unwrap();
     for _ in 0..20 {

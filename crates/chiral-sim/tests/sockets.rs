@@ -2,14 +2,14 @@
 //! embedding and stopping.
 #![allow(clippy::unwrap_used, reason = "helpers of tests, too, fail by panicking")]
 
-mod stand;
+mod support;
 
 use std::{net::SocketAddr, sync::Arc, time::Duration};
 
 use axum::{Router, http::StatusCode, routing::get};
 use chiral_client::{Error, PolicyClient, PolicyClientBuilder, blocking};
 use futures_util::{SinkExt, StreamExt};
-use stand::{DIMENSION, Event, Stand};
+use support::harness::{DIMENSION, Event, Harness};
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt, copy_bidirectional},
     net::{TcpListener, TcpStream},
@@ -31,7 +31,7 @@ async fn listener() -> (TcpListener, SocketAddr) {
 }
 
 /// A stand that listens; its task ends when the server was shut down.
-async fn serve(stand: &Stand) -> (SocketAddr, JoinHandle<()>) {
+async fn serve(stand: &Harness) -> (SocketAddr, JoinHandle<()>) {
     let (listener, address) = listener().await;
     let server = stand.server.clone();
     (address, tokio::spawn(async move { server.serve_on(listener).await.unwrap() }))
@@ -54,7 +54,7 @@ async fn connect_waits_until_there_is_a_server() {
     let connecting = tokio::spawn(builder(format!("ws://{address}")).connect());
     sleep(Duration::from_millis(250)).await;
     assert!(!connecting.is_finished());
-    let stand = Stand::new();
+    let stand = Harness::new();
     let listener = TcpListener::bind(address).await.unwrap();
     tokio::spawn(stand.server.clone().serve_on(listener));
     let env = connecting.await.unwrap().unwrap();
@@ -108,7 +108,7 @@ async fn what_is_no_chiral_server_is_said_at_once() {
 
 #[tokio::test]
 async fn a_busy_robot_names_its_holder() {
-    let stand = Stand::new();
+    let stand = Harness::new();
     let (address, _serving) = serve(&stand).await;
     let _holder = builder(format!("ws://{address}")).name("the night shift").connect().await.unwrap();
     check_fails_at_once(
@@ -120,7 +120,7 @@ async fn a_busy_robot_names_its_holder() {
 
 #[tokio::test]
 async fn tls_by_a_proxy_works_and_distrust_is_said_at_once() {
-    let stand = Stand::new();
+    let stand = Harness::new();
     let (address, _serving) = serve(&stand).await;
     let (listener, proxy) = listener().await;
     tokio::spawn(async move {
@@ -153,7 +153,7 @@ async fn tls_by_a_proxy_works_and_distrust_is_said_at_once() {
 
 #[tokio::test]
 async fn a_server_that_stops_says_goodbye_holds_the_robot_and_returns() {
-    let stand = Stand::new();
+    let stand = Harness::new();
     let (address, serving) = serve(&stand).await;
     let env = builder(format!("ws://{address}")).connect().await.unwrap();
     env.start_obs_stream(100.0).await.unwrap();
@@ -173,7 +173,7 @@ async fn a_server_that_stops_says_goodbye_holds_the_robot_and_returns() {
 
 #[tokio::test]
 async fn a_client_that_is_dropped_frees_the_robot() {
-    let stand = Stand::new();
+    let stand = Harness::new();
     let (address, _serving) = serve(&stand).await;
     for _ in 0..3 {
         let env = builder(format!("ws://{address}")).connect().await.unwrap();
@@ -185,7 +185,7 @@ async fn a_client_that_is_dropped_frees_the_robot() {
 
 #[tokio::test]
 async fn garbage_text_and_oversized_messages_end_their_connection_and_no_other() {
-    let stand = Stand::new();
+    let stand = Harness::new();
     let (address, _serving) = serve(&stand).await;
     let watching = builder(format!("ws://{address}")).observer().connect().await.unwrap();
 
@@ -212,7 +212,7 @@ async fn garbage_text_and_oversized_messages_end_their_connection_and_no_other()
 
 #[tokio::test]
 async fn servers_nest_in_a_host_under_any_path() {
-    let (left, right) = (Stand::new(), Stand::new());
+    let (left, right) = (Harness::new(), Harness::new());
     let app = Router::new()
         .route("/healthz", get(|| async { "the host is well" }))
         .nest("/robot/left", left.server.clone().into_router())
@@ -229,7 +229,7 @@ async fn servers_nest_in_a_host_under_any_path() {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn the_blocking_client_is_the_same() {
-    let stand = Stand::new();
+    let stand = Harness::new();
     let (address, _serving) = serve(&stand).await;
     let (uri, script) = (format!("ws://{address}"), Arc::clone(&stand.script));
     let blocking = move || {

@@ -2,7 +2,7 @@
 //! what strangers put on our keys.
 #![allow(clippy::unwrap_used, reason = "helpers of tests, too, fail by panicking")]
 
-mod stand;
+mod support;
 
 use std::{
     net::TcpListener,
@@ -14,7 +14,9 @@ use std::{
 use chiral_client::{Error, PolicyClient, PolicyClientBuilder, blocking};
 use chiral_proto::keys;
 use chiral_server::{Error as ServerError, PolicyServer, ProprioSpec, Sensors};
-use stand::{CAMERA, DIMENSION, Event, GUARD, ScriptedRobot, Stand, drive, free_address, session};
+use support::harness::{
+    CAMERA, DIMENSION, Event, GUARD, Harness, ScriptedRobot, drive, free_address, session,
+};
 use tokio::{task::JoinHandle, time::timeout};
 use zenoh::Wait;
 
@@ -26,7 +28,7 @@ fn free() -> String {
 type Serving = JoinHandle<Result<(), ServerError>>;
 
 /// A stand of this name that serves at `listen`, and on the network that it joins.
-fn serve(name: &str, listen: Option<&str>, join: Option<&str>) -> (Stand, Serving) {
+fn serve(name: &str, listen: Option<&str>, join: Option<&str>) -> (Harness, Serving) {
     serve_pixels(name, listen, join, 8, 8)
 }
 
@@ -36,8 +38,8 @@ fn serve_pixels(
     join: Option<&str>,
     height: usize,
     width: usize,
-) -> (Stand, Serving) {
-    let stand = Stand::with(Arc::default(), height, width, |builder| {
+) -> (Harness, Serving) {
+    let stand = Harness::with(Arc::default(), height, width, |builder| {
         let builder = builder.name(name);
         let builder =
             if let Some(locator) = listen { builder.listen_zenoh(locator).discovery(false) } else { builder };
@@ -144,7 +146,7 @@ async fn the_blocking_client_is_the_same() {
     });
     tokio::task::spawn_blocking(|| driving.join().unwrap()).await.unwrap();
     let disconnected =
-        |stand: &Stand| stand.script.events().iter().filter(|event| **event == Event::Disconnected).count();
+        |stand: &Harness| stand.script.events().iter().filter(|event| **event == Event::Disconnected).count();
     stand.until("both have left", |stand| disconnected(stand) == 2).await;
     assert_eq!(stand.script.applied().len(), 6);
 }
@@ -152,8 +154,9 @@ async fn the_blocking_client_is_the_same() {
 #[tokio::test]
 async fn websocket_and_zenoh_serve_the_same_robot() {
     let uri = free();
-    let stand =
-        Stand::with(Arc::default(), 8, 8, |builder| builder.name("arm").listen_zenoh(&uri).discovery(false));
+    let stand = Harness::with(Arc::default(), 8, 8, |builder| {
+        builder.name("arm").listen_zenoh(&uri).discovery(false)
+    });
     let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
     let websocket = format!("ws://{}", listener.local_addr().unwrap());
     let serving = tokio::spawn(stand.server.clone().serve_on(listener));
@@ -192,7 +195,7 @@ async fn a_second_controller_is_told_who_holds_the_robot() {
 
 /// Two robots and two policies on one network, which meet by this locator: each policy drives its own robot,
 /// at the same time.
-async fn check_two_pairs(uri: &str, arm: &Stand, leg: &Stand) {
+async fn check_two_pairs(uri: &str, arm: &Harness, leg: &Harness) {
     until_alive(uri, &["arm", "leg"]).await;
     let error = builder(uri).connect().await.unwrap_err();
     assert!(matches!(&error, Error::SeveralRobots { names, .. } if names == &["arm", "leg"]), "{error}");
@@ -264,7 +267,7 @@ async fn a_name_that_is_alive_already_is_refused() {
     let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
     let websocket = format!("ws://{}", listener.local_addr().unwrap());
     let eager = tokio::spawn(builder(&websocket).deadline(Duration::from_secs(3)).connect());
-    let third = Stand::with(Arc::default(), 8, 8, |builder| builder.name("arm").join_zenoh(&uri));
+    let third = Harness::with(Arc::default(), 8, 8, |builder| builder.name("arm").join_zenoh(&uri));
     let error =
         timeout(GUARD, third.server.clone().serve_on(listener)).await.expect("it refuses").unwrap_err();
     assert!(matches!(&error, ServerError::NameTaken { .. }), "{error}");

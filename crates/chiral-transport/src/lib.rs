@@ -1,35 +1,35 @@
 //! What client and server both need with a socket, and neither alone: WebSocket frames over any byte stream,
-//! threads for connections, and the host's clock and name.
+//! connections over a Zenoh network, the runtime that drives a connection, and the host's clock and name.
 //!
-//! The opening handshake is not here: each end does its own, by a library. Afterwards the bytes are ours: an
-//! observation of 17 MB is written from the sensors' memory and read into the memory that the policy will
-//! look at.
+//! The opening handshake is not here: each end does its own, with a library. Afterwards the bytes are ours:
+//! an observation of 17 MB is written from the sensors' memory and read into the memory that the policy will
+//! use.
 
 mod clock;
-mod courtesy;
-mod host;
-mod name;
+mod host_name;
+mod liveness;
+mod pacing;
+mod runtime;
 #[cfg(feature = "websocket")]
-mod read;
-mod silence;
+pub mod tcp;
 #[cfg(feature = "websocket")]
-mod socket;
-#[cfg(feature = "websocket")]
-mod tune;
-#[cfg(feature = "websocket")]
-mod write;
+mod websocket;
 #[cfg(feature = "zenoh")]
 pub mod zenoh;
 
 pub use clock::monotonic;
-pub use courtesy::Courtesy;
-pub use host::Host;
-pub use name::host_name;
-pub use silence::{Patience, Silence};
+pub use host_name::host_name;
+pub use liveness::IdleTimeout;
+pub use pacing::Pacing;
+pub use runtime::Runtime;
 #[cfg(feature = "websocket")]
-pub use socket::{Role, WebSocketOptions, WebSocketTransport};
-#[cfg(feature = "websocket")]
-pub use tune::{lose_after, tune};
+pub use websocket::{Role, WebSocketOptions, WebSocketTransport};
 
 /// The subprotocol that means the protobuf codec.
 pub const SUBPROTOCOL: &str = "chiral.v1";
+
+/// Locks a mutex. A panic of another holder does not poison it: nothing that is kept behind a lock here is
+/// inconsistent between two statements.
+pub fn lock<T>(mutex: &std::sync::Mutex<T>) -> std::sync::MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
+}

@@ -4,7 +4,7 @@
 
 use bytes::Bytes;
 use chiral_proto::{Codec, Frame, Transport, TransportError, error::chain, pool::Pool};
-use chiral_transport::{Courtesy, Role, WebSocketOptions, WebSocketTransport};
+use chiral_transport::{Pacing, Role, WebSocketOptions, WebSocketTransport};
 use futures_util::{FutureExt, SinkExt, StreamExt};
 use tokio::io::{AsyncReadExt, AsyncWriteExt, DuplexStream, duplex};
 use tokio_tungstenite::{
@@ -25,9 +25,11 @@ fn ours_after(read_already: &[u8], stream: DuplexStream, role: Role) -> WebSocke
         role,
         max_message: LIMIT,
         pool: Pool::new(3),
-        courtesy: Courtesy::default(),
+        pacing: Pacing::default(),
         codec: Codec::Protobuf,
         peer,
+        idle_timeout: std::time::Duration::MAX,
+        pings: false,
     };
     WebSocketTransport::new(stream, read_already, options)
 }

@@ -48,7 +48,7 @@ const TARGETS: &[Target] = &[
     // To aim at: 1.5 and 0.05.
     ratio("get_obs.zenoh_tcp", "L", "p50_ms", "raw_tcp", 2, AtMost(2.2)),
     ratio("get_obs.zenoh_shm", "L", "p50_ms", "raw_tcp", 2, AtMost(0.10)),
-    // By the wire of existing peers against ours, as by WebSocket.
+    // By the wire of legacy peers against ours, as by WebSocket.
     ratio("get_obs.zenoh_msgpack", "L", "p50_ms", "zenoh_tcp", 2, AtMost(1.15)),
     // 56 bytes, so that nothing is shared.
     ratio("get_obs.zenoh_tcp", "S", "p50_ms", "zenoh_query", 2, AtMost(1.25)),

@@ -7,7 +7,7 @@ mod protobuf;
 mod wire;
 
 use crate::{
-    error::{DecodeError, Unsayable},
+    error::{DecodeError, EncodeError},
     frame::Frame,
     message::Message,
     value::ValueMap,
@@ -27,8 +27,8 @@ impl Codec {
     /// The frame of `message`, which shares the memory of its tensors.
     ///
     /// # Errors
-    /// [`Unsayable`] if the codec has no words for it.
-    pub fn encode(self, message: &Message) -> Result<Frame, Unsayable> {
+    /// [`EncodeError`] if the codec has no words for it.
+    pub fn encode(self, message: &Message) -> Result<Frame, EncodeError> {
         match self {
             Codec::Protobuf => protobuf::encode(message),
             Codec::Msgpack => msgpack::encode(message, &ValueMap::new()),

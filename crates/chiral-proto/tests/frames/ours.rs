@@ -5,8 +5,8 @@ use std::sync::Arc;
 
 use bytes::Bytes;
 use chiral_proto::{
-    ActionChunk, ActionMeaning, ActionSpec, CameraSpec, Code, DType, Notice, Observation, ProprioSpec, Reply,
-    Request, StepResult, Timestamp, Value, ValueMap,
+    ActionChunk, ActionMeaning, ActionSpec, CameraSpec, Code, DType, Notice, Observation, ProprioSpec, Rate,
+    Reply, Request, StepResult, Timestamp, Value, ValueMap,
     error::Fault,
     message::{ActionMessage, Hello, RobotInfo, Role, Subscribe, Welcome},
     value::map,
@@ -34,8 +34,12 @@ fn requests() -> Vec<Named> {
         attach_token: Bytes::from_static(&[0xff; 16]),
         ..hello.clone()
     };
-    let subscribe =
-        Subscribe { hz: 30.0, cameras: strings(["wrist_cam", "head_cam"]), depth: true, window: 2 };
+    let subscribe = Subscribe {
+        rate: Rate::new(30.0).unwrap(),
+        cameras: strings(["wrist_cam", "head_cam"]),
+        depth: true,
+        window: 2,
+    };
     vec![
         ("hello", request(1, Request::Hello(hello))),
         ("hello-attaching", request(2, Request::Hello(attaching))),
@@ -62,7 +66,12 @@ fn requests() -> Vec<Named> {
             "subscribe-all",
             request(
                 9,
-                Request::Subscribe(Subscribe { hz: 0.5, cameras: Vec::new(), depth: false, window: 1 }),
+                Request::Subscribe(Subscribe {
+                    rate: Rate::new(0.5).unwrap(),
+                    cameras: Vec::new(),
+                    depth: false,
+                    window: 1,
+                }),
             ),
         ),
         ("unsubscribe", request(u64::MAX, Request::Unsubscribe)),

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use bytes::Bytes;
 use chiral_proto::{
     ActionChunk, ActionMeaning, ActionSpec, CameraSpec, Code, DType, Message, Notice, Observation,
-    ProprioSpec, Reply, Request, StepResult, Timestamp, Value, ValueMap,
+    ProprioSpec, Rate, Reply, Request, StepResult, Timestamp, Value, ValueMap,
     error::Fault,
     message::{ActionMessage, Hello, RobotInfo, Role, Subscribe, Welcome},
     value::map,
@@ -27,7 +27,8 @@ fn requests() -> Vec<Named> {
         attach_token: Bytes::from_static(&[7; 16]),
     };
     let actions = ActionChunk::new(3, vec![1.0, 2.0, 3.0, -1.0, -2.0, -3.0]).unwrap();
-    let subscribe = Subscribe { hz: 12.5, cameras: strings(["a"]), depth: true, window: 3 };
+    let subscribe =
+        Subscribe { rate: Rate::new(12.5).unwrap(), cameras: strings(["a"]), depth: true, window: 3 };
     vec![
         ("hello", request(11, Request::Hello(hello))),
         ("get_metadata", request(12, Request::GetMetadata)),

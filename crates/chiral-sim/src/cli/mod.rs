@@ -55,7 +55,7 @@ pub(crate) struct Target {
     /// A configuration file of Zenoh's: TLS, user and password, whom to connect to
     #[arg(long, value_name = "FILE")]
     zenoh_config: Option<PathBuf>,
-    /// The one wire that will do; by default ours, or else that of existing servers
+    /// The one wire that will do; by default ours, or else that of legacy servers
     #[arg(long, value_enum)]
     codec: Option<Wire>,
     /// Say nothing while waiting for the server, and print the summary only

@@ -6,8 +6,8 @@ use std::time::Instant;
 
 use anyhow::{Context, Result};
 use chiral_client::Codec;
+use chiral_sim::any_client::{AnyClient, run_now};
 use chiral_sim::episode::{Coupling, Episode, Runner, percentile};
-use chiral_sim::face::{Face, run_now};
 use chiral_sim::sheet;
 use indicatif::{ProgressBar, ProgressStyle};
 use serde_json::json;
@@ -84,11 +84,11 @@ pub(crate) fn run(arguments: &Arguments) -> Result<ExitCode> {
         Client::Async => {
             let runtime = tokio::runtime::Runtime::new().context("starting a runtime")?;
             runtime.block_on(async {
-                play(arguments, &Face::Async(builder.connect().await?), interrupt).await
+                play(arguments, &AnyClient::Async(builder.connect().await?), interrupt).await
             })?
         }
         Client::Blocking => {
-            run_now(play(arguments, &Face::Blocking(builder.connect_blocking()?), interrupt))?
+            run_now(play(arguments, &AnyClient::Blocking(builder.connect_blocking()?), interrupt))?
         }
     };
     if arguments.json {
@@ -104,14 +104,14 @@ pub(crate) fn run(arguments: &Arguments) -> Result<ExitCode> {
     })
 }
 
-async fn play(arguments: &Arguments, client: &Face, interrupt: &Interrupt) -> Result<Played> {
+async fn play(arguments: &Arguments, client: &AnyClient, interrupt: &Interrupt) -> Result<Played> {
     interrupt.connected();
     let played = play_all(arguments, client, interrupt).await;
     client.close().await?;
     played
 }
 
-async fn play_all(arguments: &Arguments, client: &Face, interrupt: &Interrupt) -> Result<Played> {
+async fn play_all(arguments: &Arguments, client: &AnyClient, interrupt: &Interrupt) -> Result<Played> {
     let coupling = match arguments.mode {
         Mode::Stream => Coupling::Stream,
         Mode::Step => Coupling::Step,

@@ -4,8 +4,8 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
 use chiral_client::Observation;
+use chiral_sim::any_client::AnyClient;
 use chiral_sim::episode::{age_ms, percentile};
-use chiral_sim::face::Face;
 use serde_json::json;
 
 use super::{Interrupt, Target};
@@ -51,7 +51,7 @@ pub(crate) fn run(arguments: &Arguments) -> Result<()> {
     let builder = arguments.target.client()?.observer();
     let runtime = tokio::runtime::Runtime::new().context("starting a runtime")?;
     let seen = runtime.block_on(async {
-        let client = Face::Async(builder.connect().await?);
+        let client = AnyClient::Async(builder.connect().await?);
         interrupt.connected();
         let seen = look_on(&client, arguments.hz, limit, interrupt).await;
         client.close().await?;
@@ -61,7 +61,7 @@ pub(crate) fn run(arguments: &Arguments) -> Result<()> {
     Ok(())
 }
 
-async fn look_on(client: &Face, hz: f64, limit: Duration, interrupt: &Interrupt) -> Result<Seen> {
+async fn look_on(client: &AnyClient, hz: f64, limit: Duration, interrupt: &Interrupt) -> Result<Seen> {
     client.start_obs_stream(hz).await?;
     // The first one may have waited for the sensors, and the clocks must be compared once.
     client.next_obs(Duration::from_secs(5)).await?;

@@ -7,8 +7,8 @@ use serde_json::Value;
 use zenoh::Config;
 
 use super::{
-    flow::WINDOW,
-    network::{NetworkError, NetworkOptions, cause, failed},
+    reassembly::WINDOW,
+    session::{ZenohError, ZenohSessionOptions, cause, failed},
 };
 
 /// A neighbour from which nothing comes for so long is lost, in milliseconds; a sign of life is sent four
@@ -21,7 +21,7 @@ const DATA_QUEUE: u32 = 16;
 /// connection, and as much that is under way. Beyond it Zenoh allocates, clears and frees memory for every
 /// batch, which takes longer than to receive it.
 const RECEIVE_BUFFER: u64 = 2 * WINDOW;
-/// The same where there is one neighbour: an observation that existing peers put in one piece, 17.2 MB with
+/// The same where there is one neighbour: an observation that legacy peers put in one piece, 17.2 MB with
 /// eight cameras, and what is under way.
 const CLIENT_RECEIVE_BUFFER: u64 = 24 << 20;
 /// Zenoh closes a connection on which a message could not be sent for so long, in microseconds: long after
@@ -55,7 +55,10 @@ pub(super) struct Configured {
 
 /// What comes of the options, for this purpose. What the file says stands, except that locators are added to
 /// its own.
-pub(super) fn configure(options: &NetworkOptions, purpose: Purpose<'_>) -> Result<Configured, NetworkError> {
+pub(super) fn configure(
+    options: &ZenohSessionOptions,
+    purpose: Purpose<'_>,
+) -> Result<Configured, ZenohError> {
     let mut draft = Draft::read(options.config.as_deref())?;
     let only = |locator: &str| vec![Value::from(locator)];
     let (mode, listen, connect) = match purpose {
@@ -65,10 +68,8 @@ pub(super) fn configure(options: &NetworkOptions, purpose: Purpose<'_>) -> Resul
     };
     let [(listen, to_listen), (connect, to_connect)] =
         [listen, connect].map(|said| (plain(&said), Value::from(said).to_string()));
-    let refused = |error| NetworkError::Locator {
-        locators: [&listen[..], &connect[..]].concat(),
-        source: cause(&error),
-    };
+    let refused =
+        |error| ZenohError::Locator { locators: [&listen[..], &connect[..]].concat(), source: cause(&error) };
     draft.config.insert_json5(LISTEN, &to_listen).map_err(refused)?;
     draft.config.insert_json5(CONNECT, &to_connect).map_err(refused)?;
     draft.set("mode", format!("{mode:?}"))?;
@@ -120,31 +121,34 @@ struct Draft<'a> {
 }
 
 impl<'a> Draft<'a> {
-    fn read(file: Option<&'a Path>) -> Result<Draft<'a>, NetworkError> {
+    fn read(file: Option<&'a Path>) -> Result<Draft<'a>, ZenohError> {
         let config = file.map_or_else(|| Ok(Config::default()), read)?;
         Ok(Draft { file, config, untouched: Config::default() })
     }
 
     /// Mode, and where to listen and to connect to.
-    fn membership(&self, options: &NetworkOptions) -> Result<(String, Vec<Value>, Vec<Value>), NetworkError> {
+    fn membership(
+        &self,
+        options: &ZenohSessionOptions,
+    ) -> Result<(String, Vec<Value>, Vec<Value>), ZenohError> {
         let listens = !options.listen.is_empty() || self.says(LISTEN);
         let mode = self.get("mode")?;
         let mode = mode.as_str().unwrap_or(if listens { "peer" } else { "client" }).to_owned();
         if let (Some(file), "client", false) = (self.file, mode.as_str(), options.listen.is_empty()) {
             let problem =
                 format!("expected mode \"peer\" for listening at {:?}, found \"client\"", options.listen);
-            return Err(NetworkError::Config { file: file.to_owned(), problem });
+            return Err(ZenohError::Config { file: file.to_owned(), problem });
         }
         let listen = self.endpoints(LISTEN, &mode, &options.listen)?;
         let connect = self.endpoints(CONNECT, &mode, &options.connect)?;
         if listen.is_empty() && connect.is_empty() && self.get(MULTICAST)?.as_bool() != Some(true) {
-            return Err(NetworkError::NoLocator);
+            return Err(ZenohError::NoLocator);
         }
         Ok((mode, listen, connect))
     }
 
     /// What the file says, for this mode, and our locators.
-    fn endpoints(&self, key: &str, mode: &str, ours: &[String]) -> Result<Vec<Value>, NetworkError> {
+    fn endpoints(&self, key: &str, mode: &str, ours: &[String]) -> Result<Vec<Value>, ZenohError> {
         let mut endpoints = Vec::new();
         if self.says(key) {
             let said = self.get(key)?;
@@ -158,17 +162,17 @@ impl<'a> Draft<'a> {
         self.config.get_json(key).ok() != self.untouched.get_json(key).ok()
     }
 
-    fn get(&self, key: &str) -> Result<Value, NetworkError> {
+    fn get(&self, key: &str) -> Result<Value, ZenohError> {
         let json = self.config.get_json(key).map_err(failed)?;
         Ok(serde_json::from_str(&json).unwrap_or_default())
     }
 
-    fn set(&mut self, key: &str, value: impl ToString) -> Result<(), NetworkError> {
+    fn set(&mut self, key: &str, value: impl ToString) -> Result<(), ZenohError> {
         self.config.insert_json5(key, &value.to_string()).map_err(failed)
     }
 
     /// Sets what the file says nothing of.
-    fn default(&mut self, key: &str, value: impl ToString) -> Result<(), NetworkError> {
+    fn default(&mut self, key: &str, value: impl ToString) -> Result<(), ZenohError> {
         if self.says(key) { Ok(()) } else { self.set(key, value) }
     }
 }
@@ -182,8 +186,8 @@ fn plain(endpoints: &[Value]) -> Vec<String> {
 }
 
 /// The configuration in a file.
-fn read(file: &Path) -> Result<Config, NetworkError> {
-    let refuse = |problem| NetworkError::Config { file: file.to_owned(), problem };
+fn read(file: &Path) -> Result<Config, ZenohError> {
+    let refuse = |problem| ZenohError::Config { file: file.to_owned(), problem };
     fs::read_to_string(file).map_err(|error| refuse(error.to_string()))?;
     Config::from_file(file).map_err(|error| refuse(problem(&error.to_string())))
 }
@@ -226,10 +230,10 @@ mod tests {
 
     use super::*;
 
-    fn options(listen: &[&str], connect: &[&str]) -> NetworkOptions {
+    fn options(listen: &[&str], connect: &[&str]) -> ZenohSessionOptions {
         let [listen, connect] =
             [listen, connect].map(|locators| locators.iter().map(|locator| locator.to_string()).collect());
-        NetworkOptions { listen, connect, ..NetworkOptions::default() }
+        ZenohSessionOptions { listen, connect, ..ZenohSessionOptions::default() }
     }
 
     /// A file of this text; the operating system's directory for it is emptied by others.
@@ -246,7 +250,7 @@ mod tests {
     #[test]
     fn zenoh_knows_every_setting() {
         for (listen, mode) in [(&[][..], "\"client\""), (&["tcp/127.0.0.1:0"], "\"peer\"")] {
-            let options = NetworkOptions { discovery: true, ..options(listen, &["tcp/localhost:7447"]) };
+            let options = ZenohSessionOptions { discovery: true, ..options(listen, &["tcp/localhost:7447"]) };
             for purpose in [Purpose::Member, Purpose::Look("tcp/localhost:1"), Purpose::Scout] {
                 let configured = configure(&options, purpose).unwrap();
                 assert_eq!(json(&configured, "transport/link/tx/lease"), "2000");
@@ -255,7 +259,7 @@ mod tests {
             assert_eq!(json(&configured, "mode"), mode);
             assert_eq!(json(&configured, MULTICAST), (mode == "\"peer\"").to_string());
             let configured =
-                configure(&NetworkOptions { discovery: false, ..options }, Purpose::Member).unwrap();
+                configure(&ZenohSessionOptions { discovery: false, ..options }, Purpose::Member).unwrap();
             assert_eq!(json(&configured, MULTICAST), "false");
         }
     }
@@ -263,9 +267,9 @@ mod tests {
     #[test]
     fn what_is_no_locator_is_refused() {
         for bad in [options(&["nonsense"], &[]), options(&[], &["nonsense"])] {
-            assert!(matches!(configure(&bad, Purpose::Member), Err(NetworkError::Locator { .. })));
+            assert!(matches!(configure(&bad, Purpose::Member), Err(ZenohError::Locator { .. })));
         }
-        assert!(matches!(configure(&options(&[], &[]), Purpose::Member), Err(NetworkError::NoLocator)));
+        assert!(matches!(configure(&options(&[], &[]), Purpose::Member), Err(ZenohError::NoLocator)));
     }
 
     #[test]
@@ -277,7 +281,7 @@ mod tests {
         }"#;
         let path = file("says.json5", text);
         let config = Some(path.clone());
-        let client = NetworkOptions { config: config.clone(), ..options(&[], &["tcp/mine:1"]) };
+        let client = ZenohSessionOptions { config: config.clone(), ..options(&[], &["tcp/mine:1"]) };
         let configured = configure(&client, Purpose::Member).unwrap();
         assert_eq!(configured.connect, ["tcp/router:7447", "tcp/a:1", "tcp/b:1", "tcp/mine:1"]);
         assert_eq!(json(&configured, "mode"), "\"client\"");
@@ -285,7 +289,7 @@ mod tests {
         assert_eq!(json(&configured, "transport/link/tx/lease"), "5000");
         assert_eq!(json(&configured, WAIT_BEFORE_CLOSE), "60000000");
         assert_eq!(json(&configured, "transport/link/tx/queue/size/data"), "16");
-        let server = NetworkOptions { config: config.clone(), ..options(&["tcp/127.0.0.1:1"], &[]) };
+        let server = ZenohSessionOptions { config: config.clone(), ..options(&["tcp/127.0.0.1:1"], &[]) };
         let configured = configure(&server, Purpose::Member).unwrap();
         assert_eq!(
             (configured.listen, configured.connect),
@@ -315,7 +319,7 @@ mod tests {
         ];
         for (name, text, expected) in cases {
             let path = file(name, &text);
-            let options = NetworkOptions { config: Some(path.clone()), ..options(&[], &["tcp/a:1"]) };
+            let options = ZenohSessionOptions { config: Some(path.clone()), ..options(&[], &["tcp/a:1"]) };
             let error = configure(&options, Purpose::Member).err().expect(name).to_string();
             fs::remove_file(&path).unwrap();
             assert!(
@@ -328,11 +332,12 @@ mod tests {
             );
             println!("{error}");
         }
-        let options = NetworkOptions { config: Some("/nowhere.json5".into()), ..options(&[], &["tcp/a:1"]) };
+        let options =
+            ZenohSessionOptions { config: Some("/nowhere.json5".into()), ..options(&[], &["tcp/a:1"]) };
         let error = configure(&options, Purpose::Member).err().unwrap().to_string();
         assert!(error.contains("/nowhere.json5") && error.contains("No such file"), "{error}");
         let path = file("client.json5", "{ mode: \"client\" }");
-        let options = NetworkOptions {
+        let options = ZenohSessionOptions {
             config: Some(path.clone()),
             listen: vec!["tcp/127.0.0.1:0".to_owned()],
             ..options

@@ -5,19 +5,19 @@
 //! where Zenoh panics on a runtime of one thread.
 
 mod config;
-mod existing;
-mod flow;
-mod lane;
-mod meeting;
-mod network;
-mod outbox;
-mod search;
-mod shared;
-mod word;
+mod legacy;
+mod listener;
+mod packet;
+mod reassembly;
+mod scout;
+mod send_queue;
+mod session;
+mod shm;
+mod transport;
 
-pub use existing::ExistingTransport;
-pub use lane::{LaneKind, ZenohOptions, ZenohTransport};
-pub use meeting::Presence;
-pub use network::{Network, NetworkError, NetworkOptions};
-pub use search::{Search, Sighting};
-pub use shared::{SharedMemory, SharedMemoryCounts};
+pub use legacy::LegacyTransport;
+pub use listener::ZenohListener;
+pub use scout::{Scout, ScoutedRobot};
+pub use session::{ZenohError, ZenohSession, ZenohSessionOptions};
+pub use shm::{SharedMemory, SharedMemoryCounts};
+pub use transport::{LaneKind, ZenohOptions, ZenohTransport};

@@ -25,7 +25,7 @@ type Result<T, E = DecodeError> = std::result::Result<T, E>;
 
 /// What a frame says.
 #[derive(Clone, Debug, PartialEq)]
-pub struct Said {
+pub struct Decoded {
     /// As far as our own words go.
     pub message: Message,
     /// When each camera's frame was captured, by the camera's name, as the peer put it: of the observation in
@@ -37,7 +37,7 @@ pub struct Said {
 ///
 /// # Errors
 /// [`DecodeError`], which names the field, what was expected and what was found.
-pub fn decode(frame: Frame) -> Result<Said> {
+pub fn decode(frame: Frame) -> Result<Decoded> {
     let (header, payload) = frame::open(frame, ALIGNMENT)?;
     let mut fields = Fields(read::header(header)?);
     let kind = fields.text("type")?;
@@ -45,7 +45,7 @@ pub fn decode(frame: Frame) -> Result<Said> {
     message(&kind, &mut fields, &payload).map_err(|error| DecodeError { id, ..error.within(&kind) })
 }
 
-fn message(kind: &str, fields: &mut Fields, payload: &Payload) -> Result<Said> {
+fn message(kind: &str, fields: &mut Fields, payload: &Payload) -> Result<Decoded> {
     let mut capture_times = ValueMap::new();
     let request = |request| Message::Request { id: ID, request };
     let reply = |reply| Message::Reply { id: ID, reply };
@@ -83,7 +83,7 @@ fn message(kind: &str, fields: &mut Fields, payload: &Payload) -> Result<Said> {
         })),
         _ => Message::Unknown { id: 0 },
     };
-    Ok(Said { message, capture_times })
+    Ok(Decoded { message, capture_times })
 }
 
 fn observation(fields: &mut Fields, payload: &Payload, times: &mut ValueMap) -> Result<Arc<Observation>> {

@@ -8,7 +8,7 @@ use rmp::encode;
 use super::{ALIGNMENT, seconds::seconds};
 use crate::{
     action::ActionChunk,
-    error::Unsayable,
+    error::EncodeError,
     frame::{Frame, PayloadWriter},
     message::{Message, Notice, Reply, Request},
     observation::{Camera, Observation, Proprio},
@@ -16,20 +16,21 @@ use crate::{
     value::{Value, ValueMap},
 };
 
-type Result<T, E = Unsayable> = std::result::Result<T, E>;
+type Result<T, E = EncodeError> = std::result::Result<T, E>;
 
 /// The frame of `message`, which shares the memory of its tensors. `capture_times` are those of the
-/// observation that actions came from, as [`Said`](super::Said) has them; other messages do not use them.
+/// observation that actions came from, as [`Decoded`](super::Decoded) has them; other messages do not use
+/// them.
 ///
 /// # Errors
-/// [`Unsayable`] if this wire has no words for it.
+/// [`EncodeError`] if this wire has no words for it.
 pub fn encode(message: &Message, capture_times: &ValueMap) -> Result<Frame> {
     let mut writer = Writer { header: Vec::new(), payload: PayloadWriter::new(ALIGNMENT) };
     match message {
         Message::Request { request, .. } => writer.request(request, capture_times)?,
         Message::Reply { reply, .. } => writer.reply(reply)?,
         Message::Notice(notice) => writer.notice(notice, capture_times)?,
-        Message::Unknown { .. } => return Err(Unsayable::Unknown),
+        Message::Unknown { .. } => return Err(EncodeError::Unknown),
     }
     let Writer { header, payload } = writer;
     payload.finish(header.len(), |head| head.extend_from_slice(&header))
@@ -157,7 +158,7 @@ impl Writer {
     }
 
     fn map_field(&mut self, field: &'static str, map: &ValueMap) -> Result<()> {
-        let too_deep = || Unsayable::TooDeep { field, limit: Value::MAX_DEPTH };
+        let too_deep = || EncodeError::TooDeep { field, limit: Value::MAX_DEPTH };
         self.text(field).entries(map, Value::MAX_DEPTH).ok_or_else(too_deep)
     }
 
@@ -231,7 +232,7 @@ impl Writer {
 const OBSERVATION: usize = 4;
 
 fn no_words(what: &'static str) -> Result<()> {
-    Err(Unsayable::NoWords { what })
+    Err(EncodeError::NoWords { what })
 }
 
 fn written<T, E: Debug>(result: Result<T, E>) {

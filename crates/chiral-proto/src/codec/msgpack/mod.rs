@@ -8,7 +8,7 @@
 //! | on the wire | as a message | what the wire does not say |
 //! |---|---|---|
 //! | `metadata` / `metadata_response` | [`Request::GetMetadata`] / [`Reply::Metadata`] | |
-//! | `reset` / `reset_response` | [`Request::Reset`] / [`Reply::Reset`] | seed and options: a reset that has them is [`Unsayable`] |
+//! | `reset` / `reset_response` | [`Request::Reset`] / [`Reply::Reset`] | seed and options: a reset that has them is [`EncodeError`] |
 //! | `obs_request` / `obs_response` | [`Request::GetObs`] / [`Reply::Observation`] | |
 //! | `action` / `step_response` | [`Request::Step`] / [`Reply::Step`] | session and episode: 0 |
 //! | `apply_action` | [`Notice::Action`] | session, episode, `seq` and `observation_seq`: 0 |
@@ -18,14 +18,14 @@
 //!   [`ID`], and whatever id a message has is not written. A [`DecodeError`]'s `id` is [`ID`] too, except for
 //!   0 where the frame was an `apply_action` or could not be told.
 //! - **Errors**: there are no words for them, nor for anything else that is not in the table:
-//!   [`Unsayable::NoWords`]. A session that refuses a request closes the connection instead.
+//!   [`EncodeError::NoWords`]. A session that refuses a request closes the connection instead.
 //! - **Observations** have no session, episode or `seq`, cameras no `seq`, proprioception no `captured_at`:
 //!   all 0.
 //! - **Capture times** are seconds as f64, or nanoseconds where above [`MAX_SECONDS`]; in `captured_at` they
-//!   are nanoseconds. What was on the wire, bit for bit, is in [`Said::capture_times`]: of an observation's
-//!   cameras, or an action's `obs_timestamps`. A client's session keeps those of the observation that the
-//!   policy saw and gives them to [`encode`] with the action. [`Codec`](super::Codec) does without: it drops
-//!   them, and sends none.
+//!   are nanoseconds. What was on the wire, bit for bit, is in [`Decoded::capture_times`]: of an
+//!   observation's cameras, or an action's `obs_timestamps`. A client's session keeps those of the
+//!   observation that the policy saw and gives them to [`encode`] with the action. [`Codec`](super::Codec)
+//!   does without: it drops them, and sends none.
 //! - **Values**: a whole number above `i64::MAX` becomes a float, text that is not UTF-8 and extension types
 //!   become bytes, keys that are numbers, booleans or nil become text. Nil in place of a field is as if the
 //!   field were absent.
@@ -44,8 +44,8 @@
 //! [`Reply::Observation`]: crate::Reply::Observation
 //! [`Reply::Step`]: crate::Reply::Step
 //! [`Notice::Action`]: crate::Notice::Action
-//! [`Unsayable`]: crate::Unsayable
-//! [`Unsayable::NoWords`]: crate::Unsayable::NoWords
+//! [`EncodeError`]: crate::EncodeError
+//! [`EncodeError::NoWords`]: crate::EncodeError::NoWords
 //! [`DecodeError`]: crate::DecodeError
 
 mod decode;
@@ -53,7 +53,7 @@ mod encode;
 mod read;
 mod seconds;
 
-pub use decode::{Said, decode};
+pub use decode::{Decoded, decode};
 pub use encode::encode;
 pub use seconds::MAX_SECONDS;
 

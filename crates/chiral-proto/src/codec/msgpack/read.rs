@@ -105,7 +105,11 @@ impl Reader {
             Marker::Map16 => self.len16().and_then(|len| self.map(len, depth))?,
             Marker::Map32 => self.len32().and_then(|len| self.map(len, depth))?,
             Marker::Reserved => {
-                return Err(DecodeError::new("header", "MessagePack", "the byte 0xc1, which begins no value"));
+                return Err(DecodeError::new(
+                    "header",
+                    "MessagePack",
+                    "the byte 0xc1, which begins no value",
+                ));
             }
         })
     }

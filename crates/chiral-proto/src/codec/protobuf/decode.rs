@@ -9,7 +9,7 @@ use prost::Message as _;
 use super::{CODES, DTYPES, wire, wire::header::Kind};
 use crate::{
     action::{ActionChunk, ActionMeaning, ActionSpec},
-    clock::Timestamp,
+    clock::{InvalidRate, Rate, Timestamp},
     error::{Code, DecodeError, Fault},
     frame::{self, Frame, Payload},
     message::{
@@ -173,11 +173,14 @@ fn spec(said: wire::ActionSpec) -> Result<ActionSpec> {
 }
 
 fn subscribe(said: wire::Subscribe) -> Result<Subscribe> {
-    if !(said.hz > 0.0 && said.hz <= Subscribe::MAX_HZ) {
-        let expected = format_args!("a rate above 0 and at most {} Hz", Subscribe::MAX_HZ);
-        return Err(DecodeError::new("subscribe.hz", expected, said.hz));
-    }
-    Ok(Subscribe { hz: said.hz, cameras: said.cameras, depth: said.depth, window: said.window })
+    let rate = Rate::new(said.hz).map_err(|InvalidRate { found }| {
+        DecodeError::new(
+            "subscribe.hz",
+            format_args!("a rate above 0 and at most {} Hz", Rate::MAX_HZ),
+            found,
+        )
+    })?;
+    Ok(Subscribe { rate, cameras: said.cameras, depth: said.depth, window: said.window })
 }
 
 fn observation(said: Option<wire::Observation>, payload: &Payload) -> Result<Arc<Observation>> {

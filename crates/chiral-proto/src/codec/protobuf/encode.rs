@@ -5,7 +5,7 @@ use prost::Message as _;
 use super::{CODES, DTYPES, wire, wire::header::Kind};
 use crate::{
     action::{ActionChunk, ActionMeaning, ActionSpec},
-    error::{Fault, Unsayable},
+    error::{EncodeError, Fault},
     frame::{Frame, PayloadWriter},
     message::{Hello, Message, Notice, Reply, Request, Role, StepResult, Welcome},
     observation::{Camera, CameraSpec, Observation, Proprio, ProprioSpec},
@@ -14,19 +14,19 @@ use crate::{
     value::{Value, ValueMap},
 };
 
-pub(crate) fn encode(message: &Message) -> Result<Frame, Unsayable> {
+pub(crate) fn encode(message: &Message) -> Result<Frame, EncodeError> {
     let mut payload = PayloadWriter::new(ALIGNMENT);
     let (id, kind) = match message {
         Message::Request { id, request } => (*id, request_kind(request, &mut payload)?),
         Message::Reply { id, reply } => (*id, reply_kind(reply, &mut payload)?),
         Message::Notice(notice) => (0, notice_kind(notice, &mut payload)?),
-        Message::Unknown { .. } => return Err(Unsayable::Unknown),
+        Message::Unknown { .. } => return Err(EncodeError::Unknown),
     };
     let header = wire::Header { id, kind: Some(kind) };
     payload.finish(header.encoded_len(), |head| header.encode(head).expect("a BytesMut grows as needed"))
 }
 
-fn request_kind(request: &Request, payload: &mut PayloadWriter) -> Result<Kind, Unsayable> {
+fn request_kind(request: &Request, payload: &mut PayloadWriter) -> Result<Kind, EncodeError> {
     Ok(match request {
         Request::Hello(said) => Kind::Hello(hello(said)),
         Request::GetMetadata => Kind::GetMetadata(wire::GetMetadata {}),
@@ -40,7 +40,7 @@ fn request_kind(request: &Request, payload: &mut PayloadWriter) -> Result<Kind, 
             actions: Some(chunk(actions, payload)),
         }),
         Request::Subscribe(said) => Kind::Subscribe(wire::Subscribe {
-            hz: said.hz,
+            hz: said.rate.hz(),
             cameras: said.cameras.clone(),
             depth: said.depth,
             window: said.window,
@@ -49,7 +49,7 @@ fn request_kind(request: &Request, payload: &mut PayloadWriter) -> Result<Kind, 
     })
 }
 
-fn reply_kind(reply: &Reply, payload: &mut PayloadWriter) -> Result<Kind, Unsayable> {
+fn reply_kind(reply: &Reply, payload: &mut PayloadWriter) -> Result<Kind, EncodeError> {
     Ok(match reply {
         Reply::Welcome(said) => Kind::Welcome(welcome(said)),
         Reply::Metadata(data) => {
@@ -69,7 +69,7 @@ fn reply_kind(reply: &Reply, payload: &mut PayloadWriter) -> Result<Kind, Unsaya
     })
 }
 
-fn notice_kind(notice: &Notice, payload: &mut PayloadWriter) -> Result<Kind, Unsayable> {
+fn notice_kind(notice: &Notice, payload: &mut PayloadWriter) -> Result<Kind, EncodeError> {
     Ok(match notice {
         Notice::Observation(obs) => Kind::Observation(observation(obs, payload)?),
         Notice::StreamEnd { reason } => Kind::StreamEnd(wire::StreamEnd { reason: reason.clone() }),
@@ -152,7 +152,7 @@ fn action_spec(spec: &ActionSpec) -> wire::ActionSpec {
     }
 }
 
-fn step_result(result: &StepResult, payload: &mut PayloadWriter) -> Result<wire::StepResult, Unsayable> {
+fn step_result(result: &StepResult, payload: &mut PayloadWriter) -> Result<wire::StepResult, EncodeError> {
     Ok(wire::StepResult {
         observation: Some(observation(&result.obs, payload)?),
         reward: result.reward,
@@ -162,7 +162,7 @@ fn step_result(result: &StepResult, payload: &mut PayloadWriter) -> Result<wire:
     })
 }
 
-fn observation(obs: &Observation, payload: &mut PayloadWriter) -> Result<wire::Observation, Unsayable> {
+fn observation(obs: &Observation, payload: &mut PayloadWriter) -> Result<wire::Observation, EncodeError> {
     Ok(wire::Observation {
         session: obs.session,
         episode: obs.episode,
@@ -229,8 +229,8 @@ fn fault(fault: &Fault) -> wire::Error {
     }
 }
 
-fn value_map(map: &ValueMap, field: &'static str) -> Result<wire::ValueMap, Unsayable> {
-    entries(map, Value::MAX_DEPTH).ok_or(Unsayable::TooDeep { field, limit: Value::MAX_DEPTH })
+fn value_map(map: &ValueMap, field: &'static str) -> Result<wire::ValueMap, EncodeError> {
+    entries(map, Value::MAX_DEPTH).ok_or(EncodeError::TooDeep { field, limit: Value::MAX_DEPTH })
 }
 
 /// `None` if anything lies deeper than `depth` values.

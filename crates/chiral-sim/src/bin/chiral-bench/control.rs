@@ -15,7 +15,7 @@ use crate::usage::Usage;
 use crate::workload::Arrivals;
 
 /// What the server process answers from.
-pub(crate) struct Host {
+pub(crate) struct Runtime {
     pub(crate) about: Value,
     pub(crate) arrivals: Arrivals,
     pub(crate) cameras: Arc<Mutex<Cameras>>,
@@ -36,7 +36,7 @@ impl Cameras {
 }
 
 /// Answers one client after the other, for ever.
-pub(crate) fn serve(listener: &TcpListener, host: &Host) -> Result<()> {
+pub(crate) fn serve(listener: &TcpListener, host: &Runtime) -> Result<()> {
     loop {
         let (stream, _) = listener.accept().context("accepting a control connection")?;
         stream.set_nodelay(true).context("setting TCP_NODELAY")?;
@@ -50,7 +50,7 @@ pub(crate) fn serve(listener: &TcpListener, host: &Host) -> Result<()> {
     }
 }
 
-fn answer(host: &Host, line: &str) -> Result<Value> {
+fn answer(host: &Runtime, line: &str) -> Result<Value> {
     let arrivals = || host.arrivals.lock().unwrap_or_else(PoisonError::into_inner);
     Ok(match line.split_once(' ').unwrap_or((line, "")) {
         ("about", _) => host.about.clone(),

@@ -73,7 +73,7 @@ enum What {
     GetObs,
     Stream,
     Actions,
-    Dispatch,
+    ActionQueue,
     Held,
 }
 
@@ -112,7 +112,7 @@ fn run(Arguments { cpu, command }: Arguments) -> Result<()> {
                 What::GetObs => get_obs::run(&mut control, &about, &sheet, rounds),
                 What::Stream => stream::run(&mut control, &about, &sheet, rounds),
                 What::Actions => actions::run(&mut control, &about, &sheet, rounds),
-                What::Dispatch => dispatch::run(&mut control, &about, &sheet, rounds),
+                What::ActionQueue => dispatch::run(&mut control, &about, &sheet, rounds),
                 What::Held => held::run(&mut control, &about, &sheet, rounds),
             }
         }

@@ -14,7 +14,7 @@ use chiral_proto::Codec;
 use chiral_server::PolicyServer;
 use serde_json::json;
 
-use crate::control::{self, Cameras, Host};
+use crate::control::{self, Cameras, Runtime};
 use crate::workload::{Arrivals, Noting, Prepared, Workload};
 use crate::{naive, put, query, raw};
 
@@ -70,7 +70,7 @@ pub(crate) fn run(workload: Workload) -> Result<()> {
         thread::sleep(LIFETIME);
         std::process::exit(1);
     });
-    let host = Host { about, arrivals, cameras };
+    let host = Runtime { about, arrivals, cameras };
     let listener = raw::listen()?;
     println!("{}", json!({"control": address(&listener)?}));
     control::serve(&listener, &host)
@@ -120,29 +120,29 @@ pub(crate) enum Path {
     #[value(name = "chiral")]
     WebSocket,
     #[value(name = "msgpack")]
-    Existing,
+    Legacy,
     #[value(name = "zenoh_tcp")]
     ZenohTcp,
     #[value(name = "zenoh_shm")]
     ZenohSharedMemory,
     #[value(name = "zenoh_msgpack")]
-    ZenohExisting,
+    ZenohLegacy,
 }
 
 impl Path {
     pub(crate) const ALL: [Path; 5] =
-        [Path::WebSocket, Path::Existing, Path::ZenohTcp, Path::ZenohSharedMemory, Path::ZenohExisting];
+        [Path::WebSocket, Path::Legacy, Path::ZenohTcp, Path::ZenohSharedMemory, Path::ZenohLegacy];
 
     /// As figures are told under.
     pub(crate) fn name(self) -> &'static str {
         match self {
             Path::WebSocket => "chiral",
-            // By the wire of existing peers, both ends ours.
-            Path::Existing => "msgpack",
+            // By the wire of legacy peers, both ends ours.
+            Path::Legacy => "msgpack",
             Path::ZenohTcp => "zenoh_tcp",
             Path::ZenohSharedMemory => "zenoh_shm",
-            // On the keys that existing peers share.
-            Path::ZenohExisting => "zenoh_msgpack",
+            // On the keys that legacy peers share.
+            Path::ZenohLegacy => "zenoh_msgpack",
         }
     }
 }
@@ -155,7 +155,7 @@ impl About {
 
     /// A client that looks on.
     pub(crate) fn watch(&self, path: Path) -> Result<blocking::PolicyClient> {
-        if path != Path::ZenohExisting {
+        if path != Path::ZenohLegacy {
             return self.connect(path, false);
         }
         // Which may be asked for observations only once it has reset, in case that its first question was
@@ -167,13 +167,13 @@ impl About {
 
     fn connect(&self, path: Path, drives: bool) -> Result<blocking::PolicyClient> {
         let uri = match path {
-            Path::WebSocket | Path::Existing => format!("ws://{}", self.chiral),
-            Path::ZenohTcp | Path::ZenohSharedMemory | Path::ZenohExisting => format!("tcp/{}", self.zenoh),
+            Path::WebSocket | Path::Legacy => format!("ws://{}", self.chiral),
+            Path::ZenohTcp | Path::ZenohSharedMemory | Path::ZenohLegacy => format!("tcp/{}", self.zenoh),
         };
         let builder = PolicyClient::builder(&uri).quiet().shared_memory(path == Path::ZenohSharedMemory);
         let builder = if drives { builder } else { builder.observer() };
-        let is_existing = matches!(path, Path::Existing | Path::ZenohExisting);
-        let builder = if is_existing { builder.codec(Codec::Msgpack) } else { builder };
+        let is_legacy = matches!(path, Path::Legacy | Path::ZenohLegacy);
+        let builder = if is_legacy { builder.codec(Codec::Msgpack) } else { builder };
         builder.connect_blocking().with_context(|| format!("connecting to {uri}"))
     }
 }

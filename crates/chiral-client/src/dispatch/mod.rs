@@ -1,0 +1,4 @@
+//! Sending queued actions at their times.
+
+pub(crate) mod queue;
+pub(crate) mod thread;

@@ -1,0 +1,95 @@
+//! Observations as sessions get them: from the source, numbered, and labelled with their episode.
+
+use std::{
+    panic::{AssertUnwindSafe, catch_unwind},
+    sync::{
+        Arc,
+        atomic::{AtomicBool, AtomicU64, Ordering},
+    },
+    time::Duration,
+};
+
+use chiral_proto::{Code, Fault, Observation, Timestamp};
+
+use crate::{
+    control::panic_text,
+    sensors::{ObservationSource, Sensors},
+};
+
+pub(crate) struct Sampler {
+    source: Source,
+    timeout: Duration,
+    episode: AtomicU64,
+    seq: AtomicU64,
+    /// Every sensor has published once.
+    complete: AtomicBool,
+}
+
+/// The sensors, whose snapshot waits for nothing, or the host's own source, which may.
+pub(crate) enum Source {
+    Sensors(Sensors),
+    Runtime(Arc<dyn ObservationSource>),
+}
+
+impl Sampler {
+    pub(crate) fn new(source: Source, timeout: Duration) -> Sampler {
+        Sampler {
+            source,
+            timeout,
+            episode: AtomicU64::new(0),
+            seq: AtomicU64::new(0),
+            complete: AtomicBool::new(false),
+        }
+    }
+
+    pub(crate) fn episode(&self) -> u64 {
+        self.episode.load(Ordering::Acquire)
+    }
+
+    pub(crate) fn begin_episode(&self) -> u64 {
+        self.episode.fetch_add(1, Ordering::AcqRel) + 1
+    }
+
+    /// The newest observation, waiting for sensors that have published nothing yet, or nothing later than
+    /// `after`.
+    pub(crate) fn observe_now(&self, after: Option<Timestamp>) -> Result<Observation, Fault> {
+        // Read first: the observation is then at least as new as its label.
+        let episode = self.episode();
+        let source: &dyn ObservationSource = match &self.source {
+            Source::Sensors(sensors) => sensors,
+            Source::Runtime(source) => &**source,
+        };
+        let observed = catch_unwind(AssertUnwindSafe(|| source.observe(after, self.timeout)));
+        let observation = observed.map_err(|panic| {
+            Fault::new(Code::RobotFailed, format!("the observation source panicked: {}", panic_text(&*panic)))
+        })??;
+        Ok(self.label(observation, episode))
+    }
+
+    /// Whether an observation is to be had without waiting. Once true of sensors, it stays true, and is not
+    /// looked at again.
+    pub(crate) fn are_at_hand(&self) -> bool {
+        let Source::Sensors(sensors) = &self.source else { return false };
+        if !self.complete.load(Ordering::Relaxed) {
+            self.complete.store(sensors.snapshot().is_some(), Ordering::Relaxed);
+        }
+        self.complete.load(Ordering::Relaxed)
+    }
+
+    /// The newest observation; where that takes waiting, on a thread that may block.
+    pub(crate) async fn observe(self: &Arc<Sampler>) -> Result<Observation, Fault> {
+        let episode = self.episode();
+        if let Source::Sensors(sensors) = &self.source
+            && let Some(observation) = sensors.snapshot()
+        {
+            return Ok(self.label(observation, episode));
+        }
+        let observations = Arc::clone(self);
+        let waited = tokio::task::spawn_blocking(move || observations.observe_now(None)).await;
+        waited.unwrap_or_else(|_| Err(Fault::new(Code::ShuttingDown, "the server is shutting down")))
+    }
+
+    fn label(&self, observation: Observation, episode: u64) -> Observation {
+        Observation { episode, seq: self.seq.fetch_add(1, Ordering::Relaxed) + 1, ..observation }
+    }
+}

@@ -1,0 +1,4 @@
+//! What the tests of two peers share.
+
+pub mod harness;
+pub mod processes;

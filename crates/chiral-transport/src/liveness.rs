@@ -1,0 +1,73 @@
+//! Notices a peer from which nothing arrives any more.
+
+use std::{
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering},
+    },
+    time::Duration,
+};
+
+use tokio::time::{Instant, sleep};
+
+/// A limit that was lowered takes effect within this.
+const CHECK_PERIOD: Duration = Duration::from_secs(1);
+
+/// For how long nothing may arrive from a peer. A clone is the same timeout: the transport records every
+/// arrival, and the session waits for [`IdleTimeout::expired`]. Recording sets no timer.
+#[derive(Clone, Debug)]
+pub struct IdleTimeout {
+    shared: Arc<Shared>,
+}
+
+#[derive(Debug)]
+struct Shared {
+    started: Instant,
+    /// Nanoseconds from then to the last arrival.
+    last_arrival_ns: AtomicU64,
+    limit_ns: AtomicU64,
+}
+
+impl IdleTimeout {
+    /// A timeout that expires after `limit` without an arrival, counted from now.
+    pub fn new(limit: Duration) -> IdleTimeout {
+        let timeout = IdleTimeout::never();
+        timeout.set_limit(limit);
+        timeout
+    }
+
+    /// A timeout that does not expire, until a limit is set.
+    pub fn never() -> IdleTimeout {
+        let (last_arrival_ns, limit_ns) = (AtomicU64::new(0), AtomicU64::new(u64::MAX));
+        IdleTimeout { shared: Arc::new(Shared { started: Instant::now(), last_arrival_ns, limit_ns }) }
+    }
+
+    /// Changes the limit. The time since the last arrival still counts.
+    pub fn set_limit(&self, limit: Duration) {
+        let limit_ns = limit.as_nanos().try_into().unwrap_or(u64::MAX);
+        self.shared.limit_ns.store(limit_ns, Ordering::Relaxed);
+    }
+
+    /// The limit.
+    pub fn limit(&self) -> Duration {
+        Duration::from_nanos(self.shared.limit_ns.load(Ordering::Relaxed))
+    }
+
+    /// Records that something arrived: some bytes are enough.
+    pub fn record(&self) {
+        let elapsed_ns = self.shared.started.elapsed().as_nanos() as u64;
+        self.shared.last_arrival_ns.store(elapsed_ns, Ordering::Relaxed);
+    }
+
+    /// Returns once nothing has arrived for as long as the limit.
+    pub async fn expired(&self) {
+        loop {
+            let last_arrival = Duration::from_nanos(self.shared.last_arrival_ns.load(Ordering::Relaxed));
+            let idle = self.shared.started.elapsed().saturating_sub(last_arrival);
+            match self.limit().checked_sub(idle) {
+                None | Some(Duration::ZERO) => return,
+                Some(rest) => sleep(rest.min(CHECK_PERIOD)).await,
+            }
+        }
+    }
+}

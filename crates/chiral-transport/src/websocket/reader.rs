@@ -1,0 +1,221 @@
+//! Reads WebSocket frames (RFC 6455, section 5): a large message straight into pooled, aligned memory, which
+//! the message then keeps.
+
+use std::io;
+
+use bytes::Bytes;
+use chiral_proto::{Frame, TransportError, pool::Pool};
+use tokio::io::{AsyncRead, AsyncReadExt};
+
+use super::{
+    transport::{Opcode, Role, WebSocketOptions},
+    writer::apply_mask,
+};
+use crate::{liveness::IdleTimeout, pacing::Pacing};
+
+/// Read ahead at most so much, so that small messages take one read and large ones little copying.
+const READ_AHEAD: usize = 8 * 1024;
+/// Messages up to this size are not worth the pool's memory.
+const SMALL: usize = 4 * 1024;
+/// A message of at most so many fragments is taken: 64 MB of 4 KiB each.
+const MAX_FRAGMENTS: usize = 16 * 1024;
+/// The longest control frame (section 5.5).
+const MAX_CONTROL: usize = 125;
+
+/// What the other side said.
+#[derive(Debug)]
+pub(crate) enum Event {
+    /// A binary message: one segment for each of its fragments.
+    Message(Frame),
+    Ping(Bytes),
+    Pong,
+    Close(Bytes),
+}
+
+/// The reading half of a socket. Whoever drops a read half done may only close the stream afterwards.
+#[derive(Debug)]
+pub(crate) struct Reader<R> {
+    stream: R,
+    role: Role,
+    max_message: usize,
+    pool: Pool,
+    pacing: Pacing,
+    idle: IdleTimeout,
+    ahead: Box<[u8]>,
+    /// What was read ahead and not yet taken.
+    begin: usize,
+    end: usize,
+    /// The fragments of a message whose last has not come.
+    fragments: Option<Vec<Bytes>>,
+}
+
+/// A frame's header.
+struct Header {
+    is_final: bool,
+    opcode: Opcode,
+    len: usize,
+    mask: Option<[u8; 4]>,
+}
+
+impl<R: AsyncRead + Unpin> Reader<R> {
+    /// A reader whose first bytes are those that the handshake has read too many.
+    pub(crate) fn new(
+        stream: R,
+        read_already: &[u8],
+        options: &WebSocketOptions,
+        idle: IdleTimeout,
+    ) -> Reader<R> {
+        let WebSocketOptions { role, max_message, pool, pacing, .. } = options.clone();
+        let mut ahead = vec![0; READ_AHEAD.max(read_already.len())];
+        ahead[..read_already.len()].copy_from_slice(read_already);
+        Reader {
+            stream,
+            role,
+            max_message,
+            pool,
+            pacing,
+            idle,
+            ahead: ahead.into(),
+            begin: 0,
+            end: read_already.len(),
+            fragments: None,
+        }
+    }
+
+    /// The next message or control frame, which may lie between the fragments of a message.
+    pub(crate) async fn next(&mut self) -> Result<Event, TransportError> {
+        loop {
+            let header = self.header().await?;
+            let payload = self.payload(&header).await.map_err(TransportError::lost)?;
+            self.idle.record();
+            match header.opcode {
+                Opcode::Ping => return Ok(Event::Ping(payload)),
+                Opcode::Pong => return Ok(Event::Pong),
+                Opcode::Close => return Ok(Event::Close(payload)),
+                Opcode::Continuation | Opcode::Binary => {
+                    let fragments = self.fragments.get_or_insert_default();
+                    if fragments.len() == MAX_FRAGMENTS {
+                        return Err(violation("a message of at most 16384 fragments", "one of more"));
+                    }
+                    // Without end, empty ones would fill the memory within any limit.
+                    if !payload.is_empty() {
+                        fragments.push(payload);
+                    }
+                    if header.is_final {
+                        return Ok(Event::Message(self.fragments.take().unwrap_or_default().into()));
+                    }
+                }
+            }
+        }
+    }
+
+    /// Reads to the end of the stream, whatever comes.
+    pub(crate) async fn drain(&mut self) {
+        while self.stream.read(&mut self.ahead).await.is_ok_and(|read| read > 0) {}
+    }
+
+    async fn header(&mut self) -> Result<Header, TransportError> {
+        let [first, second] = self.take().await?;
+        if first & 0x70 != 0 {
+            return Err(violation("no extension", "reserved bits"));
+        }
+        let is_final = first & 0x80 != 0;
+        let opcode = self.opcode(first & 0x0f, is_final)?;
+        let len = match second & 0x7f {
+            126 => u64::from(u16::from_be_bytes(self.take().await?)),
+            127 => u64::from_be_bytes(self.take().await?),
+            len => u64::from(len),
+        };
+        let so_far: usize = self.fragments.iter().flatten().map(Bytes::len).sum();
+        let limit =
+            if opcode.is_control() { MAX_CONTROL } else { self.max_message - so_far.min(self.max_message) };
+        let len = usize::try_from(len).ok().filter(|len| *len <= limit).ok_or_else(|| {
+            let found = format!("{} bytes", len.saturating_add(so_far as u64));
+            let expected = if opcode.is_control() {
+                "control frames of at most 125 bytes"
+            } else {
+                "a message within the limit"
+            };
+            violation(expected, found)
+        })?;
+        let mask = match (self.role, second & 0x80 != 0) {
+            (Role::Server, true) => Some(self.take().await?),
+            (Role::Client, false) => None,
+            (Role::Server, false) => return Err(violation("masked frames from a client", "one that is not")),
+            (Role::Client, true) => return Err(violation("unmasked frames from a server", "a masked one")),
+        };
+        Ok(Header { is_final, opcode, len, mask })
+    }
+
+    fn opcode(&self, code: u8, is_final: bool) -> Result<Opcode, TransportError> {
+        match (code, self.fragments.is_some()) {
+            (0x0, true) => Ok(Opcode::Continuation),
+            (0x0, false) => Err(violation("the beginning of a message", "its continuation")),
+            (0x1, _) => Err(violation("binary messages", "a text message")),
+            (0x2, false) => Ok(Opcode::Binary),
+            (0x2, true) => Err(violation("the continuation of a message", "another message")),
+            (0x8..=0xa, _) if !is_final => Err(violation("whole control frames", "a fragment")),
+            (0x8, _) => Ok(Opcode::Close),
+            (0x9, _) => Ok(Opcode::Ping),
+            (0xa, _) => Ok(Opcode::Pong),
+            _ => Err(violation("a known kind of frame", format!("opcode {code}"))),
+        }
+    }
+
+    async fn payload(&mut self, header: &Header) -> io::Result<Bytes> {
+        if header.len <= SMALL {
+            let mut payload = vec![0; header.len];
+            self.fill(&mut payload, header.mask).await?;
+            return Ok(payload.into());
+        }
+        let mut payload = self.pool.take(header.len);
+        self.fill(&mut payload, header.mask).await?;
+        Ok(payload.freeze())
+    }
+
+    async fn fill(&mut self, payload: &mut [u8], mask: Option<[u8; 4]>) -> io::Result<()> {
+        let at_hand = payload.len().min(self.end - self.begin);
+        payload[..at_hand].copy_from_slice(&self.ahead[self.begin..self.begin + at_hand]);
+        self.begin += at_hand;
+        let mut pieces = self.pacing.pieces();
+        for (i, piece) in payload[at_hand..].chunks_mut(pieces.size).enumerate() {
+            if i > 0 {
+                pieces.give_way();
+            }
+            let mut rest = piece;
+            while !rest.is_empty() {
+                let read = self.stream.read(rest).await?;
+                if read == 0 {
+                    return Err(io::ErrorKind::UnexpectedEof.into());
+                }
+                // However slowly it comes.
+                self.idle.record();
+                rest = &mut rest[read..];
+            }
+        }
+        if let Some(mask) = mask {
+            apply_mask(payload, mask);
+        }
+        Ok(())
+    }
+
+    /// The next bytes of a header.
+    async fn take<const N: usize>(&mut self) -> Result<[u8; N], TransportError> {
+        while self.end - self.begin < N {
+            self.ahead.copy_within(self.begin..self.end, 0);
+            (self.begin, self.end) = (0, self.end - self.begin);
+            match self.stream.read(&mut self.ahead[self.end..]).await.map_err(TransportError::lost)? {
+                0 => return Err(TransportError::lost("the other side closed the connection without a word")),
+                read => self.end += read,
+            }
+        }
+        let mut bytes = [0; N];
+        bytes.copy_from_slice(&self.ahead[self.begin..self.begin + N]);
+        self.begin += N;
+        Ok(bytes)
+    }
+}
+
+fn violation(expected: &'static str, found: impl Into<String>) -> TransportError {
+    TransportError::Protocol { expected, found: found.into() }
+}

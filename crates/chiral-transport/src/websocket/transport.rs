@@ -1,0 +1,248 @@
+//! A WebSocket after its handshake, as a transport: one task reads, one writes, and neither waits for the
+//! other.
+
+use std::{
+    pin::pin,
+    sync::{Mutex as StdMutex, PoisonError},
+    time::Duration,
+};
+
+use bytes::{BufMut, Bytes, BytesMut};
+use chiral_proto::{Code, Codec, Fault, Frame, Transport, TransportError, pool::Pool};
+use tokio::{
+    io::{AsyncRead, AsyncWrite, ReadHalf, WriteHalf},
+    sync::Mutex,
+    time::sleep,
+};
+
+use super::{
+    reader::{Event, Reader},
+    writer::Writer,
+};
+use crate::{liveness::IdleTimeout, pacing::Pacing};
+
+/// "Normal closure" (RFC 6455, section 7.4.1).
+const NORMAL_CLOSURE: u16 = 1000;
+/// "Going away".
+const GOING_AWAY: u16 = 1001;
+/// The longest reason that a close frame has room for, beside its code (section 5.5).
+const MAX_REASON: usize = 123;
+/// How long nothing arrives before a ping, unless a quarter of the idle timeout is shorter.
+const PING_PERIOD: Duration = Duration::from_secs(1);
+
+/// Which end of the connection this is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Role {
+    /// Masks what it says.
+    Client,
+    /// Takes only what is masked.
+    Server,
+}
+
+/// Kinds of frames (RFC 6455, section 5.2).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Opcode {
+    Continuation = 0x0,
+    Binary = 0x2,
+    Close = 0x8,
+    Ping = 0x9,
+    Pong = 0xa,
+}
+
+impl Opcode {
+    pub(crate) fn is_control(self) -> bool {
+        matches!(self, Opcode::Close | Opcode::Ping | Opcode::Pong)
+    }
+}
+
+/// What a connection is, as its handshake left it.
+#[derive(Clone, Debug)]
+pub struct WebSocketOptions {
+    /// Which end this is.
+    pub role: Role,
+    /// Larger messages are refused, in bytes.
+    pub max_message: usize,
+    /// Where the memory of large messages comes from.
+    pub pool: Pool,
+    /// Whether its large messages give way to actions.
+    pub pacing: Pacing,
+    /// What was agreed with the peer.
+    pub codec: Codec,
+    /// The peer's name for the log, such as its address.
+    pub peer: String,
+    /// For how long nothing may arrive: the limit of [`WebSocketTransport::idle_timeout`].
+    pub idle_timeout: Duration,
+    /// Whether to ping a peer from which nothing arrives, for peers that may rightly have nothing to send.
+    /// What such a peer takes of a large message counts as an arrival, since no ping can overtake it.
+    pub pings: bool,
+}
+
+/// Frames as binary messages over one byte stream, whose opening handshake is done.
+#[derive(Debug)]
+pub struct WebSocketTransport<S> {
+    reader: Mutex<Reader<ReadHalf<S>>>,
+    writer: Mutex<Writer<WriteHalf<S>>>,
+    /// What is owed to the other side: written by whoever holds the writer, between two messages and never
+    /// within one.
+    owed: StdMutex<PendingRequests>,
+    idle_timeout: IdleTimeout,
+    pings: bool,
+    codec: Codec,
+    peer: String,
+}
+
+/// The newest ping needs an answer, older ones do not (section 5.5.3).
+#[derive(Debug, Default)]
+struct PendingRequests {
+    pong: Option<Bytes>,
+    ping: bool,
+    close: Option<Bytes>,
+}
+
+impl<S: AsyncRead + AsyncWrite> WebSocketTransport<S> {
+    /// The transport over `stream`, of which `read_already` was read with the handshake.
+    pub fn new(stream: S, read_already: &[u8], options: WebSocketOptions) -> WebSocketTransport<S> {
+        let (read, write) = tokio::io::split(stream);
+        let idle_timeout = IdleTimeout::new(options.idle_timeout);
+        let progress = options.pings.then(|| idle_timeout.clone());
+        WebSocketTransport {
+            reader: Mutex::new(Reader::new(read, read_already, &options, idle_timeout.clone())),
+            writer: Mutex::new(Writer::new(write, options.role, options.pacing, progress)),
+            owed: StdMutex::default(),
+            idle_timeout,
+            pings: options.pings,
+            codec: options.codec,
+            peer: options.peer,
+        }
+    }
+
+    /// Expires when nothing has arrived for too long; whoever uses the transport waits for it.
+    pub fn idle_timeout(&self) -> IdleTimeout {
+        self.idle_timeout.clone()
+    }
+
+    /// The next event. While none arrives, pings the peer if the connection is to.
+    async fn next(&self, reader: &mut Reader<ReadHalf<S>>) -> Result<Event, TransportError> {
+        let mut next = pin!(reader.next());
+        loop {
+            tokio::select! {
+                biased;
+                event = &mut next => return event,
+                () = sleep(PING_PERIOD.min(self.idle_timeout.limit() / 4)), if self.pings => {}
+            }
+            self.owe(|owed| owed.ping = true);
+            self.pay().await?;
+        }
+    }
+
+    async fn close_with(&self, code: u16, reason: &str) {
+        let mut payload = BytesMut::with_capacity(2 + MAX_REASON);
+        payload.put_u16(code);
+        payload.put_slice(&reason.as_bytes()[..reason.floor_char_boundary(MAX_REASON)]);
+        let mut writer = self.writer.lock().await;
+        let _ = writer.control(Opcode::Close, &payload.freeze()).await;
+        let _ = writer.shutdown().await;
+    }
+
+    fn next_owed(&self) -> Option<(Opcode, Bytes)> {
+        let mut owed = self.owed.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(payload) = owed.pong.take() {
+            return Some((Opcode::Pong, payload));
+        }
+        if std::mem::take(&mut owed.ping) {
+            return Some((Opcode::Ping, Bytes::new()));
+        }
+        owed.close.take().map(|payload| (Opcode::Close, payload))
+    }
+
+    fn owe(&self, change: impl FnOnce(&mut PendingRequests)) {
+        change(&mut self.owed.lock().unwrap_or_else(PoisonError::into_inner));
+    }
+
+    /// Writes what is owed, unless somebody else holds the writer, who then does it.
+    async fn pay(&self) -> Result<(), TransportError> {
+        // Looked at again after the writer is free: a ping may have come between its holder's last look and
+        // its letting go.
+        while self.owes()
+            && let Ok(mut writer) = self.writer.try_lock()
+        {
+            while let Some((opcode, payload)) = self.next_owed() {
+                writer.control(opcode, &payload).await.map_err(TransportError::lost)?;
+            }
+        }
+        Ok(())
+    }
+
+    fn owes(&self) -> bool {
+        let owed = self.owed.lock().unwrap_or_else(PoisonError::into_inner);
+        owed.pong.is_some() || owed.ping || owed.close.is_some()
+    }
+}
+
+impl<S: AsyncRead + AsyncWrite + Send + 'static> Transport for WebSocketTransport<S> {
+    async fn send(&self, frame: Frame) -> Result<(), TransportError> {
+        let mut writer = self.writer.lock().await;
+        writer.message(frame.segments()).await.map_err(TransportError::lost)?;
+        drop(writer);
+        self.pay().await
+    }
+
+    async fn recv(&self) -> Result<Option<Frame>, TransportError> {
+        let mut reader = self.reader.lock().await;
+        loop {
+            match self.next(&mut reader).await? {
+                Event::Message(frame) => return Ok(Some(frame)),
+                Event::Ping(payload) => self.owe(|owed| owed.pong = Some(payload)),
+                Event::Pong => {}
+                Event::Close(payload) => {
+                    // Its code is sent back (section 5.5.1).
+                    self.owe(|owed| owed.close = Some(payload.slice(..payload.len().min(2))));
+                    let _ = self.pay().await;
+                    return closed(&payload);
+                }
+            }
+            self.pay().await?;
+        }
+    }
+
+    async fn close(&self) {
+        self.close_with(NORMAL_CLOSURE, "").await;
+    }
+
+    async fn refuse(&self, fault: &Fault) {
+        self.close_with(close_code(fault.code), &fault.to_string()).await;
+        // What is closed unread takes the other side's unread words with it, ours among them.
+        self.reader.lock().await.drain().await;
+    }
+
+    fn codec(&self) -> Codec {
+        self.codec
+    }
+
+    fn peer(&self) -> &str {
+        &self.peer
+    }
+}
+
+/// What a close frame says: an orderly end, or why not.
+fn closed(payload: &Bytes) -> Result<Option<Frame>, TransportError> {
+    let Some((code, reason)) = payload.split_first_chunk() else { return Ok(None) };
+    match u16::from_be_bytes(*code) {
+        NORMAL_CLOSURE => Ok(None),
+        GOING_AWAY if reason.is_empty() => Ok(None),
+        code => Err(TransportError::Closed { code, reason: String::from_utf8_lossy(reason).into_owned() }),
+    }
+}
+
+/// What a close frame says of a refusal (section 7.4.1, and IANA's registry for 1013).
+fn close_code(code: Code) -> u16 {
+    match code {
+        Code::ShuttingDown => GOING_AWAY,
+        // An internal error.
+        Code::Unspecified | Code::RobotFailed | Code::OutOfService | Code::SensorTimeout => 1011,
+        // Try again later.
+        Code::Busy | Code::QueueFull | Code::Resetting => 1013,
+        // A violation of policy: whatever was wrong with what was said.
+        _ => 1008,
+    }
+}

@@ -1,0 +1,260 @@
+//! Received chunks put together again, and how much of a lane was taken. Pure: no socket, no thread.
+
+use bytes::{Bytes, BytesMut};
+use chiral_proto::{
+    Frame, TransportError,
+    pool::{Buffer, Pool},
+};
+
+use super::packet::Packet;
+
+/// The most that one put carries, in bytes: four of Zenoh's batches of 64 KiB, with room for what it writes
+/// before each. Larger messages would hold up a router's other traffic, and are no faster.
+pub(super) const CHUNK: usize = 4 * 65_000;
+/// So much, by [`cost`], may have been put without the other side having taken it: eight chunks, or some
+/// hundred small frames.
+pub(super) const WINDOW: u64 = 8 * cost(CHUNK);
+/// The other side is told after so much: half of the window, since each time costs both sides several changes
+/// of thread.
+const TELL_AFTER: u64 = WINDOW / 2;
+/// Frames up to this size are not worth the pool's memory.
+pub(super) const SMALL: usize = 4 * 1024;
+
+/// What a put of `len` bytes counts: its bytes and what it costs to have it wait, so that the window bounds
+/// small frames, too.
+pub(super) const fn cost(len: usize) -> u64 {
+    len as u64 + 4096
+}
+
+/// The receiving side of a lane.
+#[derive(Debug)]
+pub(super) struct Reassembly {
+    max_frame: usize,
+    pool: Pool,
+    /// Frames that have arrived.
+    arrived: u64,
+    partial: Option<Partial>,
+    /// What was taken, and how much of it the other side knows.
+    taken: u64,
+    told: u64,
+}
+
+/// A frame of which chunks are missing.
+#[derive(Debug)]
+struct Partial {
+    buffer: Buffer,
+    filled: usize,
+}
+
+impl Reassembly {
+    pub(super) fn new(max_frame: usize, pool: Pool) -> Reassembly {
+        Reassembly { max_frame, pool, arrived: 0, partial: None, taken: 0, told: 0 }
+    }
+
+    /// Takes a frame or chunk, whose payload of `len` bytes comes in slices; returns the frame that it
+    /// completes.
+    pub(super) fn take<'a>(
+        &mut self,
+        word: Packet,
+        len: usize,
+        slices: impl Iterator<Item = &'a [u8]>,
+    ) -> Result<Option<Frame>, TransportError> {
+        self.taken += cost(len);
+        let (number, offset, total) = match word {
+            Packet::Frame { number } => (number, 0, len as u64),
+            Packet::Chunk { number, offset, total } => (number, offset, total),
+            other => return Err(violation("a frame or chunk", format!("{other:?}"))),
+        };
+        if !self.is_next(number)? {
+            return Ok(None);
+        }
+        let partial = self.partial.take();
+        let filled = partial.as_ref().map_or(0, |partial| partial.filled);
+        let whole = partial.as_ref().map_or(total, |partial| partial.buffer.len() as u64);
+        // Sums do not overflow: `offset` is compared with what is there before anything is added to it.
+        if offset != filled as u64
+            || total != whole
+            || len as u64 > total - offset
+            || (len == 0 && offset < total)
+        {
+            let found = format!("{len} bytes at {offset} of {total} after {filled} of {whole}");
+            return Err(violation("chunks of a frame in order", found));
+        }
+        let total = self.within_limit(total)?;
+        if partial.is_none() && len == total {
+            self.arrived += 1;
+            return Ok(Some(gathered(&self.pool, len, slices).into()));
+        }
+        let Partial { mut buffer, mut filled } =
+            partial.unwrap_or_else(|| Partial { buffer: self.pool.take(total), filled: 0 });
+        for slice in slices {
+            buffer[filled..filled + slice.len()].copy_from_slice(slice);
+            filled += slice.len();
+        }
+        if filled == total {
+            self.arrived += 1;
+            return Ok(Some(buffer.freeze().into()));
+        }
+        self.partial = Some(Partial { buffer, filled });
+        Ok(None)
+    }
+
+    /// Takes a frame that was sent by reference, in the segments that it came in; `None` if it has come
+    /// another way meanwhile.
+    pub(super) fn take_reference(
+        &mut self,
+        number: u64,
+        segments: Vec<Bytes>,
+    ) -> Result<Option<Frame>, TransportError> {
+        if !self.is_next(number)? {
+            return Ok(None);
+        }
+        let frame = Frame::from(segments);
+        self.within_limit(frame.len() as u64)?;
+        if self.partial.is_some() {
+            return Err(violation("the rest of a frame", "another one"));
+        }
+        self.arrived += 1;
+        Ok(Some(frame))
+    }
+
+    /// Whether this is the next frame, and not one that has arrived.
+    fn is_next(&self, number: u64) -> Result<bool, TransportError> {
+        if number > self.arrived + 1 {
+            return Err(violation(
+                "frames without a gap",
+                format!("frame {number} after frame {}", self.arrived),
+            ));
+        }
+        Ok(number > self.arrived)
+    }
+
+    fn within_limit(&self, len: u64) -> Result<usize, TransportError> {
+        let allowed = usize::try_from(len).ok().filter(|len| *len <= self.max_frame);
+        allowed.ok_or_else(|| violation("a frame within the limit", format!("{len} bytes")))
+    }
+
+    /// What the other side should be told was taken, if it is time to.
+    pub(super) fn tell(&mut self) -> Option<u64> {
+        let is_due = self.taken - self.told >= TELL_AFTER;
+        is_due.then(|| {
+            self.told = self.taken;
+            self.taken
+        })
+    }
+}
+
+/// The `len` bytes of all slices in one piece, of the pool's memory if they are worth it.
+pub(super) fn gathered<'a>(pool: &Pool, len: usize, slices: impl Iterator<Item = &'a [u8]>) -> Bytes {
+    if len <= SMALL {
+        let mut gathered = BytesMut::with_capacity(len);
+        slices.for_each(|slice| gathered.extend_from_slice(slice));
+        return gathered.freeze();
+    }
+    let mut gathered = pool.take(len);
+    let mut filled = 0;
+    for slice in slices {
+        gathered[filled..filled + slice.len()].copy_from_slice(slice);
+        filled += slice.len();
+    }
+    gathered.freeze()
+}
+
+pub(super) fn violation(expected: &'static str, found: impl Into<String>) -> TransportError {
+    TransportError::Protocol { expected, found: found.into() }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// What comes of these words, each with so many bytes: the length of the last frame, or the words of the
+    /// refusal.
+    fn check(words: &[(Packet, usize)], expected: Result<Option<usize>, &str>) {
+        let mut incoming = Reassembly::new(1 << 20, Pool::new(0));
+        let mut last = Ok(None);
+        for (word, len) in words {
+            let payload = vec![7; *len];
+            last = incoming.take(*word, *len, payload.chunks(100));
+            if last.is_err() {
+                break;
+            }
+        }
+        match (last, expected) {
+            (Ok(frame), Ok(len)) => assert_eq!(frame.map(|frame| frame.len()), len, "{words:?}"),
+            (Err(error), Err(text)) => assert!(error.to_string().contains(text), "{error}"),
+            (found, expected) => panic!("{words:?}: expected {expected:?}, found {found:?}"),
+        }
+    }
+
+    #[test]
+    fn only_chunks_in_order_make_a_frame() {
+        let frame = |number| Packet::Frame { number };
+        let chunk = |number, offset, total| Packet::Chunk { number, offset, total };
+        check(&[(frame(1), 10)], Ok(Some(10)));
+        check(&[(frame(1), 0)], Ok(Some(0)));
+        check(&[(frame(1), 9000), (frame(2), 9000)], Ok(Some(9000)));
+        check(&[(chunk(1, 0, 9000), 5000)], Ok(None));
+        check(&[(chunk(1, 0, 9000), 5000), (chunk(1, 5000, 9000), 4000)], Ok(Some(9000)));
+        check(&[(chunk(1, 0, 100), 50), (chunk(1, 50, 100), 50), (frame(2), 1)], Ok(Some(1)));
+        for lost in [frame(2), chunk(7, 0, 9), frame(u64::MAX)] {
+            check(&[(lost, 5)], Err("without a gap"));
+        }
+        check(&[(chunk(1, 0, 9000), 5000), (frame(1), 5)], Err("in order"));
+        check(&[(chunk(1, 0, 9000), 5000), (frame(2), 5)], Err("without a gap"));
+        check(&[(chunk(1, 5, 9000), 5)], Err("in order"));
+        check(&[(chunk(1, 0, 10), 11)], Err("in order"));
+        check(&[(chunk(1, 0, 10), 0)], Err("in order"));
+        check(&[(chunk(1, u64::MAX, u64::MAX), 1)], Err("in order"));
+        check(&[(chunk(1, 0, 9000), 5000), (chunk(1, 5000, 9001), 4000)], Err("in order"));
+        check(&[(chunk(1, 0, 9000), 5000), (chunk(1, 5000, 9000), 4001)], Err("in order"));
+        check(&[(chunk(1, 0, u64::MAX), 5)], Err("within the limit"));
+        check(&[(frame(1), (1 << 20) + 1)], Err("within the limit"));
+        check(&[(Packet::Close, 0)], Err("a frame or chunk"));
+    }
+
+    #[test]
+    fn what_has_arrived_and_comes_again_is_passed_over() {
+        check(&[(Packet::Frame { number: 1 }, 10), (Packet::Frame { number: 1 }, 10)], Ok(None));
+        let again = Packet::Chunk { number: 1, offset: 0, total: 9000 };
+        let rest = Packet::Chunk { number: 1, offset: 5000, total: 9000 };
+        check(
+            &[
+                (Packet::Frame { number: 1 }, 9000),
+                (again, 5000),
+                (rest, 4000),
+                (Packet::Frame { number: 2 }, 3),
+            ],
+            Ok(Some(3)),
+        );
+    }
+
+    #[test]
+    fn references_are_frames_in_the_same_order() {
+        let mut incoming = Reassembly::new(100, Pool::new(0));
+        let segments = |len| vec![Bytes::from_static(b"head"), Bytes::from(vec![0; len])];
+        assert_eq!(incoming.take_reference(1, segments(50)).unwrap().map(|frame| frame.len()), Some(54));
+        assert_eq!(incoming.take_reference(1, segments(50)).unwrap(), None, "it has arrived already");
+        assert!(incoming.take_reference(3, segments(50)).unwrap_err().to_string().contains("without a gap"));
+        assert!(
+            incoming.take_reference(2, segments(97)).unwrap_err().to_string().contains("within the limit")
+        );
+        let chunk = Packet::Chunk { number: 2, offset: 0, total: 100 };
+        incoming.take(chunk, 50, std::iter::once(&[0; 50][..])).unwrap();
+        assert!(
+            incoming.take_reference(2, segments(50)).unwrap_err().to_string().contains("the rest of a frame")
+        );
+    }
+
+    #[test]
+    fn what_was_taken_is_told_before_the_window_is_full() {
+        let mut incoming = Reassembly::new(1 << 20, Pool::new(0));
+        let (mut told, mut put) = (0, 0);
+        for number in 1..10_000 {
+            incoming.take(Packet::Frame { number }, 1, [&[1_u8][..]].into_iter()).unwrap();
+            put += cost(1);
+            told = incoming.tell().unwrap_or(told);
+            assert!(put - told + cost(CHUNK) <= WINDOW);
+        }
+    }
+}

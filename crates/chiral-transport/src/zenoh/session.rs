@@ -1,0 +1,334 @@
+//! A session of a Zenoh network: opened, closed and dropped on plain threads, since Zenoh panics at it in a
+//! tokio runtime of one thread.
+
+use std::{
+    error::Error,
+    io,
+    mem::ManuallyDrop,
+    net::{TcpStream, ToSocketAddrs},
+    path::PathBuf,
+    sync::{Arc, Once},
+    thread,
+    time::{Duration, Instant},
+};
+
+use chiral_proto::keys;
+use tokio::{sync::oneshot, time::timeout};
+use zenoh::{Session, Wait, shm::ShmClientStorage};
+
+use super::{
+    config::{Configured, OPEN_MS, Purpose, configure},
+    shm::is_to_be_had,
+};
+
+/// For all of opening: names, connection, handshake.
+const OPEN_LIMIT: Duration = Duration::from_secs(5);
+/// For an orderly end. Zenoh's own may take ten seconds on a link that loses packets.
+const CLOSE_LIMIT: Duration = Duration::from_secs(1);
+/// For what the network knows of who is alive.
+pub(super) const LOOK_LIMIT: Duration = Duration::from_secs(1);
+/// For a glance at whether anybody listens.
+const GLANCE_LIMIT: Duration = Duration::from_millis(500);
+
+/// One thread writes and another reads the one TLS state of such a connection, without a lock:
+/// <https://github.com/eclipse-zenoh/zenoh/issues/2557>.
+const UNSOUND: &str = "tls/";
+/// It was said, since attempts to connect are many.
+static WARNED: Once = Once::new();
+
+/// How a network is joined: by Zenoh locators such as `tcp/0.0.0.0:7447`.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ZenohSessionOptions {
+    /// Where others are let in. Without any this is a client of the network, which passes on nothing for
+    /// others.
+    pub listen: Vec<String>,
+    /// Whom to connect to: all of them, or at least one for a client.
+    pub connect: Vec<String>,
+    /// A configuration file of Zenoh's. What it says stands, and the locators are added to its own.
+    pub config: Option<PathBuf>,
+    /// Whether those who search by multicast are answered, by one who listens. The file's word on multicast
+    /// goes before it.
+    pub discovery: bool,
+    /// Whether memory is shared with other processes of this host, if the file does not forbid it.
+    pub shared_memory: bool,
+}
+
+impl Default for ZenohSessionOptions {
+    /// Nowhere yet, not to be found, with shared memory.
+    fn default() -> ZenohSessionOptions {
+        ZenohSessionOptions {
+            listen: Vec::new(),
+            connect: Vec::new(),
+            config: None,
+            discovery: false,
+            shared_memory: true,
+        }
+    }
+}
+
+/// Why nobody can be met on a network.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum ZenohError {
+    /// The locators are none.
+    #[error("expected Zenoh locators such as tcp/localhost:7447, found {locators:?}")]
+    Locator {
+        /// All of them.
+        locators: Vec<String>,
+        /// What Zenoh says of them.
+        #[source]
+        source: Cause,
+    },
+    /// The configuration file cannot be used.
+    #[error("the Zenoh configuration {}: {problem}", file.display())]
+    Config {
+        /// The file.
+        file: PathBuf,
+        /// What is wrong with it.
+        problem: String,
+    },
+    /// There is nothing by which a network could be reached.
+    #[error("expected a Zenoh locator to listen at or to connect to, found none")]
+    NoLocator,
+    /// Somebody listens, but there is no Zenoh session with him.
+    #[error(
+        "not let into the Zenoh network at {locators:?}: expected who listens there to take our user and password, our certificate and our kind of \
+         connection, and us to trust his; he does not say what it fails at, but a log of Zenoh's may"
+    )]
+    NotLetIn {
+        /// All of them.
+        locators: Vec<String>,
+    },
+    /// Nobody is there to connect to, or the address to listen on cannot be had.
+    #[error("no Zenoh network at {locators:?}")]
+    Open {
+        /// All of them.
+        locators: Vec<String>,
+        /// What Zenoh says of it.
+        #[source]
+        source: Cause,
+    },
+    /// There is no thread to be had.
+    #[error("cannot start a thread")]
+    Thread(#[source] io::Error),
+    /// A robot of this name is on the network.
+    #[error(
+        "a robot named {robot:?} is alive on this network (server {server}): expected a name of its own for every robot"
+    )]
+    NameTaken {
+        /// The name.
+        robot: String,
+        /// Its server: the Zenoh id, and the host.
+        server: String,
+    },
+    /// The network did not say in time who is alive on it.
+    #[error("no word on who is alive on the network within {} s: it is busy, or lost, or does not let us ask", LOOK_LIMIT.as_secs_f64())]
+    NoWord,
+    /// The robot's server did not answer.
+    #[error("no answer from robot {robot:?} within {} s", waited.as_secs_f64())]
+    NoAnswer {
+        /// The robot's name.
+        robot: String,
+        /// How long was waited.
+        waited: Duration,
+    },
+    /// The robot's server takes no connection.
+    #[error("robot {robot:?} takes no connection: {reason}")]
+    Refused {
+        /// The robot's name.
+        robot: String,
+        /// What it says.
+        reason: String,
+    },
+    /// Zenoh does not do what it should.
+    #[error("the Zenoh session failed")]
+    Failed(#[source] Cause),
+}
+
+/// Whatever Zenoh says.
+type Cause = Box<dyn Error + Send + Sync>;
+
+/// A member of a Zenoh network. A clone is the same member; it leaves when the last one is dropped.
+#[derive(Clone, Debug)]
+pub struct ZenohSession {
+    owned: Arc<Owned>,
+}
+
+/// A session that is never dropped where it must not be. It is there until this is dropped.
+#[derive(Debug)]
+struct Owned(Option<Session>);
+
+impl Drop for Owned {
+    fn drop(&mut self) {
+        let Some(session) = self.0.take() else { return };
+        // If there is no thread to be had it is forgotten, which is better than a panic.
+        let session = ManuallyDrop::new(session);
+        let end = move || {
+            let session = ManuallyDrop::into_inner(session);
+            let _ = session.close().wait();
+        };
+        let _ = thread::Builder::new().name("chiral-zenoh".to_owned()).spawn(end);
+    }
+}
+
+impl ZenohSession {
+    /// Joins a network: one attempt, of at most 5 s.
+    ///
+    /// # Errors
+    /// [`ZenohError::Config`], [`ZenohError::Locator`], [`ZenohError::NoLocator`];
+    /// [`ZenohError::Open`] if nobody is there, [`ZenohError::NotLetIn`] if somebody is;
+    /// [`ZenohError::Thread`].
+    pub async fn open(options: &ZenohSessionOptions) -> Result<ZenohSession, ZenohError> {
+        let mut options = options.clone();
+        // A session that is told to use what it cannot have would not open.
+        options.shared_memory = options.shared_memory && on_thread(is_to_be_had)?.await.unwrap_or(true);
+        let configured = configure(&options, Purpose::Member)?;
+        if [&configured.listen, &configured.connect]
+            .into_iter()
+            .flatten()
+            .any(|locator| locator.starts_with(UNSOUND))
+        {
+            WARNED.call_once(|| {
+                tracing::warn!(
+                    "Zenoh's connections by {UNSOUND} are not sound: they break off, and may damage memory, under traffic both ways \
+                     (eclipse-zenoh/zenoh#2557); quic/ takes the same certificates"
+                );
+            });
+        }
+        ZenohSession::enter(configured).await
+    }
+
+    pub(super) async fn enter(
+        Configured { config, listen, connect }: Configured,
+    ) -> Result<ZenohSession, ZenohError> {
+        let began = Instant::now();
+        // Wrapped on its own thread: whoever stops waiting drops no session.
+        let opening = on_thread(move || {
+            // Its own, so that what the other side has given up is unmapped at this session's end, and not at
+            // the process's.
+            let shared = Arc::new(ShmClientStorage::builder().with_default_client_set().build());
+            let session = zenoh::open(config).with_shm_clients(shared).wait()?;
+            zenoh::Result::Ok(ZenohSession { owned: Arc::new(Owned(Some(session))) })
+        })?;
+        let source: Cause = match timeout(OPEN_LIMIT, opening).await {
+            Ok(Ok(Ok(network))) => return Ok(network),
+            Ok(Ok(Err(error))) => cause(&error),
+            Ok(Err(_)) => "its thread ended".into(),
+            Err(_) => format!("no handshake within {} s", OPEN_LIMIT.as_secs()).into(),
+        };
+        let locators = [&listen[..], &connect[..]].concat();
+        // Zenoh tells nobody's absence from his refusal by nothing but the time that it takes, and not even
+        // by that from a closed port.
+        let was_refused = began.elapsed() < Duration::from_millis(OPEN_MS.into());
+        if was_refused
+            && listen.is_empty()
+            && on_thread(move || connect.iter().any(|locator| is_heard(locator)))?.await == Ok(true)
+        {
+            return Err(ZenohError::NotLetIn { locators });
+        }
+        Err(ZenohError::Open { locators, source })
+    }
+
+    /// The robots that are alive on this network, each with its server, `<Zenoh id>@<host>`; in order of
+    /// their names.
+    ///
+    /// # Errors
+    /// [`ZenohError::NoWord`] if not all was said within a second, [`ZenohError::Failed`].
+    pub async fn robots(&self) -> Result<Vec<(String, String)>, ZenohError> {
+        self.alive(&keys::alive("*", "*")).await
+    }
+
+    /// The same, of the robots whose tokens match.
+    pub(super) async fn alive(&self, tokens: &str) -> Result<Vec<(String, String)>, ZenohError> {
+        let replies = self.session().liveliness().get(tokens).timeout(LOOK_LIMIT).await.map_err(failed)?;
+        let mut robots = Vec::new();
+        while let Ok(reply) = replies.recv_async().await {
+            // A time-out's: who was heard so far may not be all.
+            let sample = reply.result().map_err(|_| ZenohError::NoWord)?;
+            let found = keys::robot_and_server(sample.key_expr().as_str());
+            robots.extend(found.map(|(robot, server)| (robot.to_owned(), server.to_owned())));
+        }
+        robots.sort();
+        robots.dedup();
+        Ok(robots)
+    }
+
+    /// Leaves the network, for all clones; returns when that is done, or after a second.
+    pub async fn close(&self) {
+        let session = self.session().clone();
+        let closing = on_thread(move || {
+            let _ = session.close().wait();
+            drop(session);
+        });
+        if let Ok(closing) = closing {
+            let _ = timeout(CLOSE_LIMIT, closing).await;
+        }
+    }
+
+    pub(super) fn session(&self) -> &Session {
+        self.owned.0.as_ref().expect("it is taken only when the last clone is dropped")
+    }
+}
+
+/// Whether somebody listens there; false where that cannot be told.
+fn is_heard(locator: &str) -> bool {
+    let Some((protocol, rest)) = locator.split_once('/') else { return false };
+    let address = rest.split(['?', '#']).next().unwrap_or_default();
+    match protocol {
+        "tcp" | "tls" => {
+            let addresses = address.to_socket_addrs().into_iter().flatten();
+            addresses.into_iter().any(|address| TcpStream::connect_timeout(&address, GLANCE_LIMIT).is_ok())
+        }
+        #[cfg(unix)]
+        "unixsock-stream" => std::os::unix::net::UnixStream::connect(address).is_ok(),
+        _ => false,
+    }
+}
+
+/// Runs what Zenoh does not do within a runtime.
+pub(super) fn on_thread<T: Send + 'static>(
+    call: impl FnOnce() -> T + Send + 'static,
+) -> Result<oneshot::Receiver<T>, ZenohError> {
+    let (done, waiting) = oneshot::channel();
+    let run = move || drop(done.send(call()));
+    thread::Builder::new().name("chiral-zenoh".to_owned()).spawn(run).map_err(ZenohError::Thread)?;
+    Ok(waiting)
+}
+
+pub(super) fn failed(error: zenoh::Error) -> ZenohError {
+    ZenohError::Failed(cause(&error))
+}
+
+/// What Zenoh says, without the places in its sources, which are paths of the machine that it was built on.
+pub(super) fn cause(error: &zenoh::Error) -> Cause {
+    let text = error.to_string();
+    let mut parts = text.split(" at ");
+    let mut plain = parts.next().unwrap_or_default().trim_end().to_owned();
+    for part in parts {
+        let (place, rest) = part.split_at(part.find(' ').unwrap_or(part.len()));
+        if !place.contains(".rs:") {
+            plain.push_str(" at ");
+            plain.push_str(place);
+        }
+        plain.push_str(rest);
+    }
+    plain.into()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn places_in_sources_are_left_out() {
+        let cases = [
+            ("no link", "no link"),
+            ("no link!  at /a/b.rs:44.", "no link!"),
+            ("no link: [refused at /a/b.rs:1.] at /c.rs:3. at /d.rs:2.", "no link: [refused"),
+            ("looked at length at noon", "looked at length at noon"),
+        ];
+        for (text, expected) in cases {
+            assert_eq!(cause(&text.into()).to_string(), expected);
+        }
+    }
+}

@@ -1,0 +1,358 @@
+//! Memory that observations lie in and other processes of this host see, so that only a reference travels.
+//! Zenoh's own, with its safe collector only: the other one takes back memory that a stopped reader still
+//! looks at.
+
+use std::{
+    collections::HashMap,
+    error::Error,
+    fmt,
+    sync::{
+        Arc, LazyLock, Mutex, Weak,
+        atomic::{AtomicU64, Ordering},
+    },
+    thread,
+    time::{Duration, Instant},
+};
+
+use bytes::Bytes;
+use chiral_proto::{
+    Frame,
+    pool::{ALIGNMENT, BufferProvider, PoolBuffer},
+};
+use zenoh::{
+    Wait,
+    bytes::ZBytes,
+    internal::buffers::ZBuf,
+    shm::{AllocAlignment, PosixShmProviderBackend, ShmProvider, ShmProviderBuilder, ZShm, ZShmMut},
+};
+
+use super::session::cause;
+use crate::lock;
+
+/// Segments up to this size are copied, wherever they lie.
+const SMALL: usize = 4 * 1024;
+/// A region that is exhausted is replaced, but not more often than this: readers may just hold that much.
+const EXHAUSTED_PERIOD: Duration = Duration::from_secs(10);
+/// What a probe carries.
+const PROBE: [u8; ALIGNMENT] = [0xC5; ALIGNMENT];
+
+/// Shared memory to write observations into. It is one region, allocated once; while a fresh one takes its
+/// place there are two, and never more.
+#[derive(Clone)]
+pub struct SharedMemory {
+    inner: Arc<Inner>,
+}
+
+struct Inner {
+    /// Bytes of a region.
+    len: usize,
+    regions: Arc<Mutex<Regions>>,
+    frozen: Arc<Mutex<Frozen>>,
+    counts: Counts,
+}
+
+struct Regions {
+    current: Arc<Region>,
+    /// The one before, as long as anybody here still uses it.
+    last: Weak<Region>,
+    /// Part of the current one is lost: a reader was killed, and never gives back what it had.
+    is_spoilt: bool,
+    is_being_replaced: bool,
+    /// There is no memory for a second one. It is not tried again, since each failure costs some for good.
+    is_irreplaceable: bool,
+    began: Instant,
+    /// The number that the next one gets.
+    next: u64,
+}
+
+struct Region {
+    number: u64,
+    provider: ShmProvider<PosixShmProviderBackend>,
+}
+
+/// What was written and is shared now, by where it begins.
+type Frozen = HashMap<usize, (ZShm, u64)>;
+
+#[derive(Default)]
+struct Counts {
+    by_reference: AtomicU64,
+    by_network: AtomicU64,
+    exhausted: AtomicU64,
+}
+
+/// What became of shared memory so far.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct SharedMemoryCounts {
+    /// Frames with pixels that travelled by reference.
+    pub by_reference: u64,
+    /// Those that travelled by the network although there is shared memory: the peer does not see it, or the
+    /// pixels lay elsewhere.
+    pub by_network: u64,
+    /// How often there was no room, and the heap took its place.
+    pub exhausted: u64,
+}
+
+impl SharedMemory {
+    /// So many bytes of it.
+    ///
+    /// # Errors
+    /// What the system says if there is none to be had: `/dev/shm` is too small, or the process may not lock
+    /// as much (`ulimit -l`).
+    pub fn new(len: usize) -> Result<SharedMemory, Box<dyn Error + Send + Sync>> {
+        let len = len.next_multiple_of(ALIGNMENT).max(ALIGNMENT);
+        let current = Arc::new(Region::new(0, len)?);
+        let regions = Regions {
+            current,
+            last: Weak::new(),
+            is_spoilt: false,
+            is_being_replaced: false,
+            is_irreplaceable: false,
+            began: Instant::now(),
+            next: 1,
+        };
+        let inner = Inner {
+            len,
+            regions: Arc::new(Mutex::new(regions)),
+            frozen: Arc::default(),
+            counts: Counts::default(),
+        };
+        Ok(SharedMemory { inner: Arc::new(inner) })
+    }
+
+    /// For a pool to lend, as long as this is there.
+    pub fn memory(&self) -> Arc<dyn BufferProvider> {
+        Arc::clone(&self.inner) as Arc<dyn BufferProvider>
+    }
+
+    /// What became of it so far.
+    pub fn counts(&self) -> SharedMemoryCounts {
+        let Counts { by_reference, by_network, exhausted } = &self.inner.counts;
+        let [by_reference, by_network, exhausted] =
+            [by_reference, by_network, exhausted].map(|count| count.load(Ordering::Relaxed));
+        SharedMemoryCounts { by_reference, by_network, exhausted }
+    }
+
+    /// A reader has gone without a word, and with it whatever it held: a fresh region takes the place of this
+    /// one, as soon as the one before is out of use.
+    pub fn spoil(&self) {
+        lock(&self.inner.regions).is_spoilt = true;
+        self.inner.replace();
+    }
+
+    /// The regions that all of a frame's pixels lie in; none if some do not.
+    pub(super) fn regions(&self, frame: &Frame) -> Vec<u64> {
+        let frozen = lock(&self.inner.frozen);
+        let mut regions = Vec::new();
+        for segment in frame.segments() {
+            match find(&frozen, segment) {
+                Some((_, region)) if !regions.contains(region) => regions.push(*region),
+                None if segment.len() > SMALL => return Vec::new(),
+                _ => {}
+            }
+        }
+        regions
+    }
+
+    /// A frame's segments, by reference where they can be.
+    pub(super) fn refer(&self, segments: Vec<Bytes>) -> ZBytes {
+        let mut payload = ZBytes::writer();
+        let frozen = lock(&self.inner.frozen);
+        // Borrowed, so that none is dropped under the lock, which who drops the last one takes.
+        for segment in &segments {
+            payload.append(match find(&frozen, segment) {
+                Some((shared, _)) => ZBytes::from(shared.clone()),
+                None => ZBytes::from(segment.clone()),
+            });
+        }
+        drop(frozen);
+        payload.finish()
+    }
+
+    /// A few bytes in this region, for the other side to say whether it sees them.
+    pub(super) fn probe(&self, region: u64) -> Option<ZBytes> {
+        let found = {
+            let regions = lock(&self.inner.regions);
+            let mut known =
+                [Some(Arc::clone(&regions.current)), regions.last.upgrade()].into_iter().flatten();
+            known.find(|known| known.number == region)?
+        };
+        let mut piece = found.take(PROBE.len())?;
+        piece.as_mut().copy_from_slice(&PROBE);
+        Some(ZBytes::from(ZShm::from(piece)))
+    }
+
+    pub(super) fn count(&self, is_by_reference: bool) {
+        let Counts { by_reference, by_network, .. } = &self.inner.counts;
+        let count = if is_by_reference { by_reference } else { by_network };
+        count.fetch_add(1, Ordering::Relaxed);
+    }
+}
+
+/// Whether a session of Zenoh's can have any: tried once in a process, since each failure costs some for good
+/// (Zenoh leaves mapped what could not be locked).
+pub(super) fn is_to_be_had() -> bool {
+    static TRIED: LazyLock<bool> = LazyLock::new(|| {
+        Region::new(0, 2 << 20)
+            .inspect_err(|error| {
+                tracing::info!("no shared memory, so observations travel by the network: {error}")
+            })
+            .is_ok()
+    });
+    *TRIED
+}
+
+impl fmt::Debug for SharedMemory {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("SharedMemory")
+            .field("len", &self.inner.len)
+            .field("counts", &self.counts())
+            .finish_non_exhaustive()
+    }
+}
+
+impl Region {
+    fn new(number: u64, len: usize) -> Result<Region, Box<dyn Error + Send + Sync>> {
+        // A power of two.
+        let alignment = AllocAlignment::new(ALIGNMENT.ilog2() as u8).map_err(|error| format!("{error:?}"))?;
+        let provider =
+            ShmProviderBuilder::default_backend((len, alignment)).wait().map_err(|error| cause(&error))?;
+        Ok(Region { number, provider })
+    }
+
+    fn take(&self, len: usize) -> Option<ZShmMut> {
+        let take = || self.provider.alloc(len).wait().ok();
+        // Zenoh's policy of this name tries again only if one piece that came back is as large by itself.
+        take().or_else(|| {
+            self.provider.garbage_collect();
+            take()
+        })
+    }
+}
+
+impl Inner {
+    /// Puts a fresh region in place of a spoilt one, unless there are two already; on a thread, since the
+    /// whole of it is locked into memory.
+    fn replace(&self) {
+        let mut regions = lock(&self.regions);
+        let must_stay =
+            regions.is_being_replaced || regions.is_irreplaceable || regions.last.strong_count() > 0;
+        if !regions.is_spoilt || must_stay {
+            return;
+        }
+        let (ours, number, len) = (Arc::clone(&self.regions), regions.next, self.len);
+        let replace = move || {
+            let fresh = Region::new(number, len);
+            let mut regions = lock(&ours);
+            regions.is_being_replaced = false;
+            let fresh = match fresh {
+                Ok(fresh) => Arc::new(fresh),
+                Err(error) => {
+                    regions.is_irreplaceable = true;
+                    return tracing::warn!(
+                        "no second region of shared memory, so what lost peers held in it stays lost: {error}"
+                    );
+                }
+            };
+            let old = std::mem::replace(&mut regions.current, fresh);
+            regions.last = Arc::downgrade(&old);
+            (regions.is_spoilt, regions.began) = (false, Instant::now());
+            drop(regions);
+            tracing::debug!("shared memory begins afresh after a peer that was lost");
+        };
+        regions.is_being_replaced =
+            thread::Builder::new().name("chiral-memory".to_owned()).spawn(replace).is_ok();
+        regions.next += 1;
+    }
+}
+
+impl BufferProvider for Inner {
+    fn take(&self, len: usize) -> Option<Box<dyn PoolBuffer>> {
+        self.replace();
+        let region = Arc::clone(&lock(&self.regions).current);
+        let Some(memory) = region.take(len) else {
+            self.counts.exhausted.fetch_add(1, Ordering::Relaxed);
+            // A reader that held something when its process ended in good order does not give it back either.
+            let mut regions = lock(&self.regions);
+            regions.is_spoilt |= regions.began.elapsed() > EXHAUSTED_PERIOD;
+            return None;
+        };
+        Some(Box::new(Piece { memory, region, frozen: Arc::clone(&self.frozen) }))
+    }
+}
+
+/// PoolBuffer to be written.
+struct Piece {
+    memory: ZShmMut,
+    region: Arc<Region>,
+    frozen: Arc<Mutex<Frozen>>,
+}
+
+impl AsRef<[u8]> for Piece {
+    fn as_ref(&self) -> &[u8] {
+        self.memory.as_ref()
+    }
+}
+
+impl AsMut<[u8]> for Piece {
+    fn as_mut(&mut self) -> &mut [u8] {
+        self.memory.as_mut()
+    }
+}
+
+impl PoolBuffer for Piece {
+    fn freeze(self: Box<Self>) -> Bytes {
+        let Piece { memory, region, frozen } = *self;
+        let memory = ZShm::from(memory);
+        lock(&frozen).insert(start(&memory), (memory.clone(), region.number));
+        Bytes::from_owner(Shared { memory, _region: region, frozen })
+    }
+}
+
+/// Written, and shared. While it is there, its region is.
+struct Shared {
+    memory: ZShm,
+    _region: Arc<Region>,
+    frozen: Arc<Mutex<Frozen>>,
+}
+
+impl AsRef<[u8]> for Shared {
+    fn as_ref(&self) -> &[u8] {
+        self.memory.as_ref()
+    }
+}
+
+impl Drop for Shared {
+    fn drop(&mut self) {
+        lock(&self.frozen).remove(&start(&self.memory));
+    }
+}
+
+/// The whole of what was frozen, and nothing less.
+fn find<'a>(frozen: &'a Frozen, bytes: &Bytes) -> Option<&'a (ZShm, u64)> {
+    frozen.get(&bytes.as_ptr().addr()).filter(|(memory, _)| memory.len() == bytes.len())
+}
+
+fn start(memory: &[u8]) -> usize {
+    memory.as_ptr().addr()
+}
+
+/// A received payload's segments: what lies in shared memory as it is, the rest copied.
+pub(super) fn segments(payload: &ZBytes) -> Vec<Bytes> {
+    let slices = ZBuf::from(payload.clone()).into_zslices();
+    let segment = |slice: ZBytes| match slice.as_shm() {
+        Some(shared) => Bytes::from_owner(shared.to_owned()),
+        None => Bytes::copy_from_slice(&slice.to_bytes()),
+    };
+    slices.map(|slice| segment(ZBytes::from(ZBuf::from(slice)))).collect()
+}
+
+/// Whether a probe's payload was seen in shared memory.
+pub(super) fn is_seen(probe: &ZBytes) -> bool {
+    probe.as_shm().is_some_and(|shared| shared.as_ref() == &PROBE[..])
+}
+
+impl fmt::Debug for Inner {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Inner").field("len", &self.len).finish_non_exhaustive()
+    }
+}
