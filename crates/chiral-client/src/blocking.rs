@@ -1,4 +1,4 @@
-//! The same client for policy code without a runtime: every call blocks.
+//! The client for policy code without a runtime: every call blocks.
 
 use std::{fmt, future::Future, sync::Arc, time::Duration};
 
@@ -8,10 +8,18 @@ use chiral_proto::{
 use chiral_transport::Runtime;
 use tokio::{runtime::Handle, time::timeout};
 
-use crate::{ClientStats, PolicyClientBuilder, PutMode, StreamOptions, client, error::Error};
+#[cfg(any(feature = "websocket", feature = "zenoh"))]
+use crate::{builder::CONNECTION_THREAD, connect};
+use crate::{
+    builder::PolicyClientBuilder,
+    client::{self, StreamOptions},
+    dispatch::queue::PutMode,
+    error::Error,
+    stats::ClientStats,
+};
 
-/// For the goodbye of a client that is dropped without `close`.
-const PARTING_LIMIT: Duration = Duration::from_millis(500);
+/// For closing a client that is dropped without `close`.
+const DROP_TIMEOUT: Duration = Duration::from_millis(500);
 
 type Result<T, E = Error> = std::result::Result<T, E>;
 
@@ -22,10 +30,32 @@ pub struct PolicyClient {
     connection: Arc<Connection>,
 }
 
-/// A client, and what drives it.
+/// A client and the runtime that drives it.
 struct Connection {
     client: client::PolicyClient,
-    host: Runtime,
+    runtime: Runtime,
+}
+
+impl PolicyClientBuilder {
+    /// Connects as [`PolicyClientBuilder::connect`], for code without a runtime; blocks.
+    ///
+    /// # Errors
+    /// As there.
+    #[cfg(any(feature = "websocket", feature = "zenoh"))]
+    pub fn connect_blocking(self) -> Result<PolicyClient> {
+        let runtime = connect::thread(CONNECTION_THREAD)?;
+        let client = runtime.block_on(self.connect_on(runtime.clone()))?;
+        Ok(PolicyClient { connection: Arc::new(Connection { client, runtime }) })
+    }
+
+    /// Searches for robots as [`PolicyClientBuilder::discover`], for code without a runtime; blocks.
+    ///
+    /// # Errors
+    /// As there.
+    #[cfg(feature = "zenoh")]
+    pub fn discover_blocking(&self, duration: Duration) -> Result<Vec<crate::DiscoveredRobot>> {
+        connect::thread(CONNECTION_THREAD)?.block_on(self.discover(duration))
+    }
 }
 
 impl Drop for Connection {
@@ -33,7 +63,7 @@ impl Drop for Connection {
         // Within a runtime nothing may block; the goodbye is then said by the connections' own threads, if
         // the process lets them.
         if Handle::try_current().is_err() {
-            let _ = self.host.block_on(async { timeout(PARTING_LIMIT, self.client.close()).await });
+            let _ = self.runtime.block_on(async { timeout(DROP_TIMEOUT, self.client.close()).await });
         }
     }
 }
@@ -60,12 +90,7 @@ impl PolicyClient {
 
     /// A client to be configured, then connected by [`PolicyClientBuilder::connect_blocking`].
     pub fn builder(uri: &str) -> PolicyClientBuilder {
-        PolicyClientBuilder::new(uri)
-    }
-
-    #[cfg(any(feature = "websocket", feature = "zenoh"))]
-    pub(crate) fn new(client: client::PolicyClient, host: Runtime) -> PolicyClient {
-        PolicyClient { connection: Arc::new(Connection { client, host }) }
+        client::PolicyClient::builder(uri)
     }
 
     /// See [`crate::PolicyClient::codec`].
@@ -182,7 +207,7 @@ impl PolicyClient {
     }
 
     fn wait<T>(&self, call: impl Future<Output = T>) -> T {
-        self.connection.host.block_on(call)
+        self.connection.runtime.block_on(call)
     }
 }
 

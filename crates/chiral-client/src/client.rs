@@ -1,61 +1,31 @@
 //! The client's calls: the surface that policy code sees.
 
-use std::{fmt, ops::Deref, sync::Arc, time::Duration};
+use std::{fmt, sync::Arc, time::Duration};
 
 use chiral_proto::{
-    ActionChunk, ActionSpec, Codec, Message, Observation, Rate, Reply, Request, StepResult, Timestamp,
-    ValueMap,
+    ActionChunk, ActionSpec, Codec, Observation, Rate, Reply, Request, StepResult, Timestamp, ValueMap,
     action::Action,
     clock::InvalidRate,
     message::{RobotInfo, Subscribe, Welcome},
 };
 use tokio::time::timeout;
 
-#[cfg(feature = "zenoh")]
-use crate::discover::DiscoveredRobot;
-use crate::{
-    builder::PolicyClientBuilder,
-    connection::Lane,
-    dispatch::queue::PutMode,
-    error::Error,
-    lock,
-    session::Shared,
-    state::{RequestKind, Stream},
-    stats::ClientStats,
-};
+use crate::{dispatch::queue::PutMode, error::Error, session::Session, state::Stream, stats::ClientStats};
 
 type Result<T, E = Error> = std::result::Result<T, E>;
 
-/// The policy's end of a connection to a robot. A clone is the same connection; the session ends when the
-/// last one is dropped.
+/// The policy's end of a connection to a robot. A clone is the same connection; the session ends when the last one is
+/// dropped.
 ///
-/// Observations and actions flow on their own, at their own rates: `start_obs_stream` and `latest_obs` for
-/// the one, `start_action_dispatch` and `put_action` for the other. `step` couples them, for policies in
-/// lock-step.
+/// Observations and actions flow independently, each at its own rate: `start_obs_stream` and `latest_obs` for the one,
+/// `start_action_dispatch` and `put_action` for the other. `step` couples them, for policies in lock-step.
 ///
-/// Every failure reaches the caller. After the session ended, every call fails with the reason.
+/// Every failure reaches the caller. After the session has ended, every call fails with the reason.
 #[derive(Clone)]
 pub struct PolicyClient {
-    shared: Arc<Owned>,
+    session: Arc<Session>,
     welcome: Arc<Welcome>,
     request_timeout: Duration,
-}
-
-/// What all clones of a client own together: the session, which ends with the last of them.
-struct Owned(Arc<Shared>);
-
-impl Deref for Owned {
-    type Target = Shared;
-
-    fn deref(&self) -> &Shared {
-        &self.0
-    }
-}
-
-impl Drop for Owned {
-    fn drop(&mut self) {
-        self.0.end(Error::Closed);
-    }
 }
 
 /// What the observation stream is to bring.
@@ -97,48 +67,15 @@ impl From<f64> for StreamOptions {
 }
 
 impl PolicyClient {
-    /// Where a robot of this host is by default: over WebSocket or, in a program built with Zenoh only, on
-    /// its network.
-    pub const DEFAULT_URI: &str =
-        if cfg!(feature = "websocket") { "ws://localhost:8765" } else { "tcp/localhost:7447" };
-
-    /// Connects to the robot at `uri`, waiting until there is a server. Such as `ws://localhost:8765`; over
-    /// Zenoh `tcp/localhost:7447`, or `zenoh:panda` for the robot of this name, which is then searched for by
-    /// multicast.
-    ///
-    /// # Errors
-    /// See [`PolicyClientBuilder::connect`].
-    #[cfg(any(feature = "websocket", feature = "zenoh"))]
-    pub async fn connect(uri: &str) -> Result<PolicyClient> {
-        PolicyClient::builder(uri).connect().await
-    }
-
-    /// The robots of the Zenoh networks around, found without an address: the search goes out by multicast,
-    /// so to this network segment, and takes just as long as it is given; a second is plenty. Listed are
-    /// those that were reached, behind a router that answers, too, and one of this host at its default
-    /// address; not those that are served over WebSocket only. See also [`PolicyClientBuilder::discover`].
-    ///
-    /// # Errors
-    /// [`Error::Zenoh`] if multicast cannot be used, [`Error::Thread`].
-    #[cfg(feature = "zenoh")]
-    pub async fn discover(duration: Duration) -> Result<Vec<DiscoveredRobot>> {
-        PolicyClient::builder(PolicyClient::DEFAULT_URI).discover(duration).await
-    }
-
-    /// A client to be configured.
-    pub fn builder(uri: &str) -> PolicyClientBuilder {
-        PolicyClientBuilder::new(uri)
-    }
-
-    pub(crate) fn new(shared: Arc<Shared>, welcome: Welcome, request_timeout: Duration) -> Self {
-        PolicyClient { shared: Arc::new(Owned(shared)), welcome: Arc::new(welcome), request_timeout }
+    pub(crate) fn new(session: Session, welcome: Welcome, request_timeout: Duration) -> Self {
+        PolicyClient { session: Arc::new(session), welcome: Arc::new(welcome), request_timeout }
     }
 
     /// What was agreed with the server: [`Codec::Protobuf`] with one of ours, [`Codec::Msgpack`] with one
     /// that was there before us, or where the builder's `codec` forces it. All calls are the same; the client
     /// guide says what the latter cannot do.
     pub fn codec(&self) -> Codec {
-        self.shared.control.codec
+        self.session.control.codec
     }
 
     /// What the robot is: its name, its cameras and proprioception, its actions. A legacy server, of
@@ -153,7 +90,7 @@ impl PolicyClient {
     /// # Errors
     /// The session's end, [`Error::Timeout`], or [`Error::Rejected`] if the robot failed at it.
     pub async fn get_metadata(&self) -> Result<ValueMap> {
-        match self.ask_briefly(Request::GetMetadata, RequestKind::Other, "metadata").await? {
+        match self.request_within(Request::GetMetadata, "metadata").await? {
             Reply::Metadata(data) => Ok(data),
             _ => Err(Error::Protocol { expected: "metadata" }),
         }
@@ -178,7 +115,7 @@ impl PolicyClient {
         seed: Option<u64>,
         options: ValueMap,
     ) -> Result<(Arc<Observation>, ValueMap)> {
-        match self.ask(Request::Reset { seed, options }, RequestKind::Reset).await? {
+        match self.session.wire.request(Request::Reset { seed, options }).await? {
             Reply::Reset { obs, info } => Ok((self.see(obs), info)),
             _ => Err(Error::Protocol { expected: "the reset's observation" }),
         }
@@ -190,7 +127,7 @@ impl PolicyClient {
     /// The session's end, [`Error::Timeout`], or [`Error::Rejected`] if a sensor published nothing in time.
     /// [`Error::Unsupported`] of a legacy server that observes in reset and step only, before the first.
     pub async fn get_obs(&self) -> Result<Arc<Observation>> {
-        match self.ask_briefly(Request::GetObs, RequestKind::Other, "an observation").await? {
+        match self.request_within(Request::GetObs, "an observation").await? {
             Reply::Observation(obs) => Ok(self.see(obs)),
             _ => Err(Error::Protocol { expected: "an observation" }),
         }
@@ -203,9 +140,9 @@ impl PolicyClient {
     /// [`Error::InvalidAction`] before anything is sent, the session's end, or [`Error::Rejected`].
     pub async fn step(&self, chunk: impl Into<ActionChunk>) -> Result<StepResult> {
         let actions = self.checked(chunk.into())?;
-        let episode = lock(&self.shared.state).seen.episode;
+        let episode = self.session.core.state().actions.seen().episode;
         let step = Request::Step { session: self.welcome.session, episode, actions };
-        match self.ask(step, RequestKind::Other).await? {
+        match self.session.wire.request(step).await? {
             Reply::Step(result) => {
                 self.see(Arc::clone(&result.obs));
                 Ok(result)
@@ -226,9 +163,9 @@ impl PolicyClient {
     pub async fn start_obs_stream(&self, options: impl Into<StreamOptions>) -> Result<()> {
         let StreamOptions { hz, cameras, depth } = options.into();
         let rate = rate("the stream's rate", hz)?;
-        let window = lock(&self.shared.state).window(hz);
+        let window = self.session.core.state().window(hz);
         let subscribe = Request::Subscribe(Subscribe { rate, cameras, depth, window });
-        match self.ask_briefly(subscribe, RequestKind::Subscribe, "the observation stream").await? {
+        match self.request_within(subscribe, "the observation stream").await? {
             Reply::Subscribed { .. } => Ok(()),
             _ => Err(Error::Protocol { expected: "the stream's beginning" }),
         }
@@ -239,7 +176,7 @@ impl PolicyClient {
     /// # Errors
     /// The session's end, or [`Error::Timeout`].
     pub async fn stop_obs_stream(&self) -> Result<()> {
-        match self.ask_briefly(Request::Unsubscribe, RequestKind::Unsubscribe, "the stream's end").await? {
+        match self.request_within(Request::Unsubscribe, "the stream's end").await? {
             Reply::StreamEnd { .. } => Ok(()),
             _ => Err(Error::Protocol { expected: "the stream's end" }),
         }
@@ -251,8 +188,8 @@ impl PolicyClient {
     /// The session's end, or [`Error::StreamEnded`]: as soon as the stream was ended by anything but
     /// `stop_obs_stream`.
     pub fn latest_obs(&self) -> Result<Option<Arc<Observation>>> {
-        self.check_stream()?;
-        let latest = self.shared.latest.borrow().clone();
+        self.session.core.state().check_stream()?;
+        let latest = self.session.core.latest.borrow().clone();
         Ok(latest.map(|obs| self.see(obs)))
     }
 
@@ -263,15 +200,15 @@ impl PolicyClient {
     /// [`Error::Timeout`] if none came, [`Error::NotStreaming`], the session's end, or
     /// [`Error::StreamEnded`].
     pub async fn next_obs(&self, limit: Duration) -> Result<Arc<Observation>> {
-        let mut latest = self.shared.latest.subscribe();
+        let mut latest = self.session.core.latest.subscribe();
         let arrival = async {
             loop {
-                self.check_stream()?;
-                let seen = lock(&self.shared.state).seen.observation_seq;
+                self.session.core.state().check_stream()?;
+                let seen = self.session.core.state().actions.seen().observation_seq;
                 let newest = latest.borrow_and_update().clone();
                 match newest.filter(|obs| obs.seq > seen) {
                     Some(obs) => return Ok(self.see(obs)),
-                    None if matches!(lock(&self.shared.state).stream, Stream::Off) => {
+                    None if matches!(self.session.core.state().stream, Stream::Off) => {
                         return Err(Error::NotStreaming);
                     }
                     None => latest.changed().await.map_err(|_| Error::Closed)?,
@@ -283,25 +220,27 @@ impl PolicyClient {
 
     // ---- Actions ------------------------------------------------------------------------------------------
 
-    /// Has one queued action sent at every tick of this rate, in hertz; on absolute deadlines, missed ones
+    /// Sends one queued action at every tick of this rate, in hertz. Deadlines are absolute, and missed ones are
     /// skipped.
     ///
     /// # Errors
     /// [`Error::InvalidArgument`], or the session's end.
     pub fn start_action_dispatch(&self, hz: f64) -> Result<()> {
         let rate = rate("the dispatch's rate", hz)?;
-        let mut state = lock(&self.shared.state);
+        let core = &self.session.core;
+        let mut state = core.state();
         state.check_alive()?;
-        state.dispatch.start(rate, self.shared.now());
+        state.actions.start(rate, core.now());
         drop(state);
-        self.shared.dispatcher.wake();
+        core.dispatch.wake();
         Ok(())
     }
 
-    /// Stops sending; what is queued stays queued.
+    /// Stops sending. What is queued stays queued.
     pub fn stop_action_dispatch(&self) {
-        lock(&self.shared.state).dispatch.stop();
-        self.shared.room.notify_waiters();
+        let core = &self.session.core;
+        core.state().actions.stop();
+        core.room.notify_waiters();
     }
 
     /// Queues one action. While dispatch runs, waits for room. On an error nothing is queued.
@@ -320,11 +259,11 @@ impl PolicyClient {
     pub async fn put_chunk(&self, chunk: impl Into<ActionChunk>, mode: PutMode) -> Result<()> {
         let chunk = self.checked(chunk.into())?;
         loop {
-            let room = self.shared.room.notified();
+            let room = self.session.core.room.notified();
             tokio::pin!(room);
             // From here on no notification is missed.
             room.as_mut().enable();
-            match self.offer(&chunk, mode) {
+            match self.put(&chunk, mode) {
                 Err(Error::QueueFull { rows, capacity, dispatching: true, .. }) if rows <= capacity => {
                     room.await
                 }
@@ -346,13 +285,14 @@ impl PolicyClient {
     /// # Errors
     /// As [`PolicyClient::try_put_action`].
     pub fn try_put_chunk(&self, chunk: impl Into<ActionChunk>, mode: PutMode) -> Result<()> {
-        self.offer(&self.checked(chunk.into())?, mode)
+        self.put(&self.checked(chunk.into())?, mode)
     }
 
     /// Drops the actions that are queued.
     pub fn clear_actions(&self) {
-        lock(&self.shared.state).dispatch.clear();
-        self.shared.room.notify_waiters();
+        let core = &self.session.core;
+        core.state().actions.clear();
+        core.room.notify_waiters();
     }
 
     /// Sends actions now, past the queue.
@@ -361,103 +301,66 @@ impl PolicyClient {
     /// [`Error::InvalidAction`], [`Error::ActionRefused`] for an action sent earlier, or the session's end.
     pub async fn send_action(&self, actions: impl Into<ActionChunk>) -> Result<()> {
         let actions = self.checked(actions.into())?;
-        let outgoing = {
-            let mut state = lock(&self.shared.state);
+        let message = {
+            let mut state = self.session.core.state();
             state.check_alive()?;
-            if let Some(fault) = state.refusal.take() {
-                return Err(Error::ActionRefused(fault));
-            }
-            let seen = state.seen.clone();
-            state.action(actions, seen)
+            state.actions.check_refusal()?;
+            state.actions.message(actions)
         };
-        self.shared.act(outgoing).await
+        self.session.sink.send_actions(message).await
     }
 
     /// How long ago, by this host's clock, the server's host captured something, such as
     /// `obs["wrist_cam"].captured_at`; `None` before the clocks were compared, which takes one round trip.
     pub fn age(&self, captured_at: Timestamp) -> Option<Duration> {
-        lock(&self.shared.state).age(captured_at, self.shared.now())
+        let core = &self.session.core;
+        core.state().age(captured_at, core.now())
     }
 
     /// How the session is doing.
     pub fn stats(&self) -> ClientStats {
-        lock(&self.shared.state).stats(self.shared.now())
+        let core = &self.session.core;
+        core.state().stats(core.now())
     }
 
-    /// Says goodbye. Afterwards every call fails with [`Error::Closed`]. The robot holds, and is free for the
-    /// next client when this returns; a server that does not answer is waited for 1 s.
+    /// Closes the connection. Afterwards every call fails with [`Error::Closed`]. When this returns, the robot holds
+    /// and is free for the next client; a server that does not respond is waited for 1 s.
     ///
     /// # Errors
-    /// None so far: a connection that is gone already is closed, too.
+    /// None so far: a connection that is lost already is closed, too.
     pub async fn close(&self) -> Result<()> {
-        self.shared.end(Error::Closed);
-        // As long as they take to say goodbye, which has a limit.
-        self.shared.control.gone().await;
-        self.shared.observations.gone().await;
-        lock(&self.shared.state).ended = Some(Error::Closed);
+        self.session.close().await;
         Ok(())
     }
 
     // ---- Helpers ------------------------------------------------------------------------------------------
 
-    async fn ask(&self, request: Request, kind: RequestKind) -> Result<Reply> {
-        if let Some(legacy) = &self.shared.legacy {
-            return legacy.ask(&self.shared, request).await;
-        }
-        let lane = self.lane_of(&request);
-        let (frame, answered) = {
-            let mut state = lock(&self.shared.state);
-            let id = state.next_request()?;
-            let frame = lane.codec.encode(&Message::Request { id, request })?;
-            (frame, state.asked(id, kind))
-        };
-        if kind == RequestKind::Reset {
-            // It has emptied the action queue.
-            self.shared.room.notify_waiters();
-        }
-        self.shared.send(lane, frame).await?;
-        answered.await.unwrap_or(Err(Error::Closed))
-    }
-
-    fn lane_of(&self, request: &Request) -> &Lane {
-        match request {
-            Request::GetObs | Request::Subscribe(_) | Request::Unsubscribe => &self.shared.observations,
-            Request::Hello(_) | Request::GetMetadata | Request::Reset { .. } | Request::Step { .. } => {
-                &self.shared.control
-            }
-        }
-    }
-
-    async fn ask_briefly(&self, request: Request, kind: RequestKind, what: &'static str) -> Result<Reply> {
+    /// A request that the server answers at once; `what` is its reply.
+    async fn request_within(&self, request: Request, what: &'static str) -> Result<Reply> {
         let waited = self.request_timeout;
-        timeout(waited, self.ask(request, kind)).await.map_err(|_| Error::Timeout { what, waited })?
+        let reply = timeout(waited, self.session.wire.request(request)).await;
+        reply.map_err(|_| Error::Timeout { what, waited })?
     }
 
-    fn offer(&self, chunk: &ActionChunk, mode: PutMode) -> Result<()> {
-        let mut state = lock(&self.shared.state);
+    /// Queues a chunk if there is room now.
+    fn put(&self, chunk: &ActionChunk, mode: PutMode) -> Result<()> {
+        let core = &self.session.core;
+        let mut state = core.state();
         state.check_alive()?;
-        if let Some(fault) = state.refusal.take() {
-            return Err(Error::ActionRefused(fault));
-        }
-        let rows = state.rows(chunk);
-        let was_idle = state.dispatch.queued() == 0;
-        state.dispatch.offer(rows, mode, self.shared.now()).map_err(|rows| Error::QueueFull {
-            rows: rows.len(),
-            queued: state.dispatch.queued(),
-            capacity: state.dispatch.capacity(),
-            dispatching: state.dispatch.is_running(),
-        })?;
+        state.actions.check_refusal()?;
+        let was_empty = state.actions.len() == 0;
+        state.actions.put(chunk, mode, core.now())?;
         drop(state);
-        if was_idle {
-            self.shared.dispatcher.wake();
+        if was_empty {
+            core.dispatch.wake();
         }
         Ok(())
     }
 
+    /// The chunk, if it is what the robot declares. A legacy server declares nothing: its dimension is 0, for any.
     fn checked(&self, chunk: ActionChunk) -> Result<ActionChunk> {
         let declared = &self.welcome.robot.action_spec;
-        if self.shared.legacy.is_some() {
-            // Which dimension is right, the server alone knows.
+        if declared.dimension == 0 {
             ActionSpec { dimension: chunk.dimension(), ..declared.clone() }.check(&chunk)?;
         } else {
             declared.check(&chunk)?;
@@ -465,15 +368,9 @@ impl PolicyClient {
         Ok(chunk)
     }
 
-    fn check_stream(&self) -> Result<()> {
-        let state = lock(&self.shared.state);
-        state.check_alive()?;
-        if let Stream::Failed(error) = &state.stream { Err(error.clone()) } else { Ok(()) }
-    }
-
-    /// Notes what the caller has seen: its next actions come from it.
+    /// Notes that the caller was given this observation: its next actions come from it.
     fn see(&self, obs: Arc<Observation>) -> Arc<Observation> {
-        lock(&self.shared.state).see(&obs);
+        self.session.core.state().actions.see(&obs);
         obs
     }
 }

@@ -1,100 +1,137 @@
-//! One connection of a session: its sending side, which calls, loops and the dispatcher share.
+//! One connection of a session: its sending side, from any thread. Its loops are in `session`.
 
 use std::{
     future::{Future, poll_fn},
-    pin::Pin,
     sync::{Arc, Weak},
     task::Poll,
 };
 
-use chiral_proto::{Codec, Frame, Transport, TransportError};
-use chiral_transport::{IdleTimeout, Runtime};
+use chiral_proto::{Codec, Frame, Message, Notice, TransportError, message::ActionMessage};
+use chiral_transport::{IdleTimeout, Pacing, Runtime};
 use tokio::sync::{Notify, watch};
 
-/// What a connection carries.
+use crate::{
+    core::Core,
+    dispatch::thread::ActionSink,
+    error::Error,
+    transport::{BoxFuture, DynTransport},
+};
+
+/// Which of a session's lanes a connection is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Carries {
-    /// It is the session's only one.
-    Everything,
+pub(crate) enum Lane {
+    /// Both: it is the session's only connection.
+    Both,
     /// Subscriptions, credit and `get_obs`; and everything with an observation in it.
     Observations,
     /// Everything else.
     Control,
 }
 
-/// A connection, to who sends by it; from any thread.
-pub(crate) struct Lane {
-    pub(crate) carries: Carries,
-    pub(crate) codec: Codec,
-    /// Something for its send loop has changed.
-    pub(crate) changed: Notify,
-    pub(crate) host: Runtime,
+/// A transport, what drives it and what notices that its peer is idle.
+pub(crate) struct Link {
+    pub(crate) transport: Arc<dyn DynTransport>,
+    pub(crate) runtime: Runtime,
     pub(crate) idle_timeout: IdleTimeout,
-    /// Held by its loops, so that it is closed when they end, whoever still has a client.
-    carrier: Weak<dyn Carrier>,
-    gone: watch::Sender<bool>,
 }
 
-type Sending = Pin<Box<dyn Future<Output = Result<(), TransportError>> + Send>>;
-
-/// A transport behind a pointer, so that a client is one type whatever it connects by.
-trait Carrier: Send + Sync {
-    fn send(self: Arc<Self>, frame: Frame) -> Sending;
+/// The sending side of a connection.
+pub(crate) struct Connection {
+    pub(crate) lane: Lane,
+    pub(crate) codec: Codec,
+    pub(crate) runtime: Runtime,
+    pub(crate) idle_timeout: IdleTimeout,
+    /// Notified when there is something new for the send loop.
+    pub(crate) changed: Notify,
+    core: Arc<Core>,
+    /// The loops own it, so that it is closed when they end, even if clients are left.
+    transport: Weak<dyn DynTransport>,
+    /// Turns an error of the transport into the session's end.
+    lost: fn(TransportError) -> Error,
+    pacing: Pacing,
+    closed: watch::Sender<bool>,
 }
 
-impl<T: Transport> Carrier for T {
-    fn send(self: Arc<Self>, frame: Frame) -> Sending {
-        Box::pin(async move { Transport::send(&*self, frame).await })
-    }
-}
-
-impl Lane {
-    pub(crate) fn new<T: Transport>(
-        carries: Carries,
-        transport: &Arc<T>,
-        host: Runtime,
-        idle_timeout: IdleTimeout,
-    ) -> Lane {
-        let carrier: Weak<T> = Arc::downgrade(transport);
-        Lane {
-            carries,
-            codec: transport.codec(),
+impl Connection {
+    pub(crate) fn new(
+        core: Arc<Core>,
+        lane: Lane,
+        link: &Link,
+        pacing: Pacing,
+        lost: fn(TransportError) -> Error,
+    ) -> Connection {
+        Connection {
+            lane,
+            codec: link.transport.codec(),
+            runtime: link.runtime.clone(),
+            idle_timeout: link.idle_timeout.clone(),
             changed: Notify::new(),
-            host,
-            idle_timeout,
-            carrier,
-            gone: watch::Sender::new(false),
+            core,
+            transport: Arc::downgrade(&link.transport),
+            lost,
+            pacing,
+            closed: watch::Sender::new(false),
         }
     }
 
-    /// Sends from the caller's own thread, if the link is ready. Otherwise the connection's host does it in
-    /// its turn, also if the caller stops waiting for it: half a frame would be the end of the connection.
-    pub(crate) async fn send(&self, frame: Frame) -> Result<(), TransportError> {
+    /// Encodes and sends a message.
+    pub(crate) async fn send_message(&self, message: &Message) -> Result<(), Error> {
+        self.send(self.codec.encode(message)?).await
+    }
+
+    /// Sends a frame. A connection that fails at it ends the session.
+    pub(crate) async fn send(&self, frame: Frame) -> Result<(), Error> {
+        if let Err(error) = self.try_send(frame).await {
+            self.core.end((self.lost)(error));
+        }
+        self.core.state().check_alive()
+    }
+
+    /// Sends on the calling thread if the link is ready. Otherwise the connection's runtime completes it, also if
+    /// the caller stops waiting: half a frame would be the end of the connection.
+    pub(crate) async fn try_send(&self, frame: Frame) -> Result<(), TransportError> {
         let ended = || TransportError::lost("the session ended");
-        let mut sending = self.carrier.upgrade().ok_or_else(ended)?.send(frame);
+        let mut sending = self.transport.upgrade().ok_or_else(ended)?.send(frame);
         if let Poll::Ready(sent) = poll_fn(|context| Poll::Ready(sending.as_mut().poll(context))).await {
             return sent;
         }
-        let gone = self.gone();
-        let finishing = self.host.spawn(async move {
+        let closed = self.closed();
+        let completing = self.runtime.spawn(async move {
             tokio::select! {
                 sent = sending => sent,
-                () = gone => Err(ended()),
+                () = closed => Err(ended()),
             }
         });
-        finishing.await.unwrap_or_else(|_| Err(ended()))
+        completing.await.unwrap_or_else(|_| Err(ended()))
     }
 
-    /// The connection is closed; who is still sending is let go.
-    pub(crate) fn leave(&self) {
-        self.gone.send_replace(true);
+    /// The end of the session that an error of the transport means.
+    pub(crate) fn lost(&self, error: TransportError) -> Error {
+        (self.lost)(error)
+    }
+
+    /// Actions are about to be sent: large messages that arrive meanwhile leave the core to them.
+    pub(crate) fn note_action(&self) {
+        self.pacing.ask();
+    }
+
+    /// Marks the connection as closed. Sends that still wait for the link fail.
+    pub(crate) fn close(&self) {
+        self.closed.send_replace(true);
     }
 
     /// Returns when the connection is closed.
-    pub(crate) fn gone(&self) -> impl Future<Output = ()> + Send + 'static {
-        let mut gone = self.gone.subscribe();
+    pub(crate) fn closed(&self) -> impl Future<Output = ()> + Send + 'static {
+        let mut closed = self.closed.subscribe();
         async move {
-            let _ = gone.wait_for(|gone| *gone).await;
+            let _ = closed.wait_for(|closed| *closed).await;
         }
+    }
+}
+
+impl ActionSink for Connection {
+    fn send_actions(&self, message: ActionMessage) -> BoxFuture<'_, Result<(), Error>> {
+        self.note_action();
+        Box::pin(async move { self.send_message(&Message::Notice(Notice::Action(message))).await })
     }
 }

@@ -1,6 +1,6 @@
-//! Which robots there are, without an address.
+//! Finds robots without an address.
 
-use std::time::Duration;
+use std::{path::PathBuf, time::Duration};
 
 use bytes::Bytes;
 use chiral_proto::{CameraSpec, Codec, Frame, Message, Reply};
@@ -26,29 +26,30 @@ pub struct DiscoveredRobot {
 
 /// The robots that answer within `duration`, in order of their names.
 pub(crate) async fn discover(
-    options: &ZenohSessionOptions,
+    config: Option<PathBuf>,
     duration: Duration,
 ) -> Result<Vec<DiscoveredRobot>, Error> {
-    let mut search = Scout::begin(options, duration).await.map_err(failed)?;
-    let mut sightings = Vec::new();
-    while let Some(sighting) = search.next().await {
-        sightings.push(sighting);
+    let options = ZenohSessionOptions { config, ..ZenohSessionOptions::default() };
+    let mut scout = Scout::begin(&options, duration).await.map_err(failed)?;
+    let mut scouted = Vec::new();
+    while let Some(robot) = scout.next().await {
+        scouted.push(robot);
     }
-    Ok(merge(sightings))
+    Ok(merge(scouted))
 }
 
 /// One of each name, with the addresses of its own server if there are any, and otherwise those of whoever
 /// leads to it.
-fn merge(mut sightings: Vec<ScoutedRobot>) -> Vec<DiscoveredRobot> {
-    sightings.sort_by(|a, b| (&a.robot, !a.is_own, &a.locator).cmp(&(&b.robot, !b.is_own, &b.locator)));
+fn merge(mut scouted: Vec<ScoutedRobot>) -> Vec<DiscoveredRobot> {
+    scouted.sort_by(|a, b| (&a.robot, !a.is_own, &a.locator).cmp(&(&b.robot, !b.is_own, &b.locator)));
     let mut robots: Vec<DiscoveredRobot> = Vec::new();
-    for same in sightings.chunk_by(|a, b| a.robot == b.robot) {
+    for same in scouted.chunk_by(|a, b| a.robot == b.robot) {
         let [first, ..] = same else { continue };
-        let of_its_kind = same.iter().filter(|sighting| sighting.is_own == first.is_own);
-        let mut addresses: Vec<String> = of_its_kind.map(|sighting| sighting.locator.clone()).collect();
+        let of_its_kind = same.iter().filter(|robot| robot.is_own == first.is_own);
+        let mut addresses: Vec<String> = of_its_kind.map(|robot| robot.locator.clone()).collect();
         addresses.dedup();
         // Who cannot say what he is, is no robot of ours.
-        let Some((cameras, controller)) = same.iter().find_map(|sighting| understand(&sighting.info)) else {
+        let Some((cameras, controller)) = same.iter().find_map(|robot| robot_info(&robot.info)) else {
             continue;
         };
         robots.push(DiscoveredRobot { name: first.robot.clone(), cameras, controller, addresses });
@@ -57,7 +58,7 @@ fn merge(mut sightings: Vec<ScoutedRobot>) -> Vec<DiscoveredRobot> {
 }
 
 /// The cameras, and who controls the robot.
-fn understand(info: &[u8]) -> Option<(Vec<CameraSpec>, Option<String>)> {
+fn robot_info(info: &[u8]) -> Option<(Vec<CameraSpec>, Option<String>)> {
     match Codec::Protobuf.decode(Frame::from(Bytes::copy_from_slice(info))) {
         Ok(Message::Reply { reply: Reply::Welcome(welcome), .. }) => {
             let controller = Some(welcome.controller).filter(|name| !name.is_empty());

@@ -1,22 +1,21 @@
-//! What an address leads to: WebSocket or Zenoh, one server and one connection whichever it is.
+//! What an address leads to: a WebSocket server or a robot on a Zenoh network.
 
-use std::time::Duration;
+use std::{sync::Arc, time::Duration};
 
-use chiral_proto::{Codec, Frame, Transport, TransportError, pool::Pool};
-use chiral_transport::{IdleTimeout, Pacing};
+use chiral_transport::IdleTimeout;
 
 #[cfg(feature = "websocket")]
 use crate::websocket;
 #[cfg(feature = "zenoh")]
 use crate::zenoh;
 use crate::{
-    builder::{ConnectError, ConnectOptions},
-    connection::Carries,
+    connect::options::{ConnectError, ConnectOptions, LinkOptions},
     error::Error,
+    transport::DynTransport,
 };
 
-/// Beginnings of addresses of Zenoh's, those among them that this client was not built for.
-const ZENOHS: &[&str] = &[
+/// How addresses of Zenoh begin, also those that this client does not support.
+const ZENOH_PREFIXES: &[&str] = &[
     "tcp/",
     "tls/",
     "quic/",
@@ -30,146 +29,71 @@ const ZENOHS: &[&str] = &[
     "unixpipe/",
 ];
 
-/// How to reach a server. A clone is the same server.
+/// Where a server is and how it is reached. A clone is the same endpoint.
 #[derive(Clone)]
-pub(crate) enum Server {
+pub(crate) enum Endpoint {
     #[cfg(feature = "websocket")]
-    WebSocket(websocket::Server),
+    WebSocket(websocket::Endpoint),
     #[cfg(feature = "zenoh")]
-    Zenoh(zenoh::Server),
+    Zenoh(zenoh::Endpoint),
 }
 
-/// A connection to a server.
-pub(crate) enum Connection {
-    #[cfg(feature = "websocket")]
-    WebSocket(Box<websocket::Connection>),
-    #[cfg(feature = "zenoh")]
-    Zenoh(Box<chiral_transport::zenoh::ZenohTransport>),
-    /// With a legacy server, which was asked so often whether it is there.
-    #[cfg(feature = "zenoh")]
-    Legacy(Box<chiral_transport::zenoh::LegacyTransport>, u64),
-}
-
-impl Server {
-    /// The server at this address, reached as the builder's options say.
-    pub(crate) fn parse(uri: &str, means: &ConnectOptions) -> Result<Server, Error> {
-        let refuse = |reason: &str| Error::Address { uri: uri.to_owned(), reason: reason.to_owned() };
+impl Endpoint {
+    /// The endpoint at the options' address.
+    pub(crate) fn parse(options: &ConnectOptions) -> Result<Endpoint, Error> {
+        let uri = &options.uri;
+        let refuse = |reason: &str| Error::Address { uri: uri.clone(), reason: reason.to_owned() };
         #[cfg(feature = "zenoh")]
-        if zenoh::Server::is_meant(uri) {
-            return zenoh::Server::parse(uri, means).map(Server::Zenoh);
+        if zenoh::Endpoint::accepts(uri) {
+            return zenoh::Endpoint::parse(options).map(Endpoint::Zenoh);
         }
-        if ZENOHS.iter().any(|beginning| uri.starts_with(beginning)) {
+        if ZENOH_PREFIXES.iter().any(|prefix| uri.starts_with(prefix)) {
             return Err(refuse(if cfg!(feature = "zenoh") {
                 "of Zenoh's addresses only tcp/, tls/, quic/, unixsock-stream/ and zenoh: are supported"
             } else {
                 "it is an address of Zenoh, which this program was built without"
             }));
         }
-        if means.robot.is_some() {
+        if options.robot.is_some() {
             return Err(refuse("a robot's name is asked for, where there can be only one robot"));
         }
-        if means.zenoh_config.is_some() {
+        if options.zenoh_config.is_some() {
             return Err(refuse("a Zenoh configuration is given for an address that is none of Zenoh's"));
         }
         #[cfg(feature = "websocket")]
-        return websocket::Server::parse(uri, means).map(Server::WebSocket);
+        return websocket::Endpoint::parse(options).map(Endpoint::WebSocket);
         #[cfg(not(feature = "websocket"))]
         Err(refuse("it is none of Zenoh's, and this program was built without WebSocket"))
     }
 
-    /// Between two attempts to connect.
+    /// The pause between two attempts to connect.
     pub(crate) fn retry_period(&self) -> Duration {
         match self {
             #[cfg(feature = "websocket")]
-            Server::WebSocket(_) => Duration::from_millis(100),
+            Endpoint::WebSocket(_) => Duration::from_millis(100),
             #[cfg(feature = "zenoh")]
-            Server::Zenoh(_) => zenoh::RETRY_PERIOD,
+            Endpoint::Zenoh(_) => zenoh::RETRY_PERIOD,
         }
     }
 
-    /// One attempt to connect, for what such a connection carries.
+    /// One attempt to connect.
     pub(crate) async fn connect(
         &self,
-        carries: Carries,
-        max_frame: usize,
-        pool: Pool,
-        #[cfg_attr(
-            not(feature = "websocket"),
-            expect(unused_variables, reason = "Zenoh's large messages give way by themselves")
-        )]
-        pacing: Pacing,
-    ) -> Result<Connection, ConnectError> {
+        options: LinkOptions,
+    ) -> Result<(Arc<dyn DynTransport>, IdleTimeout), ConnectError> {
         match self {
             #[cfg(feature = "websocket")]
-            Server::WebSocket(server) => Ok(Connection::WebSocket(Box::new(
-                websocket::connect(server, carries, max_frame, pool, pacing).await?,
-            ))),
+            Endpoint::WebSocket(endpoint) => {
+                let transport = websocket::connect(endpoint, options).await?;
+                let idle_timeout = transport.idle_timeout();
+                Ok((Arc::new(transport), idle_timeout))
+            }
             #[cfg(feature = "zenoh")]
-            Server::Zenoh(server) => server.connect(carries, max_frame, pool).await,
+            Endpoint::Zenoh(endpoint) => {
+                let transport = endpoint.connect(options).await?;
+                let idle_timeout = transport.idle_timeout();
+                Ok((Arc::new(transport), idle_timeout))
+            }
         }
-    }
-}
-
-impl Connection {
-    /// Expires when nothing has arrived for too long.
-    pub(crate) fn idle_timeout(&self) -> IdleTimeout {
-        match self {
-            #[cfg(feature = "websocket")]
-            Connection::WebSocket(transport) => transport.idle_timeout(),
-            #[cfg(feature = "zenoh")]
-            Connection::Zenoh(transport) => transport.idle_timeout(),
-            // Nobody else than the server's own session there tells whether it is alive.
-            #[cfg(feature = "zenoh")]
-            Connection::Legacy(..) => IdleTimeout::never(),
-        }
-    }
-
-    /// How often a legacy server was asked before it answered, on a network where questions may be lost; 0
-    /// elsewhere.
-    pub(crate) fn probes(&self) -> u64 {
-        match self {
-            #[cfg(feature = "websocket")]
-            Connection::WebSocket(_) => 0,
-            #[cfg(feature = "zenoh")]
-            Connection::Zenoh(_) => 0,
-            #[cfg(feature = "zenoh")]
-            Connection::Legacy(_, probes) => *probes,
-        }
-    }
-}
-
-/// Both are the same, but for the type.
-macro_rules! either {
-    ($connection:expr, $transport:ident => $call:expr) => {
-        match $connection {
-            #[cfg(feature = "websocket")]
-            Connection::WebSocket($transport) => $call,
-            #[cfg(feature = "zenoh")]
-            Connection::Zenoh($transport) => $call,
-            #[cfg(feature = "zenoh")]
-            Connection::Legacy($transport, _) => $call,
-        }
-    };
-}
-
-impl Transport for Connection {
-    async fn send(&self, frame: Frame) -> Result<(), TransportError> {
-        either!(self, transport => transport.send(frame).await)
-    }
-
-    async fn recv(&self) -> Result<Option<Frame>, TransportError> {
-        either!(self, transport => transport.recv().await)
-    }
-
-    async fn close(&self) {
-        either!(self, transport => transport.close().await)
-    }
-
-    fn codec(&self) -> Codec {
-        either!(self, transport => transport.codec())
-    }
-
-    fn peer(&self) -> &str {
-        either!(self, transport => transport.peer())
     }
 }

@@ -135,7 +135,7 @@ pub enum Error {
     },
     /// The request cannot be put on the wire.
     #[error(transparent)]
-    EncodeError(#[from] EncodeError),
+    Encode(#[from] EncodeError),
     /// The server said something that cannot be understood.
     #[error("the server sent a malformed message: {0}")]
     Malformed(DecodeError),

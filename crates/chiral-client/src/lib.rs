@@ -24,7 +24,9 @@
 pub mod blocking;
 mod builder;
 mod client;
+mod connect;
 mod connection;
+mod core;
 #[cfg(feature = "zenoh")]
 mod discover;
 mod dispatch;
@@ -32,11 +34,14 @@ mod dispatch;
 mod endpoint;
 mod error;
 mod legacy;
+mod native;
 mod session;
 mod state;
 mod stats;
+mod transport;
 #[cfg(feature = "websocket")]
 mod websocket;
+mod wire;
 #[cfg(feature = "zenoh")]
 mod zenoh;
 

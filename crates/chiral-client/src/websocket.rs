@@ -10,8 +10,8 @@ use std::{
     time::Duration,
 };
 
-use chiral_proto::{Codec, pool::Pool};
-use chiral_transport::{Pacing, Role, SUBPROTOCOL, WebSocketOptions, WebSocketTransport, tcp};
+use chiral_proto::Codec;
+use chiral_transport::{Role, SUBPROTOCOL, WebSocketOptions, WebSocketTransport, tcp};
 use tokio::{
     io::{AsyncRead, AsyncWrite, ReadBuf},
     net::TcpStream,
@@ -37,22 +37,19 @@ use tokio_tungstenite::{
 };
 
 use crate::{
-    builder::{ConnectError, ConnectOptions},
-    connection::Carries,
+    connect::options::{ConnectError, ConnectOptions, LinkOptions},
+    connection::Lane,
     error::Error,
 };
 
 /// For the name, the connection, TLS and the upgrade together.
-const HANDSHAKE_LIMIT: Duration = Duration::from_secs(5);
+const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(5);
 /// Of what a server that is none says, as much as an error should show.
 const MAX_HTTP_TEXT: usize = 200;
 
-/// A connection to a server.
-pub(crate) type Connection = WebSocketTransport<Stream>;
-
 /// How to reach a server at a `ws://` or `wss://` address.
 #[derive(Clone)]
-pub(crate) struct Server {
+pub(crate) struct Endpoint {
     uri: Uri,
     host: String,
     port: u16,
@@ -62,10 +59,10 @@ pub(crate) struct Server {
     idle_timeout: Duration,
 }
 
-impl Server {
-    pub(crate) fn parse(address: &str, means: &ConnectOptions) -> Result<Server, Error> {
-        let refuse = |reason: String| Error::Address { uri: address.to_owned(), reason };
-        let uri: Uri = address.parse().map_err(|error| refuse(format!("{error}")))?;
+impl Endpoint {
+    pub(crate) fn parse(options: &ConnectOptions) -> Result<Endpoint, Error> {
+        let refuse = |reason: String| Error::Address { uri: options.uri.clone(), reason };
+        let uri: Uri = options.uri.parse().map_err(|error| refuse(format!("{error}")))?;
         let (is_tls, default_port) = match uri.scheme_str() {
             Some("ws") => (false, 80),
             Some("wss") => (true, 443),
@@ -77,9 +74,9 @@ impl Server {
             .filter(|host| !host.is_empty())
             .ok_or_else(|| refuse("it names no host".to_owned()))?;
         let host = host.trim_matches(['[', ']']).to_owned();
-        let tls = if is_tls { Some(tls(means.root_certificates.as_deref())?) } else { None };
-        let (codec, idle_timeout) = (means.codec, means.idle_timeout);
-        Ok(Server { port: uri.port_u16().unwrap_or(default_port), host, tls, uri, codec, idle_timeout })
+        let tls = if is_tls { Some(tls(options.root_certificates.as_deref())?) } else { None };
+        let (codec, idle_timeout) = (options.codec, options.idle_timeout);
+        Ok(Endpoint { port: uri.port_u16().unwrap_or(default_port), host, tls, uri, codec, idle_timeout })
     }
 }
 
@@ -151,45 +148,44 @@ impl AsyncWrite for Stream {
 
 /// One attempt to connect.
 pub(crate) async fn connect(
-    server: &Server,
-    carries: Carries,
-    max_message: usize,
-    pool: Pool,
-    pacing: Pacing,
-) -> Result<Connection, ConnectError> {
+    endpoint: &Endpoint,
+    options: LinkOptions,
+) -> Result<WebSocketTransport<Stream>, ConnectError> {
     let attempt = async {
         // A session's second connection is one of ours, or none.
-        let codec = if carries == Carries::Observations { Some(Codec::Protobuf) } else { server.codec };
-        let (stream, codec) = agree(server, codec).await?;
-        let peer = server.uri.to_string();
+        let codec = if options.lane == Lane::Observations { Some(Codec::Protobuf) } else { endpoint.codec };
+        let (stream, codec) = agree(endpoint, codec).await?;
+        let peer = endpoint.uri.to_string();
         let options = WebSocketOptions {
             role: Role::Client,
-            max_message,
-            pool,
-            pacing,
+            max_message: options.max_frame,
+            pool: options.shared.pool,
+            pacing: options.shared.pacing,
             codec,
             peer,
-            idle_timeout: server.idle_timeout,
+            idle_timeout: endpoint.idle_timeout,
             pings: codec == Codec::Msgpack,
         };
         Ok(WebSocketTransport::new(stream, &[], options))
     };
-    match timeout(HANDSHAKE_LIMIT, attempt).await {
+    match timeout(HANDSHAKE_TIMEOUT, attempt).await {
         Ok(outcome) => outcome,
-        Err(_) => Err(ConnectError::Absent(format!("no handshake within {} s", HANDSHAKE_LIMIT.as_secs()))),
+        Err(_) => {
+            Err(ConnectError::Unavailable(format!("no handshake within {} s", HANDSHAKE_TIMEOUT.as_secs())))
+        }
     }
 }
 
 /// A connection that was upgraded, and what is spoken on it. Legacy servers know no subprotocol: they
 /// upgrade and choose none, or refuse the upgrade because of it, as some libraries do with everything that
 /// they were not told of. Then they are asked again without.
-async fn agree(server: &Server, codec: Option<Codec>) -> Result<(Stream, Codec), ConnectError> {
-    let mut stream = open(server).await?;
+async fn agree(endpoint: &Endpoint, codec: Option<Codec>) -> Result<(Stream, Codec), ConnectError> {
+    let mut stream = open(endpoint).await?;
     if codec == Some(Codec::Msgpack) {
-        upgrade(server, &mut stream, None).await.map_err(judge)?;
+        upgrade(endpoint, &mut stream, None).await.map_err(judge)?;
         return Ok((stream, Codec::Msgpack));
     }
-    let Err(error) = upgrade(server, &mut stream, Some(SUBPROTOCOL)).await else {
+    let Err(error) = upgrade(endpoint, &mut stream, Some(SUBPROTOCOL)).await else {
         return Ok((stream, Codec::Protobuf));
     };
     let chose_none = matches!(
@@ -202,8 +198,8 @@ async fn agree(server: &Server, codec: Option<Codec>) -> Result<(Stream, Codec),
         // All else of the handshake was good, and was checked before: this connection will do.
         None if chose_none => {}
         None if refused => {
-            stream = open(server).await?;
-            if upgrade(server, &mut stream, None).await.is_err() {
+            stream = open(endpoint).await?;
+            if upgrade(endpoint, &mut stream, None).await.is_err() {
                 // It did not mind the subprotocol alone.
                 return Err(judge(error));
             }
@@ -211,17 +207,20 @@ async fn agree(server: &Server, codec: Option<Codec>) -> Result<(Stream, Codec),
         Some(Codec::Protobuf) if chose_none => return Err(ConnectError::Failed(Error::NotProtobuf)),
         _ => return Err(judge(error)),
     }
-    tracing::info!("the server at {} knows no {SUBPROTOCOL}: taken for a legacy one, of msgpack", server.uri);
+    tracing::info!(
+        "the server at {} knows no {SUBPROTOCOL}: taken for a legacy one, of msgpack",
+        endpoint.uri
+    );
     Ok((stream, Codec::Msgpack))
 }
 
 /// The opening handshake, with this subprotocol offered.
 async fn upgrade(
-    server: &Server,
+    endpoint: &Endpoint,
     stream: &mut Stream,
     subprotocol: Option<&'static str>,
 ) -> Result<(), tungstenite::Error> {
-    let mut request = server.uri.clone().into_client_request()?;
+    let mut request = endpoint.uri.clone().into_client_request()?;
     if let Some(subprotocol) = subprotocol {
         request.headers_mut().insert(SEC_WEBSOCKET_PROTOCOL, HeaderValue::from_static(subprotocol));
     }
@@ -229,13 +228,13 @@ async fn upgrade(
     Ok(())
 }
 
-async fn open(server: &Server) -> Result<Stream, ConnectError> {
-    let absent = |error: io::Error| ConnectError::Absent(error.to_string());
-    let stream = TcpStream::connect((server.host.as_str(), server.port)).await.map_err(absent)?;
+async fn open(endpoint: &Endpoint) -> Result<Stream, ConnectError> {
+    let absent = |error: io::Error| ConnectError::Unavailable(error.to_string());
+    let stream = TcpStream::connect((endpoint.host.as_str(), endpoint.port)).await.map_err(absent)?;
     tcp::set_options(&stream, stream.peer_addr().map_err(absent)?);
-    let Some(tls) = &server.tls else { return Ok(Stream::Plain(stream)) };
+    let Some(tls) = &endpoint.tls else { return Ok(Stream::Plain(stream)) };
     let distrust = |error: Arc<dyn StdError + Send + Sync>| ConnectError::Failed(Error::Tls(error));
-    let name = ServerName::try_from(server.host.clone()).map_err(|error| distrust(Arc::new(error)))?;
+    let name = ServerName::try_from(endpoint.host.clone()).map_err(|error| distrust(Arc::new(error)))?;
     match tls.connect(name, stream).await {
         Ok(stream) => Ok(Stream::Tls(Box::new(stream))),
         Err(error) => Err(distrust(Arc::new(error))),
@@ -255,10 +254,10 @@ fn judge(error: tungstenite::Error) -> ConnectError {
         Io(error)
             if matches!(error.kind(), io::ErrorKind::ConnectionReset | io::ErrorKind::ConnectionAborted) =>
         {
-            ConnectError::Absent(error.to_string())
+            ConnectError::Unavailable(error.to_string())
         }
         Protocol(HandshakeIncomplete) => {
-            ConnectError::Absent("the connection closed during the handshake".to_owned())
+            ConnectError::Unavailable("the connection closed during the handshake".to_owned())
         }
         error => ConnectError::Failed(Error::Handshake(Arc::new(error))),
     }

@@ -1,84 +1,77 @@
-//! Zenoh addresses, and which robot of a network is meant. How peers meet, and what carries frames, is
-//! `chiral-transport`'s.
+//! Zenoh addresses, and which robot of a network to connect to. Sessions, discovery and transports are
+//! `chiral_transport::zenoh`.
 
 use std::{
     error::Error as StdError,
     sync::{
         Arc, Mutex,
-        atomic::{AtomicBool, AtomicU64, Ordering},
+        atomic::{AtomicBool, Ordering},
     },
     time::{Duration, Instant},
 };
 
-use chiral_proto::{
-    Codec, Message, Reply, Request, Transport, codec::msgpack, error::chain, keys, pool::Pool,
-};
+use chiral_proto::{Codec, error::chain, keys};
 use chiral_transport::zenoh::{
-    LaneKind, LegacyTransport, Scout, ZenohError, ZenohOptions, ZenohSession, ZenohSessionOptions,
+    LaneKind, Scout, ZenohError, ZenohOptions, ZenohSession, ZenohSessionOptions, ZenohTransport,
 };
-use tokio::time::timeout;
 
 use crate::{
-    builder::{ConnectError, ConnectOptions},
-    connection::Carries,
-    endpoint::Connection,
+    connect::options::{ConnectError, ConnectOptions, LinkOptions},
+    connection::Lane,
     error::Error,
     lock,
 };
 
-/// Joining a network costs more than a connection that is refused.
+/// The pause between two attempts: joining a network costs more than a connection that is refused.
 pub(crate) const RETRY_PERIOD: Duration = Duration::from_millis(500);
-/// For the answers of a network that is searched for a robot.
-const SEARCH_LIMIT: Duration = Duration::from_secs(1);
-/// So long a robot of ours may take to show on a network before legacy servers are asked whether they are
-/// there.
-const ALIVE_LIMIT: Duration = Duration::from_secs(1);
-/// For a legacy server's answer to that, before it is asked again.
-const PROBE_LIMIT: Duration = Duration::from_millis(500);
-/// After so long without anybody the network is joined anew, in case that it is another by now.
-const LOOK_LIMIT: Duration = Duration::from_secs(5);
-/// What the address of a robot without an address begins with.
-const BY_NAME: &str = "zenoh:";
+/// For the replies to a search for robots.
+const SCOUT_TIMEOUT: Duration = Duration::from_secs(1);
+/// How long a robot may take to appear on a network before legacy servers are probed.
+const ROBOT_TIMEOUT: Duration = Duration::from_secs(1);
+/// How long a session is kept on which no robot was found. The next one may be on another network.
+const SESSION_TIMEOUT: Duration = Duration::from_secs(5);
+/// How an address begins that names a robot in place of a locator.
+const NAME_PREFIX: &str = "zenoh:";
 
-/// How to reach a robot on a Zenoh network. A clone is the same robot.
+/// Where a robot is on a Zenoh network. A clone is the same endpoint.
 #[derive(Clone)]
-pub(crate) struct Server {
+pub(crate) struct Endpoint {
     uri: String,
-    asked: Option<String>,
-    /// Without a locator of ours, the network is the configuration file's, or else whatever answers a search.
+    /// The name of the robot to connect to; without one, the network's only robot.
+    robot: Option<String>,
+    /// Without a locator of ours, the network is the configuration file's, or else whichever replies to a search.
     options: ZenohSessionOptions,
-    /// The network and the robot's name, once it was found; for its second connection.
-    found: Arc<Mutex<Option<(ZenohSession, String)>>>,
-    /// Whether the last attempt found somebody who did not let us in.
-    was_refused: Arc<AtomicBool>,
-    /// The wire that is asked for; without, ours, or else that of the peers before us.
     codec: Option<Codec>,
-    /// Where nobody was found yet.
-    looking: Arc<Mutex<Option<Looking>>>,
     idle_timeout: Duration,
-    /// How often legacy servers were asked, on whatever session: they share their keys.
-    probes: Arc<AtomicU64>,
+    /// The session and the robot's name once it was found; for its second connection.
+    found: Arc<Mutex<Option<(ZenohSession, String)>>>,
+    /// Whether the last attempt was refused by a peer.
+    was_refused: Arc<AtomicBool>,
+    /// The session on which no robot was found yet.
+    joined: Arc<Mutex<Option<Joined>>>,
 }
 
-/// A network without a robot of ours, so far.
-struct Looking {
-    network: ZenohSession,
-    since: Instant,
-    /// Where legacy servers answer, once they were asked: an answer may come after the attempt that asked.
-    legacy: Option<LegacyTransport>,
+/// A session on which no robot was found so far.
+#[derive(Clone)]
+pub(crate) struct Joined {
+    pub(crate) session: ZenohSession,
+    pub(crate) since: Instant,
+    /// Whether a legacy server may be meant, and robots had time to appear.
+    may_be_legacy: bool,
 }
 
-impl Server {
-    /// Whether Zenoh knows such addresses, and this client as well.
-    pub(crate) fn is_meant(uri: &str) -> bool {
-        ["tcp/", "tls/", "quic/", "unixsock-stream/", BY_NAME]
+impl Endpoint {
+    /// Whether this is a Zenoh address that this client supports.
+    pub(crate) fn accepts(uri: &str) -> bool {
+        ["tcp/", "tls/", "quic/", "unixsock-stream/", NAME_PREFIX]
             .iter()
-            .any(|beginning| uri.starts_with(beginning))
+            .any(|prefix| uri.starts_with(prefix))
     }
 
-    pub(crate) fn parse(uri: &str, means: &ConnectOptions) -> Result<Server, Error> {
+    pub(crate) fn parse(options: &ConnectOptions) -> Result<Endpoint, Error> {
+        let uri = options.uri.as_str();
         let refuse = |reason: String| Error::Address { uri: uri.to_owned(), reason };
-        let (locator, named) = match uri.strip_prefix(BY_NAME) {
+        let (locator, named) = match uri.strip_prefix(NAME_PREFIX) {
             Some(name) => (None, Some(name).filter(|name| !name.is_empty())),
             None => (Some(uri.to_owned()), None),
         };
@@ -99,207 +92,159 @@ impl Server {
             }
             _ => {}
         }
-        let robot = means.robot.as_deref();
-        if let (Some(named), Some(robot)) = (named, robot)
+        if let (Some(named), Some(robot)) = (named, options.robot.as_deref())
             && named != robot
         {
             return Err(refuse(format!("another robot, {robot:?}, is asked for")));
         }
-        let asked = named.or(robot);
-        if let Some(robot) = asked {
+        let robot = named.or(options.robot.as_deref());
+        if let Some(robot) = robot {
             keys::check_robot(robot).map_err(|error| refuse(error.to_string()))?;
         }
-        if means.codec == Some(Codec::Msgpack)
-            && (asked.is_some() || (locator.is_none() && means.zenoh_config.is_none()))
+        if options.codec == Some(Codec::Msgpack)
+            && (robot.is_some() || (locator.is_none() && options.zenoh_config.is_none()))
         {
             return Err(refuse(
                 "legacy servers, of msgpack, have no name, only an address such as tcp/localhost:7447"
                     .to_owned(),
             ));
         }
-        let options = ZenohSessionOptions {
-            connect: locator.iter().cloned().collect(),
-            config: means.zenoh_config.clone(),
-            shared_memory: means.shared_memory,
-            ..ZenohSessionOptions::default()
-        };
-        let asked = asked.map(str::to_owned);
-        Ok(Server {
+        Ok(Endpoint {
             uri: uri.to_owned(),
-            asked,
-            options,
+            robot: robot.map(str::to_owned),
+            options: ZenohSessionOptions {
+                connect: locator.iter().cloned().collect(),
+                config: options.zenoh_config.clone(),
+                shared_memory: options.shared_memory,
+                ..ZenohSessionOptions::default()
+            },
+            codec: options.codec,
+            idle_timeout: options.idle_timeout,
             found: Arc::default(),
             was_refused: Arc::default(),
-            codec: means.codec,
-            idle_timeout: means.idle_timeout,
-            looking: Arc::default(),
-            probes: Arc::default(),
+            joined: Arc::default(),
         })
     }
 
-    /// One attempt to connect: on the network that is known already, or on a new session of it.
-    pub(crate) async fn connect(
-        &self,
-        carries: Carries,
-        max_frame: usize,
-        pool: Pool,
-    ) -> Result<Connection, ConnectError> {
-        let kind = if carries == Carries::Observations { LaneKind::Observations } else { LaneKind::Control };
-        let known = lock(&self.found).clone();
-        let (network, robot) = match known {
-            Some(known) => known,
-            None => match self.find(max_frame, &pool).await? {
-                (network, Meant::Robot(robot)) => (network, robot),
-                (_, Meant::Legacy(legacy)) => {
-                    let probes = self.probes.load(Ordering::Relaxed);
-                    return Ok(Connection::Legacy(Box::new(legacy), probes));
-                }
-            },
+    /// One attempt to connect: on the session on which the robot was found before, or on a new one.
+    pub(crate) async fn connect(&self, options: LinkOptions) -> Result<ZenohTransport, ConnectError> {
+        let kind = match options.lane {
+            Lane::Observations => LaneKind::Observations,
+            Lane::Control | Lane::Both => LaneKind::Control,
+        };
+        let found = lock(&self.found).clone();
+        let (session, robot) = match found {
+            Some(found) => found,
+            None => self.find().await?,
         };
         let options = ZenohOptions {
-            max_frame,
-            pool,
+            max_frame: options.max_frame,
+            pool: options.shared.pool,
             codec: Codec::Protobuf,
             shared_memory: None,
             idle_timeout: self.idle_timeout,
         };
-        let connected = network.connect(&robot, kind, options).await.map_err(|error| self.judge(error))?;
-        *lock(&self.found) = Some((network, robot));
-        Ok(Connection::Zenoh(Box::new(connected)))
+        let connected = session.connect(&robot, kind, options).await.map_err(|error| self.judge(error))?;
+        *lock(&self.found) = Some((session, robot));
+        Ok(connected)
     }
 
-    async fn find(&self, max_frame: usize, pool: &Pool) -> Result<(ZenohSession, Meant), ConnectError> {
-        let looking = lock(&self.looking).take().filter(|looking| looking.since.elapsed() < LOOK_LIMIT);
-        let mut looking = match looking {
-            Some(looking) => looking,
+    /// The session on which the last attempt found no robot, if a legacy server may be meant and robots had time to
+    /// appear.
+    pub(crate) fn joined_without_robot(&self) -> Option<Joined> {
+        lock(&self.joined).clone().filter(|joined| joined.may_be_legacy)
+    }
+
+    /// The robot to connect to, and a session on which it is alive.
+    async fn find(&self) -> Result<(ZenohSession, String), ConnectError> {
+        let joined = lock(&self.joined).take().filter(|joined| joined.since.elapsed() < SESSION_TIMEOUT);
+        let (session, since) = match joined {
+            Some(Joined { session, since, .. }) => (session, since),
             None => match ZenohSession::open(&self.options).await {
                 Err(ZenohError::NoLocator) => {
-                    let (locator, robot) = self.search().await?;
+                    let (locator, robot) = self.scout().await?;
                     let options = ZenohSessionOptions { connect: vec![locator], ..self.options.clone() };
-                    let network = ZenohSession::open(&options).await.map_err(|error| self.judge(error))?;
-                    return Ok((network, Meant::Robot(robot)));
+                    let session = ZenohSession::open(&options).await.map_err(|error| self.judge(error))?;
+                    return Ok((session, robot));
                 }
-                opened => {
-                    let network = opened.map_err(|error| self.judge(error))?;
-                    Looking { network, since: Instant::now(), legacy: None }
-                }
+                opened => (opened.map_err(|error| self.judge(error))?, Instant::now()),
             },
         };
         self.was_refused.store(false, Ordering::Relaxed);
-        // Before this look, which may itself have taken so long.
-        let is_patience_over = self.codec == Some(Codec::Msgpack) || looking.since.elapsed() >= ALIVE_LIMIT;
-        let absent = if self.codec == Some(Codec::Msgpack) {
-            "no legacy server answers".to_owned()
-        } else {
-            let robots = looking.network.robots().await.map_err(|error| self.judge(error))?;
-            let mut names: Vec<String> = robots.into_iter().map(|(robot, _)| robot).collect();
-            names.dedup();
-            match choose(names, self.asked.as_deref(), &self.uri) {
-                Ok(robot) => return Ok((looking.network, Meant::Robot(robot))),
-                // Legacy servers have no name to be asked for.
-                Err(ConnectError::Absent(reason)) if self.asked.is_none() && self.codec.is_none() => reason,
-                Err(attempt) => return Err(attempt),
-            }
+        let keep = |may_be_legacy| {
+            *lock(&self.joined) = Some(Joined { session: session.clone(), since, may_be_legacy });
         };
-        if is_patience_over {
-            let legacy = match looking.legacy.take() {
-                Some(legacy) => legacy,
-                None => {
-                    let declared = looking.network.legacy(keys::End::Client, max_frame, pool.clone()).await;
-                    declared.map_err(|error| self.judge(error))?
-                }
-            };
-            if self.probe(&legacy).await? {
-                return Ok((looking.network, Meant::Legacy(legacy)));
-            }
-            looking.legacy = Some(legacy);
+        if self.codec == Some(Codec::Msgpack) {
+            keep(true);
+            return Err(ConnectError::Unavailable("no legacy server answers".to_owned()));
         }
-        *lock(&self.looking) = Some(looking);
-        Err(ConnectError::Absent(absent))
-    }
-
-    /// Asks whether a legacy server is there, as legacy clients do.
-    async fn probe(&self, legacy: &LegacyTransport) -> Result<bool, ConnectError> {
-        let question = Message::Request { id: msgpack::ID, request: Request::GetMetadata };
-        let question =
-            Codec::Msgpack.encode(&question).map_err(|error| ConnectError::Failed(error.into()))?;
-        self.probes.fetch_add(1, Ordering::Relaxed);
-        let asking = async {
-            legacy.send(question).await?;
-            loop {
-                // Anything else is another client's.
-                if let Some(frame) = legacy.recv().await?
-                    && let Ok(Message::Reply { reply: Reply::Metadata(_), .. }) = Codec::Msgpack.decode(frame)
+        // Measured before the query for robots, which may itself take that long.
+        let had_time = since.elapsed() >= ROBOT_TIMEOUT;
+        let robots = session.robots().await.map_err(|error| self.judge(error))?;
+        let mut names: Vec<String> = robots.into_iter().map(|(robot, _)| robot).collect();
+        names.dedup();
+        match choose(names, self.robot.as_deref(), &self.uri) {
+            Ok(robot) => Ok((session, robot)),
+            Err(error) => {
+                // Legacy servers have no name to be found by.
+                if matches!(error, ConnectError::Unavailable(_))
+                    && self.robot.is_none()
+                    && self.codec.is_none()
                 {
-                    return Ok(());
+                    keep(had_time);
                 }
+                Err(error)
             }
-        };
-        match timeout(PROBE_LIMIT, asking).await {
-            Ok(Ok(())) => Ok(true),
-            Ok(Err(error)) => {
-                let error: chiral_proto::TransportError = error;
-                Err(ConnectError::Absent(chain(&error)))
-            }
-            Err(_) => Ok(false),
         }
     }
 
-    /// Where the robot was found without an address, and its name.
-    async fn search(&self) -> Result<(String, String), ConnectError> {
-        let mut search =
-            Scout::begin(&self.options, SEARCH_LIMIT).await.map_err(|error| self.judge(error))?;
-        let mut sightings = Vec::new();
-        while let Some(sighting) = search.next().await {
-            let is_asked = self.asked.as_ref() == Some(&sighting.robot);
-            sightings.push(sighting);
-            if is_asked {
+    /// Searches for the robot by multicast. Returns a locator by which it is reached, and its name.
+    async fn scout(&self) -> Result<(String, String), ConnectError> {
+        let mut scout =
+            Scout::begin(&self.options, SCOUT_TIMEOUT).await.map_err(|error| self.judge(error))?;
+        let mut scouted = Vec::new();
+        while let Some(robot) = scout.next().await {
+            let is_wanted = self.robot.as_ref() == Some(&robot.robot);
+            scouted.push(robot);
+            if is_wanted {
                 break;
             }
         }
-        let mut names: Vec<String> = sightings.iter().map(|sighting| sighting.robot.clone()).collect();
+        let mut names: Vec<String> = scouted.iter().map(|robot| robot.robot.clone()).collect();
         names.sort();
         names.dedup();
         if names.is_empty() {
-            return Err(ConnectError::Absent("no robot answers a search by multicast".to_owned()));
+            return Err(ConnectError::Unavailable("no robot answers a search by multicast".to_owned()));
         }
-        let robot = choose(names, self.asked.as_deref(), &self.uri)?;
-        sightings.sort_by_key(|sighting| !sighting.is_own);
-        let at = sightings.into_iter().find(|sighting| sighting.robot == robot);
-        let at = at.expect("the names are those of the sightings");
-        Ok((at.locator, robot))
+        let name = choose(names, self.robot.as_deref(), &self.uri)?;
+        // Rather its own server than a router.
+        scouted.sort_by_key(|robot| !robot.is_own);
+        let robot = scouted.into_iter().find(|robot| robot.robot == name);
+        let robot = robot.expect("the names are those of the robots");
+        Ok((robot.locator, name))
     }
 
-    /// Whether another attempt may mend it.
+    /// Whether another attempt may succeed.
     fn judge(&self, error: ZenohError) -> ConnectError {
         match error {
-            // A server that is just ending or beginning looks like one that refuses: only twice in turn is it
-            // believed.
+            // A server that is just stopping or starting looks like one that refuses. Two refusals in a row count.
             ZenohError::NotLetIn { .. } if !self.was_refused.swap(true, Ordering::Relaxed) => {
-                ConnectError::Absent(error.to_string())
+                ConnectError::Unavailable(error.to_string())
             }
             ZenohError::Locator { .. } | ZenohError::NoLocator => {
                 ConnectError::Failed(Error::Address { uri: self.uri.clone(), reason: chain(&error) })
             }
             ZenohError::Open { ref source, .. } => {
                 self.was_refused.store(false, Ordering::Relaxed);
-                ConnectError::Absent(source.to_string())
+                ConnectError::Unavailable(source.to_string())
             }
-            ZenohError::NoWord | ZenohError::NoAnswer { .. } => ConnectError::Absent(error.to_string()),
+            ZenohError::NoWord | ZenohError::NoAnswer { .. } => ConnectError::Unavailable(error.to_string()),
             error => ConnectError::Failed(failed(error)),
         }
     }
 }
 
-/// Who is to be connected to.
-enum Meant {
-    /// One of ours, by its name.
-    Robot(String),
-    /// A server that was there before us, which has answered.
-    Legacy(LegacyTransport),
-}
-
-/// What waiting does not mend.
+/// A failure that another attempt would not mend.
 pub(crate) fn failed(error: ZenohError) -> Error {
     match error {
         ZenohError::Config { file, problem } => Error::ZenohConfig { file, problem },
@@ -308,14 +253,14 @@ pub(crate) fn failed(error: ZenohError) -> Error {
     }
 }
 
-/// The robot that is meant, of those that are alive.
+/// Chooses among the robots that are alive.
 fn choose(mut alive: Vec<String>, asked: Option<&str>, uri: &str) -> Result<String, ConnectError> {
     match asked {
         Some(asked) if alive.iter().any(|name| name == asked) => Ok(asked.to_owned()),
-        Some(asked) if alive.is_empty() => Err(ConnectError::Absent(format!(
+        Some(asked) if alive.is_empty() => Err(ConnectError::Unavailable(format!(
             "no robot is alive there, or none that we may reach, nor is {asked:?}"
         ))),
-        Some(asked) => Err(ConnectError::Absent(format!(
+        Some(asked) => Err(ConnectError::Unavailable(format!(
             "no robot named {asked:?} is alive there, or we may not reach it; there are: {}",
             alive.join(", ")
         ))),
@@ -323,7 +268,7 @@ fn choose(mut alive: Vec<String>, asked: Option<&str>, uri: &str) -> Result<Stri
             Err(ConnectError::Failed(Error::SeveralRobots { uri: uri.to_owned(), names: alive }))
         }
         None => alive.pop().ok_or_else(|| {
-            ConnectError::Absent("no robot is alive there, or none that we may reach".to_owned())
+            ConnectError::Unavailable("no robot is alive there, or none that we may reach".to_owned())
         }),
     }
 }
@@ -333,14 +278,14 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_one_robot_is_taken_and_of_several_the_one_asked_for() {
+    fn the_only_robot_is_chosen_and_of_several_the_one_that_was_named() {
         let choose = |alive: &[&str], asked| match choose(
             alive.iter().map(|name| name.to_string()).collect(),
             asked,
             "tcp/a:1",
         ) {
             Ok(name) => name,
-            Err(ConnectError::Absent(reason)) => format!("absent: {reason}"),
+            Err(ConnectError::Unavailable(reason)) => format!("absent: {reason}"),
             Err(ConnectError::Failed(error)) => format!("failed: {error}"),
         };
         assert_eq!(choose(&["arm"], None), "arm");
@@ -369,13 +314,10 @@ mod tests {
             "zenoh:",
         ];
         let parse = |uri: &str, robot: Option<&str>| {
-            Server::parse(
-                uri,
-                &ConnectOptions { robot: robot.map(str::to_owned), ..ConnectOptions::default() },
-            )
+            Endpoint::parse(&ConnectOptions { robot: robot.map(str::to_owned), ..ConnectOptions::new(uri) })
         };
         for good in good {
-            assert!(Server::is_meant(good) && parse(good, None).is_ok(), "{good}");
+            assert!(Endpoint::accepts(good) && parse(good, None).is_ok(), "{good}");
         }
         let bad = [
             "tcp/",
@@ -395,7 +337,7 @@ mod tests {
             assert!(matches!(parse(uri, Some(robot)), Err(Error::Address { .. })), "{uri} {robot}");
         }
         for (uri, robot) in [("zenoh:arm", None), ("zenoh:", Some("arm")), ("zenoh:arm", Some("arm"))] {
-            assert_eq!(parse(uri, robot).ok().and_then(|server| server.asked).as_deref(), Some("arm"));
+            assert_eq!(parse(uri, robot).ok().and_then(|endpoint| endpoint.robot).as_deref(), Some("arm"));
         }
     }
 }

@@ -1,4 +1,5 @@
-//! Sending queued actions at their times.
+//! Action dispatch: one queued row is sent at each tick.
 
 pub(crate) mod queue;
 pub(crate) mod thread;
+pub(crate) mod waker;

@@ -1,8 +1,12 @@
-//! The action queue, and which row is due when. Pure: std only, `now` is passed in.
+//! The action queue: which row is due when, and from which observation it comes. Pure: `now` is passed in.
 
-use std::{collections::VecDeque, sync::Arc, time::Duration};
+use std::{collections::VecDeque, time::Duration};
 
-use chiral_proto::{Rate, Ticker, Timestamp, ValueMap, clock::Tick};
+use chiral_proto::{
+    ActionChunk, Fault, Observation, Rate, Ticker, Timestamp, clock::Tick, message::ActionMessage,
+};
+
+use crate::error::Error;
 
 /// What `put_chunk` does with the rows that are still queued.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -14,74 +18,92 @@ pub enum PutMode {
     Replace,
 }
 
-/// One action that waits for its tick.
-#[derive(Clone, Debug, PartialEq)]
-pub(crate) struct Row {
-    pub(crate) values: Vec<f32>,
-    pub(crate) from: Source,
-}
-
-/// What an action was chosen by.
-#[derive(Clone, Debug, Default, PartialEq)]
+/// The observation that an action was chosen from.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
 pub(crate) struct Source {
     pub(crate) episode: u64,
-    /// The observation's number.
+    /// The observation's sequence number; 0 before the first.
     pub(crate) observation_seq: u64,
-    /// When its cameras' frames were captured, as a legacy server put it; nobody else is told.
-    pub(crate) capture_times: Option<Arc<ValueMap>>,
 }
 
-/// The queue and its clockwork: one row a tick, on absolute deadlines.
+/// What the dispatch thread does next.
+#[derive(Debug)]
+pub(crate) enum Due {
+    /// Sends this.
+    Now(ActionMessage),
+    /// Waits this long.
+    In(Duration),
+    /// Waits until it is woken.
+    Idle,
+    /// Ends with the session.
+    Ended,
+}
+
+/// The actions of one session: those that are queued, and what became of those that were sent.
 #[derive(Debug)]
 pub(crate) struct ActionQueue {
-    queue: VecDeque<Row>,
+    session: u64,
+    rows: VecDeque<Row>,
     capacity: usize,
+    /// Runs while dispatch does.
     ticker: Option<Ticker>,
-    /// Resets under way: while there are any, nothing is due.
+    /// Resets in progress: while there are any, nothing is due.
     resets: usize,
-    /// Ticks that were missed by more than a period while a row waited.
-    pub(crate) skipped: u64,
-    /// Rows dropped because a reset overtook them.
-    pub(crate) discarded: u64,
+    /// The newest observation that the caller was given. Its next actions come from it.
+    seen: Source,
+    last_seq: u64,
+    /// The last action before the newest reset. That a reset overtook it is not a failure.
+    last_seq_before_reset: u64,
+    /// The refusal that the next `put_*` returns.
+    refusal: Option<Fault>,
+    has_ended: bool,
+    stats: ActionStats,
     /// By how much the last rows missed their ticks.
     lateness: VecDeque<Duration>,
 }
 
-impl ActionQueue {
-    /// So many of the last rows tell how late they are.
-    const REMEMBERED: usize = 1024;
+/// Counts since the session began.
+#[derive(Clone, Copy, Debug, Default)]
+pub(crate) struct ActionStats {
+    pub(crate) sent: u64,
+    pub(crate) refused: u64,
+    /// Ticks that were missed by more than a period while a row waited.
+    pub(crate) skipped: u64,
+    /// Rows dropped because a reset overtook them.
+    pub(crate) discarded: u64,
+}
 
-    pub(crate) fn new(capacity: usize) -> ActionQueue {
+/// One queued action.
+#[derive(Debug)]
+struct Row {
+    values: Vec<f32>,
+    source: Source,
+}
+
+impl ActionQueue {
+    /// Lateness is kept of this many rows.
+    const LATENESS_ROWS: usize = 1024;
+
+    pub(crate) fn new(session: u64, episode: u64, capacity: usize) -> ActionQueue {
         ActionQueue {
-            queue: VecDeque::new(),
+            session,
+            rows: VecDeque::new(),
             capacity,
             ticker: None,
             resets: 0,
-            skipped: 0,
-            discarded: 0,
+            seen: Source { episode, observation_seq: 0 },
+            last_seq: 0,
+            last_seq_before_reset: 0,
+            refusal: None,
+            has_ended: false,
+            stats: ActionStats::default(),
             lateness: VecDeque::new(),
         }
     }
 
-    pub(crate) fn capacity(&self) -> usize {
-        self.capacity
-    }
+    // ---- The caller's side --------------------------------------------------------------------------------
 
-    pub(crate) fn queued(&self) -> usize {
-        self.queue.len()
-    }
-
-    pub(crate) fn is_running(&self) -> bool {
-        self.ticker.is_some()
-    }
-
-    /// By how much the last rows missed their ticks, in order of size.
-    pub(crate) fn lateness(&self) -> Vec<Duration> {
-        let mut lateness: Vec<_> = self.lateness.iter().copied().collect();
-        lateness.sort_unstable();
-        lateness
-    }
-
+    /// Starts dispatch, or changes its rate; the first tick is now.
     pub(crate) fn start(&mut self, rate: Rate, now: Timestamp) {
         self.lateness.clear();
         self.ticker = Some(Ticker::new(rate, now));
@@ -92,102 +114,182 @@ impl ActionQueue {
     }
 
     pub(crate) fn clear(&mut self) {
-        self.queue.clear();
+        self.rows.clear();
     }
 
-    /// Queues all of the rows; gives them back if there is no room for all.
-    pub(crate) fn offer(&mut self, rows: Vec<Row>, mode: PutMode, now: Timestamp) -> Result<(), Vec<Row>> {
-        let kept = if mode == PutMode::Replace { 0 } else { self.queue.len() };
-        if kept + rows.len() > self.capacity {
-            return Err(rows);
+    pub(crate) fn len(&self) -> usize {
+        self.rows.len()
+    }
+
+    /// Queues all rows of a chunk, or none.
+    pub(crate) fn put(&mut self, chunk: &ActionChunk, mode: PutMode, now: Timestamp) -> Result<(), Error> {
+        let kept = if mode == PutMode::Replace { 0 } else { self.rows.len() };
+        if kept + chunk.rows() > self.capacity {
+            return Err(Error::QueueFull {
+                rows: chunk.rows(),
+                queued: self.rows.len(),
+                capacity: self.capacity,
+                dispatching: self.ticker.is_some(),
+            });
         }
-        self.queue.truncate(kept);
+        self.rows.truncate(kept);
         if let Some(ticker) = &mut self.ticker
-            && self.queue.is_empty()
+            && self.rows.is_empty()
+            && ticker.deadline() < now
         {
             // Ticks that passed while there was nothing to send were not missed.
-            if ticker.deadline() < now {
-                ticker.skip_due(now);
-            }
+            ticker.skip_due(now);
         }
-        self.queue.extend(rows);
+        let source = self.seen;
+        self.rows.extend(chunk.iter().map(|row| Row { values: row.to_vec(), source }));
         Ok(())
     }
 
-    /// A reset was asked for: what is queued was chosen in the old episode.
-    pub(crate) fn reset_began(&mut self) {
-        self.resets += 1;
-        self.discarded += self.queue.len() as u64;
-        self.queue.clear();
+    /// The message that sends a chunk now, past the queue.
+    pub(crate) fn message(&mut self, actions: ActionChunk) -> ActionMessage {
+        self.message_from(actions, self.seen)
     }
 
-    /// Whether a reset is under way.
-    pub(crate) fn is_held_up(&self) -> bool {
+    /// The caller was given this observation. Its next actions come from it, or from a newer one that it was
+    /// given before.
+    pub(crate) fn see(&mut self, observation: &Observation) {
+        let source = Source { episode: observation.episode, observation_seq: observation.seq };
+        self.seen = self.seen.max(source);
+    }
+
+    pub(crate) fn seen(&self) -> Source {
+        self.seen
+    }
+
+    /// Fails with the refusal of an earlier action, once.
+    pub(crate) fn check_refusal(&mut self) -> Result<(), Error> {
+        self.refusal.take().map_or(Ok(()), |fault| Err(Error::ActionRefused(fault)))
+    }
+
+    // ---- The dispatch thread's side -----------------------------------------------------------------------
+
+    /// The row that is due, or when the next one is. Rows of an episode before `episode` are dropped: they may
+    /// have been queued while the reset's reply was on its way to the caller.
+    pub(crate) fn due(&mut self, episode: u64, now: Timestamp) -> Due {
+        if self.has_ended {
+            return Due::Ended;
+        }
+        let before = self.rows.len();
+        self.rows.retain(|row| row.source.episode >= episode);
+        self.stats.discarded += (before - self.rows.len()) as u64;
+        let Some(ticker) = self.ticker.as_mut().filter(|_| self.resets == 0) else { return Due::Idle };
+        let wait = ticker.due_in(now);
+        if !wait.is_zero() {
+            return if self.rows.is_empty() { Due::Idle } else { Due::In(wait) };
+        }
+        let Some(Row { values, source }) = self.rows.pop_front() else { return Due::Idle };
+        let Tick { skipped, lateness } = ticker.take(now);
+        self.stats.skipped += skipped;
+        if self.lateness.len() == Self::LATENESS_ROWS {
+            self.lateness.pop_front();
+        }
+        self.lateness.push_back(lateness);
+        Due::Now(self.message_from(values.into(), source))
+    }
+
+    fn message_from(&mut self, actions: ActionChunk, source: Source) -> ActionMessage {
+        self.last_seq += 1;
+        self.stats.sent += 1;
+        let Source { episode, observation_seq } = source;
+        ActionMessage { session: self.session, episode, seq: self.last_seq, actions, observation_seq }
+    }
+
+    // ---- The session's side -------------------------------------------------------------------------------
+
+    /// A reset is being requested. What is queued was chosen in the old episode, and is dropped.
+    pub(crate) fn reset_started(&mut self) {
+        self.resets += 1;
+        self.stats.discarded += self.rows.len() as u64;
+        self.rows.clear();
+        self.refusal = None;
+        self.last_seq_before_reset = self.last_seq;
+    }
+
+    /// Whether a reset is in progress.
+    pub(crate) fn is_resetting(&self) -> bool {
         self.resets > 0
     }
 
-    /// The reset was answered.
-    pub(crate) fn reset_ended(&mut self, now: Timestamp) {
+    /// The reset has its reply, or will have none.
+    pub(crate) fn reset_finished(&mut self, now: Timestamp) {
         self.resets = self.resets.saturating_sub(1);
         if let Some(ticker) = &mut self.ticker {
             ticker.skip_due(now);
         }
     }
 
-    /// Drops the rows that were chosen in an episode before this one.
-    pub(crate) fn drop_older_than(&mut self, episode: u64) {
-        let before = self.queue.len();
-        self.queue.retain(|row| row.from.episode >= episode);
-        self.discarded += (before - self.queue.len()) as u64;
+    /// An action was refused. The next `put_*` returns the fault, unless the caller's own reset overtook the
+    /// action.
+    pub(crate) fn refused(&mut self, fault: Fault) {
+        self.stats.refused += 1;
+        if fault.action_seq <= self.last_seq_before_reset {
+            return tracing::debug!("action {} was overtaken by a reset: {fault}", fault.action_seq);
+        }
+        tracing::warn!("action {} was refused: {fault}", fault.action_seq);
+        self.refusal = Some(fault);
     }
 
-    /// How long until a row is due; `None` while there is none, or dispatch does not run.
-    pub(crate) fn due_in(&self, now: Timestamp) -> Option<Duration> {
-        let ticker = self.ticker.as_ref().filter(|_| self.resets == 0 && !self.queue.is_empty())?;
-        Some(ticker.due_in(now))
+    /// The session has ended: nothing is due any more.
+    pub(crate) fn end(&mut self) {
+        self.has_ended = true;
     }
 
-    /// The row that is due, if one is. Ticks missed by more than a period are skipped and counted, never
-    /// caught up.
-    pub(crate) fn take(&mut self, now: Timestamp) -> Option<Row> {
-        if self.due_in(now)? > Duration::ZERO {
-            return None;
-        }
-        let Tick { skipped, lateness } = self.ticker.as_mut()?.take(now);
-        self.skipped += skipped;
-        if self.lateness.len() == Self::REMEMBERED {
-            self.lateness.pop_front();
-        }
-        self.lateness.push_back(lateness);
-        self.queue.pop_front()
+    pub(crate) fn stats(&self) -> ActionStats {
+        self.stats
+    }
+
+    /// By how much the last rows missed their ticks, sorted.
+    pub(crate) fn lateness(&self) -> Vec<Duration> {
+        let mut lateness: Vec<_> = self.lateness.iter().copied().collect();
+        lateness.sort_unstable();
+        lateness
     }
 }
 
 #[cfg(test)]
 mod tests {
+    use chiral_proto::Code;
+
     use super::*;
 
     const MS: i64 = 1_000_000;
 
-    fn rows(n: usize) -> Vec<Row> {
-        let from = Source { episode: 1, ..Source::default() };
-        (0..n).map(|i| Row { values: vec![i as f32], from: from.clone() }).collect()
+    fn queue(capacity: usize, hz: Option<f64>) -> ActionQueue {
+        let mut queue = ActionQueue::new(1, 1, capacity);
+        if let Some(hz) = hz {
+            queue.start(Rate::new(hz).unwrap(), Timestamp(0));
+        }
+        queue
     }
 
-    /// Runs dispatch for `seconds`, its thread woken `late` after each deadline; how many rows it sent.
-    fn check(hz: f64, seconds: i64, late: impl Fn(u64) -> i64) -> (u64, u64) {
-        let mut dispatch = ActionQueue::new(16);
-        dispatch.start(Rate::new(hz).unwrap(), Timestamp(0));
+    fn put(queue: &mut ActionQueue, rows: usize, mode: PutMode, ms: i64) -> Result<(), Error> {
+        queue.put(&ActionChunk::new(1, vec![0.0; rows]).unwrap(), mode, Timestamp(ms * MS))
+    }
+
+    fn is_sent(queue: &mut ActionQueue, ms: i64) -> bool {
+        matches!(queue.due(1, Timestamp(ms * MS)), Due::Now(_))
+    }
+
+    /// Runs dispatch for `seconds`, woken `late_ns` after each deadline. Returns how many rows it sent and how
+    /// many ticks it skipped.
+    fn check(hz: f64, seconds: i64, late_ns: impl Fn(u64) -> i64) -> (u64, u64) {
+        let mut queue = queue(16, Some(hz));
         let (mut now, mut sent) = (Timestamp(0), 0);
         loop {
-            if dispatch.queued() == 0 {
-                dispatch.offer(rows(16), PutMode::Append, now).unwrap();
+            if queue.len() == 0 {
+                queue.put(&ActionChunk::new(1, vec![0.0; 16]).unwrap(), PutMode::Append, now).unwrap();
             }
-            now = now + dispatch.due_in(now).unwrap() + Duration::from_nanos(late(sent) as u64);
+            now =
+                now + queue.ticker.as_ref().unwrap().due_in(now) + Duration::from_nanos(late_ns(sent) as u64);
             if now >= Timestamp(seconds * 1000 * MS) {
-                return (sent, dispatch.skipped);
+                return (sent, queue.stats.skipped);
             }
-            sent += u64::from(dispatch.take(now).is_some());
+            sent += u64::from(matches!(queue.due(1, now), Due::Now(_)));
         }
     }
 
@@ -205,48 +307,68 @@ mod tests {
     }
 
     #[test]
-    fn a_row_that_comes_late_waits_for_the_next_tick() {
-        let mut dispatch = ActionQueue::new(4);
-        dispatch.start(Rate::new(10.0).unwrap(), Timestamp(0));
-        dispatch.offer(rows(2), PutMode::Append, Timestamp(250 * MS)).unwrap();
-        assert_eq!(dispatch.due_in(Timestamp(250 * MS)), Some(Duration::from_millis(50)));
-        assert!(dispatch.take(Timestamp(300 * MS)).is_some());
-        assert!(dispatch.take(Timestamp(301 * MS)).is_none(), "one row a tick");
-        assert_eq!(dispatch.skipped, 0);
+    fn a_row_that_is_queued_late_waits_for_the_next_tick() {
+        let mut queue = queue(4, Some(10.0));
+        put(&mut queue, 2, PutMode::Append, 250).unwrap();
+        assert!(
+            matches!(queue.due(1, Timestamp(250 * MS)), Due::In(wait) if wait == Duration::from_millis(50))
+        );
+        assert!(is_sent(&mut queue, 300));
+        assert!(!is_sent(&mut queue, 301), "one row a tick");
+        assert_eq!(queue.stats.skipped, 0);
     }
 
     #[test]
-    fn lateness_counts_from_the_tick_that_a_row_was_sent_at() {
-        let mut dispatch = ActionQueue::new(4);
-        dispatch.start(Rate::new(10.0).unwrap(), Timestamp(0));
-        dispatch.offer(rows(3), PutMode::Append, Timestamp(0)).unwrap();
-        for at in [3, 100, 457] {
-            dispatch.take(Timestamp(at * MS)).unwrap();
+    fn lateness_is_counted_from_the_tick_that_a_row_was_sent_at() {
+        let mut queue = queue(4, Some(10.0));
+        put(&mut queue, 3, PutMode::Append, 0).unwrap();
+        for ms in [3, 100, 457] {
+            assert!(is_sent(&mut queue, ms));
         }
-        assert_eq!(dispatch.lateness(), [0, 3, 57].map(Duration::from_millis));
+        assert_eq!(queue.lateness(), [0, 3, 57].map(Duration::from_millis));
     }
 
     #[test]
     fn all_rows_fit_or_none() {
-        let mut dispatch = ActionQueue::new(4);
-        dispatch.offer(rows(3), PutMode::Append, Timestamp(0)).unwrap();
-        assert!(dispatch.offer(rows(2), PutMode::Append, Timestamp(0)).is_err());
-        assert_eq!(dispatch.queued(), 3);
-        dispatch.offer(rows(4), PutMode::Replace, Timestamp(0)).unwrap();
-        assert_eq!(dispatch.queued(), 4);
-        assert!(dispatch.offer(rows(5), PutMode::Replace, Timestamp(0)).is_err());
+        let mut queue = queue(4, None);
+        put(&mut queue, 3, PutMode::Append, 0).unwrap();
+        assert!(put(&mut queue, 2, PutMode::Append, 0).is_err());
+        assert_eq!(queue.len(), 3);
+        put(&mut queue, 4, PutMode::Replace, 0).unwrap();
+        assert_eq!(queue.len(), 4);
+        assert!(put(&mut queue, 5, PutMode::Replace, 0).is_err());
     }
 
     #[test]
-    fn a_reset_drops_what_was_chosen_before_it() {
-        let mut dispatch = ActionQueue::new(4);
-        dispatch.start(Rate::new(10.0).unwrap(), Timestamp(0));
-        dispatch.offer(rows(2), PutMode::Append, Timestamp(0)).unwrap();
-        dispatch.reset_began();
-        dispatch.offer(rows(1), PutMode::Append, Timestamp(0)).unwrap();
-        assert_eq!(dispatch.due_in(Timestamp(0)), None);
-        dispatch.reset_ended(Timestamp(50 * MS));
-        dispatch.drop_older_than(2);
-        assert_eq!((dispatch.queued(), dispatch.discarded), (0, 3));
+    fn a_reset_drops_the_rows_that_were_chosen_before_it() {
+        let mut queue = queue(4, Some(10.0));
+        put(&mut queue, 2, PutMode::Append, 0).unwrap();
+        queue.reset_started();
+        put(&mut queue, 1, PutMode::Append, 0).unwrap();
+        assert!(matches!(queue.due(1, Timestamp(0)), Due::Idle), "a reset is in progress");
+        queue.reset_finished(Timestamp(50 * MS));
+        assert!(matches!(queue.due(2, Timestamp(100 * MS)), Due::Idle), "the row is of the old episode");
+        assert_eq!((queue.len(), queue.stats.discarded), (0, 3));
+    }
+
+    #[test]
+    fn a_refusal_is_returned_unless_the_callers_own_reset_overtook_the_action() {
+        let mut queue = queue(4, None);
+        let refusal =
+            |action_seq| Fault { action_seq, ..Fault::new(Code::Resetting, "a reset is in progress") };
+        let act = |queue: &mut ActionQueue| drop(queue.message([0.0].into()));
+        act(&mut queue);
+        queue.refused(refusal(1));
+        assert!(queue.check_refusal().is_err(), "no reset was requested");
+
+        act(&mut queue);
+        queue.reset_started();
+        queue.refused(refusal(2));
+        assert!(queue.check_refusal().is_ok(), "in flight when the reset was requested");
+        act(&mut queue);
+        queue.refused(refusal(3));
+        assert!(queue.check_refusal().is_err(), "sent after that");
+        assert!(queue.check_refusal().is_ok(), "returned once");
+        assert_eq!(queue.stats.refused, 3, "all are counted");
     }
 }

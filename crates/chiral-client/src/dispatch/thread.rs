@@ -1,95 +1,110 @@
-//! Waits for the ticks of the action queue, and sends what is due at each. Which row that is, `dispatch`
+//! The thread that waits for the ticks of the action queue and sends what is due at each. Which row that is, `queue`
 //! decides.
 
-use std::{
-    hint::spin_loop,
-    sync::{Arc, OnceLock},
-    thread::{self, Thread},
-    time::Duration,
-};
+use std::{hint::spin_loop, sync::Arc, thread, time::Duration};
 
-use tokio::{sync::Notify, time::sleep};
+use chiral_proto::{Code, Fault, message::ActionMessage};
+use chiral_transport::Runtime;
+use tokio::time::sleep;
 
-use crate::{error::Error, session::Shared, state::Due};
+use super::queue::Due;
+use crate::{core::Core, error::Error, transport::BoxFuture};
+
+/// Where actions are sent: all that dispatch needs of a session's connections.
+pub(crate) trait ActionSink: Send + Sync {
+    /// Sends actions to the robot. Returns once the link has taken them.
+    fn send_actions(&self, message: ActionMessage) -> BoxFuture<'_, Result<(), Error>>;
+}
 
 /// How ticks are waited for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Pace {
-    /// By a thread of its own, which sleeps until shortly before a tick and spins from there: a sleeping
-    /// thread is woken 50 µs to 1 ms late.
+pub(crate) enum Wait {
+    /// On a thread of its own, which sleeps until this long before a tick and spins from there: a sleeping thread
+    /// is woken 50 µs to 1 ms late.
     Spin(Duration),
-    /// By the runtime's timers, in milliseconds: for a clock that is the caller's, which no thread could
-    /// sleep by.
+    /// With the runtime's timers, in milliseconds: for a clock of the caller's, which no thread could sleep by.
     Timers,
 }
 
-/// Who waits for the ticks.
-pub(crate) struct DispatchThread {
-    pace: Pace,
-    thread: OnceLock<Thread>,
-    changed: Notify,
-}
-
-impl DispatchThread {
-    pub(crate) fn new(pace: Pace) -> DispatchThread {
-        DispatchThread { pace, thread: OnceLock::new(), changed: Notify::new() }
-    }
-
-    /// A row may be due sooner than was thought, or the session has ended.
-    pub(crate) fn wake(&self) {
-        match self.thread.get() {
-            Some(thread) => thread.unpark(),
-            None => self.changed.notify_one(),
-        }
-    }
-}
-
-/// Has the session's ticks waited for, until it ends. To be called once.
-pub(crate) fn start(shared: &Arc<Shared>) -> Result<(), Error> {
-    let waiting = Arc::clone(shared);
-    match shared.dispatcher.pace {
-        Pace::Spin(spin) => {
-            let spawned = thread::Builder::new()
-                .name("chiral-dispatch".to_owned())
-                .spawn(move || by_thread(&waiting, spin));
+/// Sends a session's queued actions at their ticks, until the session ends. To be called once.
+pub(crate) fn start(
+    core: Arc<Core>,
+    sink: Arc<dyn ActionSink>,
+    runtime: Runtime,
+    wait: Wait,
+) -> Result<(), Error> {
+    match wait {
+        Wait::Spin(spin) => {
+            let run = move || run_on_thread(&core, &*sink, &runtime, spin);
+            let spawned = thread::Builder::new().name("chiral-dispatch".to_owned()).spawn(run);
             spawned.map_err(|error| Error::Thread(Arc::new(error)))?;
         }
-        Pace::Timers => {
-            shared.control.host.spawn(by_timers(waiting));
+        Wait::Timers => {
+            runtime.spawn(async move { run_on_timers(&core, &*sink).await });
         }
     }
     Ok(())
 }
 
-fn by_thread(shared: &Shared, spin: Duration) {
-    // Before the first look at what is due: who changes that afterwards finds whom to wake.
-    let _ = shared.dispatcher.thread.set(thread::current());
+fn run_on_thread(core: &Core, sink: &dyn ActionSink, runtime: &Runtime, spin: Duration) {
+    // Before the first look at the queue: a later change finds whom to wake.
+    core.dispatch.register_thread();
     loop {
-        match shared.due() {
-            Due::Now(row) => shared.control.host.block_on(shared.dispatch(row)),
+        match due(core) {
+            Due::Now(message) => runtime.block_on(send(core, sink, message)),
             Due::In(wait) if wait > spin => thread::park_timeout(wait - spin),
             Due::In(wait) => {
-                let tick = shared.now() + wait;
-                while shared.now() < tick {
+                let tick = core.now() + wait;
+                while core.now() < tick {
                     spin_loop();
                 }
             }
-            Due::Never => thread::park(),
+            Due::Idle => thread::park(),
             Due::Ended => return,
         }
     }
 }
 
-async fn by_timers(shared: Arc<Shared>) {
+async fn run_on_timers(core: &Core, sink: &dyn ActionSink) {
     loop {
-        match shared.due() {
-            Due::Now(row) => shared.dispatch(row).await,
+        match due(core) {
+            Due::Now(message) => send(core, sink, message).await,
             Due::In(wait) => tokio::select! {
-                () = shared.dispatcher.changed.notified() => {}
+                () = core.dispatch.woken() => {}
                 () = sleep(wait) => {}
             },
-            Due::Never => shared.dispatcher.changed.notified().await,
+            Due::Idle => core.dispatch.woken().await,
             Due::Ended => return,
         }
     }
+}
+
+fn due(core: &Core) -> Due {
+    let mut state = core.state();
+    let (episode, discarded) = (state.episode, state.actions.stats().discarded);
+    let due = state.actions.due(episode, core.now());
+    let has_discarded = state.actions.stats().discarded > discarded;
+    drop(state);
+    if has_discarded {
+        core.room.notify_waiters();
+    }
+    due
+}
+
+/// Sends a row that is due. Callers that wait for room in the queue are woken only afterwards.
+async fn send(core: &Core, sink: &dyn ActionSink, message: ActionMessage) {
+    let action_seq = message.seq;
+    if let Err(error) = sink.send_actions(message).await {
+        tracing::debug!("an action was not sent: {error}");
+        let mut state = core.state();
+        // If the session goes on, the caller learns of it as of any other refusal.
+        if state.check_alive().is_ok() {
+            state.actions.refused(match error {
+                Error::ActionRefused(fault) => fault,
+                Error::Rejected(fault) => Fault { action_seq, ..fault },
+                error => Fault { action_seq, ..Fault::new(Code::Unspecified, error.to_string()) },
+            });
+        }
+    }
+    core.room.notify_waiters();
 }

@@ -1,4 +1,78 @@
-//! Legacy servers, which speak the msgpack wire.
+//! Servers of today's Chiral peers, which speak the msgpack wire. Everything that knows more of it than its name is here,
+//! in `chiral_proto::codec::msgpack` and, on a Zenoh network, in `chiral_transport`'s `zenoh::legacy`.
 
-pub(crate) mod pending;
-pub(crate) mod session;
+mod pending;
+mod session;
+mod stream;
+#[cfg(feature = "zenoh")]
+pub(crate) mod zenoh;
+
+use std::{sync::Arc, time::Duration};
+
+use bytes::Bytes;
+use chiral_proto::{
+    ActionMeaning, ActionSpec, PROTOCOL_VERSION, Request,
+    message::{RobotInfo, Role, Welcome},
+};
+use tokio::time::timeout;
+
+use self::session::{LegacyOptions, LegacyWire, lost};
+use crate::{
+    connect::options::{ConnectOptions, Shared},
+    connection::Link,
+    core::Core,
+    error::Error,
+    session::{Connections, Session},
+    state::State,
+};
+
+/// Starts a session with a legacy server, which has no hello. `probes` is how often it was asked for metadata on Zenoh
+/// keys that it shares with others, where requests may be lost; 0 on a connection of its own. There, a first request for
+/// metadata shows that it is one.
+pub(crate) async fn start(
+    options: &ConnectOptions,
+    link: Link,
+    probes: u64,
+    shared: Shared,
+) -> Result<(Session, Welcome), Error> {
+    let welcome = undeclared(&options.uri);
+    let state = State::new(welcome.session, welcome.episode, options.queue_capacity, Duration::ZERO);
+    let core = Arc::new(Core::new(state, options.clock()));
+    let expires = link.idle_timeout.limit() <= options.idle_timeout;
+    let legacy_options = LegacyOptions {
+        request_timeout: options.request_timeout,
+        reply_timeout: options.reply_timeout,
+        idle_timeout: expires.then_some(options.idle_timeout),
+        is_lossy: probes > 0,
+        is_observer: options.identity.role == Role::Observer,
+    };
+    let connections = Connections::new(core, link, None, &shared.pacing, lost);
+    let (core, control) = (Arc::clone(&connections.core), Arc::clone(&connections.control));
+    let wire = Arc::new(LegacyWire::new(core, control, legacy_options, probes));
+    let session = Session::start(connections, wire.clone(), wire, &shared.pool, options.wait())?;
+    if probes == 0 {
+        let waited = options.request_timeout;
+        let metadata = timeout(waited, session.wire.request(Request::GetMetadata)).await;
+        metadata.map_err(|_| Error::Timeout { what: "metadata", waited })??;
+    }
+    Ok((session, welcome))
+}
+
+/// What a welcome would say of a server that declares nothing: its name is the address, and its actions have dimension 0,
+/// which stands for any.
+fn undeclared(uri: &str) -> Welcome {
+    let action_spec = ActionSpec {
+        meaning: ActionMeaning::Other("not declared".to_owned()),
+        unit: String::new(),
+        ..ActionSpec::joint_positions(0, 0.0)
+    };
+    Welcome {
+        protocol: PROTOCOL_VERSION,
+        software: String::new(),
+        session: 1,
+        episode: 0,
+        robot: RobotInfo { name: uri.to_owned(), cameras: Vec::new(), proprios: Vec::new(), action_spec },
+        attach_token: Bytes::new(),
+        controller: String::new(),
+    }
+}

@@ -1,10 +1,10 @@
-//! Which request an answer is to, on a wire that does not say: pure.
+//! Which request a reply belongs to, on a wire whose replies carry no id. Pure.
 
 use std::collections::VecDeque;
 
 use chiral_proto::{Reply, Request};
 
-/// What a request asks for and an answer brings.
+/// Kinds of requests, and of the replies to them.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Kind {
     Metadata,
@@ -14,7 +14,7 @@ pub(crate) enum Kind {
 }
 
 impl Kind {
-    /// `None` of what this wire has no words for.
+    /// `None` if the wire has no such request.
     pub(crate) fn of(request: &Request) -> Option<Kind> {
         match request {
             Request::GetMetadata => Some(Kind::Metadata),
@@ -25,8 +25,8 @@ impl Kind {
         }
     }
 
-    /// `None` of what this wire has no words for.
-    pub(crate) fn of_answer(reply: &Reply) -> Option<Kind> {
+    /// `None` if the wire has no such reply.
+    pub(crate) fn of_reply(reply: &Reply) -> Option<Kind> {
         match reply {
             Reply::Metadata(_) => Some(Kind::Metadata),
             Reply::Reset { .. } => Some(Kind::Reset),
@@ -36,7 +36,7 @@ impl Kind {
         }
     }
 
-    /// The answer's name on the wire.
+    /// The reply's type on the wire.
     pub(crate) fn name(self) -> &'static str {
         match self {
             Kind::Metadata => "metadata_response",
@@ -53,34 +53,34 @@ impl Kind {
     }
 }
 
-/// The answers that may still come, in the order in which they were asked for; those among them for which
-/// nobody waits any more.
+/// The requests whose replies may still arrive, in the order in which they were sent; also those whose callers have
+/// given up.
 #[derive(Debug, Default)]
 pub(crate) struct PendingRequests(VecDeque<(u64, Kind)>);
 
-/// To which request an answer is.
+/// The request that a reply belongs to.
 #[derive(Debug, PartialEq)]
-pub(crate) struct Answered {
+pub(crate) struct Matched {
     pub(crate) id: u64,
-    /// What was asked before it and will never be answered: answers come in order.
+    /// Earlier requests, which will have no reply any more: replies come in order.
     pub(crate) unanswered: Vec<u64>,
 }
 
 impl PendingRequests {
-    pub(crate) fn ask(&mut self, id: u64, kind: Kind) {
+    pub(crate) fn push(&mut self, id: u64, kind: Kind) {
         self.0.push_back((id, kind));
     }
 
-    pub(crate) fn is_owed(&self, kind: Kind) -> bool {
-        self.0.iter().any(|(_, owed)| *owed == kind)
+    pub(crate) fn contains(&self, kind: Kind) -> bool {
+        self.0.iter().any(|(_, pending)| *pending == kind)
     }
 
-    /// An answer has come; `None` if nothing of the kind was asked for.
-    pub(crate) fn answered(&mut self, kind: Kind, is_waited_for: impl Fn(u64) -> bool) -> Option<Answered> {
-        let first = self.0.iter().position(|(_, owed)| *owed == kind)?;
+    /// Removes the request that a reply of this kind belongs to; `None` if none of the kind is pending.
+    pub(crate) fn take(&mut self, kind: Kind, is_waited_for: impl Fn(u64) -> bool) -> Option<Matched> {
+        let first = self.0.iter().position(|(_, pending)| *pending == kind)?;
         let mut waiting = (0..self.0.len()).filter(|&at| is_waited_for(self.0[at].0));
-        // Metadata is the same whoever asked for it, and what asked before may have been lost. So if it is
-        // all that is waited for, whichever answer comes is it; those before it may still come.
+        // Metadata is the same for every request, and earlier requests may have been lost. So if the only request that
+        // is waited for is one for metadata, any such reply is its reply. Replies to those before it may still arrive.
         let at = match (waiting.next(), waiting.next()) {
             (Some(at), None) if kind == Kind::Metadata && self.0[at].1 == Kind::Metadata => at,
             _ => first,
@@ -88,7 +88,7 @@ impl PendingRequests {
         drop(waiting);
         let (id, _) = self.0.remove(at)?;
         let unanswered = self.0.drain(..first.min(at)).map(|(id, _)| id).collect();
-        Some(Answered { id, unanswered })
+        Some(Matched { id, unanswered })
     }
 }
 
@@ -96,33 +96,33 @@ impl PendingRequests {
 mod tests {
     use super::{Kind::*, *};
 
-    /// An answer, and to which request it is, and which before it are never answered.
-    type Told<'a> = (Kind, Option<(u64, &'a [u64])>);
+    /// A reply, the request that it belongs to, and the earlier ones that will have none.
+    type Expected<'a> = (Kind, Option<(u64, &'a [u64])>);
 
-    /// Asks in this order, those of id 10 and above given up, and hears these answers.
-    fn check(asked: &[(u64, Kind)], answers: &[Told<'_>]) {
-        let mut owed = PendingRequests::default();
-        asked.iter().for_each(|&(id, kind)| owed.ask(id, kind));
-        for (n, &(kind, expected)) in answers.iter().enumerate() {
-            let expected = expected.map(|(id, unanswered)| Answered { id, unanswered: unanswered.to_vec() });
-            assert_eq!(owed.answered(kind, |id| id < 10), expected, "answer {n} of {asked:?}");
+    /// Sends requests in this order, of which those with ids from 10 on were given up, and receives these replies.
+    fn check(requests: &[(u64, Kind)], replies: &[Expected<'_>]) {
+        let mut pending = PendingRequests::default();
+        requests.iter().for_each(|&(id, kind)| pending.push(id, kind));
+        for (n, &(kind, expected)) in replies.iter().enumerate() {
+            let expected = expected.map(|(id, unanswered)| Matched { id, unanswered: unanswered.to_vec() });
+            assert_eq!(pending.take(kind, |id| id < 10), expected, "reply {n} to {requests:?}");
         }
     }
 
     #[test]
-    fn answers_come_in_the_order_of_the_requests() {
+    fn replies_come_in_the_order_of_the_requests() {
         check(&[(1, Reset)], &[(Reset, Some((1, &[]))), (Reset, None)]);
         check(&[(1, Observation)], &[(Step, None), (Metadata, None), (Observation, Some((1, &[])))]);
     }
 
     #[test]
-    fn what_was_given_up_is_answered_first() {
+    fn a_request_that_was_given_up_gets_its_reply_first() {
         check(&[(10, Reset), (1, Observation)], &[(Reset, Some((10, &[]))), (Observation, Some((1, &[])))]);
         check(&[(10, Step), (1, Step)], &[(Step, Some((10, &[]))), (Step, Some((1, &[])))]);
     }
 
     #[test]
-    fn what_a_later_answer_overtakes_is_never_answered() {
+    fn a_request_that_a_later_reply_overtakes_has_none() {
         check(&[(1, Observation), (2, Metadata)], &[(Metadata, Some((2, &[1]))), (Observation, None)]);
         check(
             &[(1, Observation), (2, Metadata)],
@@ -132,7 +132,7 @@ mod tests {
     }
 
     #[test]
-    fn metadata_that_alone_is_waited_for_is_whichever_comes_first() {
+    fn any_metadata_is_the_reply_if_only_metadata_is_waited_for() {
         let probes = [(10, Metadata), (11, Metadata), (1, Metadata)];
         check(
             &probes,
@@ -143,12 +143,12 @@ mod tests {
                 (Metadata, None),
             ],
         );
-        // It was asked after the observation, which is late no more.
+        // It was requested after the observation, whose reply will not come any more.
         check(
             &[(10, Observation), (11, Metadata), (1, Metadata)],
             &[(Metadata, Some((1, &[10]))), (Metadata, Some((11, &[])))],
         );
-        // Not while an observation is waited for as well: then the order tells.
+        // Not while an observation is waited for as well: then the order decides.
         check(
             &[(10, Metadata), (1, Observation), (2, Metadata)],
             &[(Metadata, Some((10, &[]))), (Observation, Some((1, &[])))],

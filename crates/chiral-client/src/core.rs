@@ -1,0 +1,104 @@
+//! What the caller's calls, the connections' loops and the dispatch thread share: a session's state, and whom to wake
+//! when it changes. Nothing here sends or receives.
+
+use std::sync::{Arc, Mutex, MutexGuard};
+
+use chiral_proto::{Clock, Observation, Reply, Timestamp};
+use tokio::sync::{Notify, watch};
+
+use crate::{
+    dispatch::waker::DispatchWaker,
+    error::Error,
+    lock,
+    state::{State, Stream},
+};
+
+/// A session's state and who waits for it.
+#[derive(Debug)]
+pub(crate) struct Core {
+    state: Mutex<State>,
+    clock: Clock,
+    /// The newest observation of the stream in this episode.
+    pub(crate) latest: watch::Sender<Option<Arc<Observation>>>,
+    /// Notified when the action queue may have room, or will never have again.
+    pub(crate) room: Notify,
+    pub(crate) dispatch: DispatchWaker,
+    ended: watch::Sender<bool>,
+}
+
+impl Core {
+    pub(crate) fn new(state: State, clock: Clock) -> Core {
+        Core {
+            state: Mutex::new(state),
+            clock,
+            latest: watch::Sender::new(None),
+            room: Notify::new(),
+            dispatch: DispatchWaker::default(),
+            ended: watch::Sender::new(false),
+        }
+    }
+
+    pub(crate) fn now(&self) -> Timestamp {
+        self.clock.now()
+    }
+
+    /// Locks the state. Nobody is woken while it is locked: who wakes up takes the lock at once.
+    pub(crate) fn state(&self) -> MutexGuard<'_, State> {
+        lock(&self.state)
+    }
+
+    /// An observation of the stream has arrived.
+    pub(crate) fn add_arrival(&self, observation: Arc<Observation>) {
+        let is_current = self.state().add_arrival(&observation, self.now());
+        if is_current {
+            self.latest.send_replace(Some(observation));
+        }
+    }
+
+    /// The stream has ended, and not by its caller.
+    pub(crate) fn fail_stream(&self, reason: String) {
+        self.state().stream = Stream::Failed(Error::StreamEnded { reason });
+        self.latest.send_modify(|_| ());
+    }
+
+    /// A request has its reply, or failed.
+    pub(crate) fn complete_request(&self, id: u64, outcome: Result<Reply, Error>) {
+        let mut state = self.state();
+        let (episode, was_resetting) = (state.episode, state.actions.is_resetting());
+        let reply_to = state.complete(id, &outcome, self.now());
+        let is_new_episode = state.episode > episode;
+        drop(state);
+        if is_new_episode {
+            // What arrived before the reset is not the latest any more.
+            self.latest.send_replace(None);
+        }
+        if was_resetting {
+            self.room.notify_waiters();
+            self.dispatch.wake();
+        }
+        if let Some(reply_to) = reply_to {
+            // Fails if the caller has given up.
+            let _ = reply_to.send(outcome);
+        }
+    }
+
+    /// Ends the session: every call from now on, and every one that waits, fails with this error or an earlier one.
+    pub(crate) fn end(&self, error: Error) {
+        if !self.state().end(error.clone()) {
+            return;
+        }
+        match &error {
+            Error::Closed => tracing::debug!("closed"),
+            error => tracing::warn!("{error}"),
+        }
+        self.ended.send_replace(true);
+        self.latest.send_modify(|_| ());
+        self.room.notify_waiters();
+        self.dispatch.wake();
+    }
+
+    /// Returns when the session has ended.
+    pub(crate) async fn ended(&self) {
+        let _ = self.ended.subscribe().wait_for(|ended| *ended).await;
+    }
+}
