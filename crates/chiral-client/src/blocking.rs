@@ -60,8 +60,8 @@ impl PolicyClientBuilder {
 
 impl Drop for Connection {
     fn drop(&mut self) {
-        // Within a runtime nothing may block; the goodbye is then said by the connections' own threads, if
-        // the process lets them.
+        // Within a runtime nothing may block. The connections' threads then send the goodbye, if the process
+        // lives on.
         if Handle::try_current().is_err() {
             let _ = self.runtime.block_on(async { timeout(DROP_TIMEOUT, self.client.close()).await });
         }

@@ -18,12 +18,14 @@ use crate::{
 };
 
 impl PolicyClient {
-    /// The default address of a robot on this host: WebSocket or, in a program built with Zenoh only, its Zenoh network.
+    /// The default address of a robot on this host: WebSocket or, in a program built with Zenoh only, its
+    /// Zenoh network.
     pub const DEFAULT_URI: &str =
         if cfg!(feature = "websocket") { "ws://localhost:8765" } else { "tcp/localhost:7447" };
 
-    /// Connects to the robot at `uri`, waiting until there is a server. Addresses are such as `ws://localhost:8765`;
-    /// over Zenoh `tcp/localhost:7447`, or `zenoh:panda` for the robot of this name, which is searched for by multicast.
+    /// Connects to the robot at `uri`, waiting until there is a server. Addresses are such as
+    /// `ws://localhost:8765`; over Zenoh `tcp/localhost:7447`, or `zenoh:panda` for the robot of this name,
+    /// which is searched for by multicast.
     ///
     /// # Errors
     /// See [`PolicyClientBuilder::connect`].
@@ -32,10 +34,10 @@ impl PolicyClient {
         PolicyClient::builder(uri).connect().await
     }
 
-    /// Searches for robots on the Zenoh networks around, without an address. The search is sent by multicast, so to this
-    /// network segment, and takes exactly `duration`; a second is plenty. Returns the robots that were reached, also
-    /// through a router that replied, and one of this host at its default address; not those that are served over
-    /// WebSocket only. See also [`PolicyClientBuilder::discover`].
+    /// Searches for robots on the Zenoh networks around, without an address. The search is sent by multicast,
+    /// so to this network segment, and takes exactly `duration`; a second is plenty. Returns the robots that
+    /// were reached, also through a router that replied, and one of this host at its default address; not
+    /// those that are served over WebSocket only. See also [`PolicyClientBuilder::discover`].
     ///
     /// # Errors
     /// [`Error::Zenoh`] if multicast cannot be used, [`Error::Thread`].
@@ -57,33 +59,34 @@ pub struct PolicyClientBuilder {
 }
 
 impl PolicyClientBuilder {
-    /// Connects as an observer, which receives observations and may not move the robot; there may be any number. By
-    /// default the client is the robot's one controller.
+    /// Connects as an observer, which receives observations and may not move the robot; there may be any
+    /// number. By default the client is the robot's one controller.
     #[must_use]
     pub fn observer(mut self) -> Self {
         self.options.identity.role = Role::Observer;
         self
     }
 
-    /// The client's name, for people: others that find the robot taken see it. By default the program's name and process
-    /// id.
+    /// The client's name, for people: others that find the robot taken see it. By default the program's name
+    /// and process id.
     #[must_use]
     pub fn name(mut self, name: impl Into<String>) -> Self {
         self.options.identity.name = name.into();
         self
     }
 
-    /// The robot to connect to, where an address leads to a Zenoh network of several. Other addresses lead to one robot,
-    /// and a name there is an error.
+    /// The robot to connect to, where an address leads to a Zenoh network of several. Other addresses lead to
+    /// one robot, and a name there is an error.
     #[must_use]
     pub fn robot(mut self, name: impl Into<String>) -> Self {
         self.options.robot = Some(name.into());
         self
     }
 
-    /// Opens the Zenoh session with this configuration file of Zenoh's (JSON5, JSON or YAML): TLS, user and password and
-    /// everything else in it apply. The client's address is added to those that the file connects to; with the address
-    /// `zenoh:<robot>` there are no others. With an address that is not Zenoh's, connecting fails.
+    /// Opens the Zenoh session with this configuration file of Zenoh's (JSON5, JSON or YAML): TLS, user and
+    /// password and everything else in it apply. The client's address is added to those that the file
+    /// connects to; with the address `zenoh:<robot>` there are no others. With an address that is not
+    /// Zenoh's, connecting fails.
     #[cfg(feature = "zenoh")]
     #[must_use]
     pub fn zenoh_config(mut self, file: impl Into<PathBuf>) -> Self {
@@ -91,8 +94,8 @@ impl PolicyClientBuilder {
         self
     }
 
-    /// Whether observations are read from the server's shared memory, where the server is on the same host and the
-    /// address is Zenoh's; true by default.
+    /// Whether observations are read from the server's shared memory, where the server is on the same host
+    /// and the address is Zenoh's; true by default.
     #[cfg(feature = "zenoh")]
     #[must_use]
     pub fn shared_memory(mut self, is_wanted: bool) -> Self {
@@ -121,33 +124,35 @@ impl PolicyClientBuilder {
         self
     }
 
-    /// Uses only this codec: [`Codec::Protobuf`] for our own servers, or [`Codec::Msgpack`] as legacy clients do, for any
-    /// server that accepts those. By default protobuf is offered, and msgpack used with a server that does not know it.
+    /// Uses only this codec: [`Codec::Protobuf`] for our own servers, or [`Codec::Msgpack`] as legacy clients
+    /// do, for any server that accepts those. By default protobuf is offered, and msgpack used with a server
+    /// that does not know it.
     #[must_use]
     pub fn codec(mut self, codec: Codec) -> Self {
         self.options.codec = Some(codec);
         self
     }
 
-    /// How long a legacy server may take for a `reset`, a `step` or a gym-like server's action, and for how long it may
-    /// leave pings unanswered meanwhile; 60 s by default. There must be some limit: a server that drops a request does
-    /// not report it.
+    /// How long a legacy server may take for a `reset`, a `step` or a gym-like server's action, and for how
+    /// long it may leave pings unanswered meanwhile; 60 s by default. There must be some limit: a server that
+    /// drops a request does not report it.
     #[must_use]
     pub fn reply_timeout(mut self, timeout: Duration) -> Self {
         self.options.reply_timeout = timeout;
         self
     }
 
-    /// How long `get_metadata`, `get_obs` and starting and stopping the stream may take; 5 s by default. `reset` and
-    /// `step` may take any time.
+    /// How long `get_metadata`, `get_obs` and starting and stopping the stream may take; 5 s by default.
+    /// `reset` and `step` may take any time.
     #[must_use]
     pub fn request_timeout(mut self, timeout: Duration) -> Self {
         self.options.request_timeout = timeout;
         self
     }
 
-    /// After how long without a byte from the server the connection counts as lost; 10 s by default. Our own servers
-    /// answer a ping every second. Raise this for a legacy server that answers no pings while it is busy.
+    /// After how long without a byte from the server the connection counts as lost; 10 s by default. Our own
+    /// servers answer a ping every second. Raise this for a legacy server that answers no pings while it is
+    /// busy.
     #[must_use]
     pub fn idle_timeout(mut self, timeout: Duration) -> Self {
         self.options.idle_timeout = timeout;
@@ -175,40 +180,41 @@ impl PolicyClientBuilder {
         self
     }
 
-    /// How long before each tick the dispatch thread stops sleeping and spins; 300 µs by default, which costs that much
-    /// of a core's time a tick. A sleeping thread is woken 50 µs to 1 ms late: with 0, actions are that late.
+    /// How long before each tick the dispatch thread stops sleeping and spins; 300 µs by default, which costs
+    /// that much of a core's time a tick. A sleeping thread is woken 50 µs to 1 ms late: with 0, actions are
+    /// that late.
     #[must_use]
     pub fn dispatch_spin(mut self, spin: Duration) -> Self {
         self.options.dispatch_spin = spin;
         self
     }
 
-    /// Uses one connection for both lanes, so that an action may have to wait for an observation. By default there are
-    /// two.
+    /// Uses one connection for both lanes, so that an action may have to wait for an observation. By default
+    /// there are two.
     #[must_use]
     pub fn one_connection(mut self) -> Self {
         self.options.one_connection = true;
         self
     }
 
-    /// The clock that times actions and measures ages; CLOCK_MONOTONIC by default. With another clock, dispatch waits
-    /// for its ticks by the runtime's timers.
+    /// The clock that times actions and measures ages; CLOCK_MONOTONIC by default. With another clock,
+    /// dispatch waits for its ticks by the runtime's timers.
     #[must_use]
     pub fn clock(mut self, clock: Clock) -> Self {
         self.options.clock = Some(clock);
         self
     }
 
-    /// Connects, waiting until there is a server: while nothing listens, the name does not resolve or the handshake times
-    /// out, it tries again every 100 ms (on Zenoh every 500 ms, also while no robot is alive). It reports this on
-    /// stderr, after 5 s also why. The session's two connections run on threads of their own; if the second cannot be
-    /// made, the first carries both lanes.
+    /// Connects, waiting until there is a server: while nothing listens, the name does not resolve or the
+    /// handshake times out, it tries again every 100 ms (on Zenoh every 500 ms, also while no robot is
+    /// alive). It reports this on stderr, after 5 s also why. The session's two connections run on threads of
+    /// their own; if the second cannot be made, the first carries both lanes.
     ///
     /// # Errors
     /// At once: [`Error::Address`], [`Error::Busy`] naming the holder, [`Error::VersionMismatch`],
-    /// [`Error::NotProtobuf`], [`Error::Http`], [`Error::Tls`], [`Error::Handshake`], [`Error::Thread`]; on Zenoh
-    /// [`Error::SeveralRobots`], [`Error::ZenohConfig`] and [`Error::Zenoh`]. [`Error::NoServer`] after the deadline, if
-    /// one was set.
+    /// [`Error::NotProtobuf`], [`Error::Http`], [`Error::Tls`], [`Error::Handshake`], [`Error::Thread`]; on
+    /// Zenoh [`Error::SeveralRobots`], [`Error::ZenohConfig`] and [`Error::Zenoh`]. [`Error::NoServer`] after
+    /// the deadline, if one was set.
     #[cfg(any(feature = "websocket", feature = "zenoh"))]
     pub async fn connect(self) -> Result<PolicyClient, Error> {
         self.connect_on(connect::thread(CONNECTION_THREAD)?).await
@@ -220,8 +226,8 @@ impl PolicyClientBuilder {
         Ok(self.client(connect::connect(&self.options, runtime).await?))
     }
 
-    /// Searches for robots as [`PolicyClient::discover`], and also wherever the Zenoh configuration file connects to. Of
-    /// the options only that file counts, and not the address.
+    /// Searches for robots as [`PolicyClient::discover`], and also wherever the Zenoh configuration file
+    /// connects to. Of the options only that file counts, and not the address.
     ///
     /// # Errors
     /// [`Error::ZenohConfig`], [`Error::Zenoh`] if multicast cannot be used, [`Error::Thread`].
@@ -238,7 +244,8 @@ impl PolicyClientBuilder {
         Ok(self.client(connect::connect_over(&self.options, transport).await?))
     }
 
-    /// Connects over two transports of the caller's, so that observations and actions do not wait for each other.
+    /// Connects over two transports of the caller's, so that observations and actions do not wait for each
+    /// other.
     ///
     /// # Errors
     /// As [`PolicyClientBuilder::connect_over`]; also if the server accepts no second connection.

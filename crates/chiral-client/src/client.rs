@@ -14,11 +14,12 @@ use crate::{dispatch::queue::PutMode, error::Error, session::Session, state::Str
 
 type Result<T, E = Error> = std::result::Result<T, E>;
 
-/// The policy's end of a connection to a robot. A clone is the same connection; the session ends when the last one is
-/// dropped.
+/// The policy's end of a connection to a robot. A clone is the same connection; the session ends when the
+/// last one is dropped.
 ///
-/// Observations and actions flow independently, each at its own rate: `start_obs_stream` and `latest_obs` for the one,
-/// `start_action_dispatch` and `put_action` for the other. `step` couples them, for policies in lock-step.
+/// Observations and actions flow independently, each at its own rate: `start_obs_stream` and `latest_obs` for
+/// the one, `start_action_dispatch` and `put_action` for the other. `step` couples them, for policies in
+/// lock-step.
 ///
 /// Every failure reaches the caller. After the session has ended, every call fails with the reason.
 #[derive(Clone)]
@@ -28,7 +29,7 @@ pub struct PolicyClient {
     request_timeout: Duration,
 }
 
-/// What the observation stream is to bring.
+/// What an observation stream sends.
 #[derive(Clone, Debug, PartialEq)]
 pub struct StreamOptions {
     /// Observations a second.
@@ -71,9 +72,9 @@ impl PolicyClient {
         PolicyClient { session: Arc::new(session), welcome: Arc::new(welcome), request_timeout }
     }
 
-    /// What was agreed with the server: [`Codec::Protobuf`] with one of ours, [`Codec::Msgpack`] with one
-    /// that was there before us, or where the builder's `codec` forces it. All calls are the same; the client
-    /// guide says what the latter cannot do.
+    /// The wire agreed with the server: [`Codec::Protobuf`] with one of ours, [`Codec::Msgpack`] with a
+    /// legacy server or where the builder's `codec` forces it. All calls are the same; the client guide lists
+    /// what the msgpack wire cannot do.
     pub fn codec(&self) -> Codec {
         self.session.control.codec
     }
@@ -85,7 +86,7 @@ impl PolicyClient {
         &self.welcome.robot
     }
 
-    /// The application's own metadata. Call it once, before `reset`.
+    /// Requests the robot's own metadata. Call it once, before `reset`.
     ///
     /// # Errors
     /// The session's end, [`Error::Timeout`], or [`Error::Rejected`] if the robot failed at it.
@@ -96,8 +97,8 @@ impl PolicyClient {
         }
     }
 
-    /// Starts a new episode; waits for as long as the robot takes. Actions still queued are dropped, and
-    /// those queued before this returns are, too: they were chosen by an observation of the old episode.
+    /// Starts a new episode, and waits for as long as the robot takes. Drops the actions that are queued,
+    /// also those queued before this returns: they were chosen from an observation of the old episode.
     ///
     /// # Errors
     /// The session's end, or [`Error::Rejected`] if the robot failed at it.
@@ -105,8 +106,8 @@ impl PolicyClient {
         self.reset_with(None, ValueMap::new()).await
     }
 
-    /// The same, with a seed that makes the episode repeatable where the robot can, and options of the
-    /// application's own.
+    /// Starts a new episode with a seed, which makes it repeatable if the robot supports that, and with
+    /// options of the application's own.
     ///
     /// # Errors
     /// As [`PolicyClient::reset`].
@@ -121,7 +122,7 @@ impl PolicyClient {
         }
     }
 
-    /// The robot's newest observation, asked for now.
+    /// Requests the robot's newest observation.
     ///
     /// # Errors
     /// The session's end, [`Error::Timeout`], or [`Error::Rejected`] if a sensor published nothing in time.
@@ -133,8 +134,7 @@ impl PolicyClient {
         }
     }
 
-    /// Has the robot carry out a chunk, all of its rows, and observe what came of it; waits for as long as
-    /// that takes.
+    /// Applies all rows of a chunk and returns the observation that follows; waits for as long as that takes.
     ///
     /// # Errors
     /// [`Error::InvalidAction`] before anything is sent, the session's end, or [`Error::Rejected`].
@@ -153,13 +153,13 @@ impl PolicyClient {
 
     // ---- Observations -------------------------------------------------------------------------------------
 
-    /// Has the server send observations at this rate: `start_obs_stream(30.0)`, or [`StreamOptions`] for some
-    /// of the cameras. Replaces a stream that runs.
+    /// Starts the observation stream: `start_obs_stream(30.0)` for 30 Hz, or [`StreamOptions`] for some of
+    /// the cameras. Replaces a stream that runs.
     ///
     /// # Errors
     /// [`Error::InvalidArgument`], the session's end, [`Error::Timeout`], or [`Error::Rejected`] if there is
-    /// no such camera or a sensor is silent. Of a legacy server [`Error::UnknownName`] for the former, and
-    /// [`Error::Unsupported`] if it observes in reset and step only.
+    /// no such camera or a sensor publishes nothing. With a legacy server [`Error::UnknownName`] for the
+    /// former, and [`Error::Unsupported`] if it observes in reset and step only.
     pub async fn start_obs_stream(&self, options: impl Into<StreamOptions>) -> Result<()> {
         let StreamOptions { hz, cameras, depth } = options.into();
         let rate = rate("the stream's rate", hz)?;
@@ -193,11 +193,11 @@ impl PolicyClient {
         Ok(latest.map(|obs| self.see(obs)))
     }
 
-    /// The newest observation of the stream that this client, or a clone of it, has not returned yet; waits
-    /// for it.
+    /// The newest observation of the stream that neither this client nor a clone has returned yet. Waits for
+    /// it until `limit` has passed.
     ///
     /// # Errors
-    /// [`Error::Timeout`] if none came, [`Error::NotStreaming`], the session's end, or
+    /// [`Error::Timeout`] if none arrived, [`Error::NotStreaming`], the session's end, or
     /// [`Error::StreamEnded`].
     pub async fn next_obs(&self, limit: Duration) -> Result<Arc<Observation>> {
         let mut latest = self.session.core.latest.subscribe();
@@ -220,8 +220,8 @@ impl PolicyClient {
 
     // ---- Actions ------------------------------------------------------------------------------------------
 
-    /// Sends one queued action at every tick of this rate, in hertz. Deadlines are absolute, and missed ones are
-    /// skipped.
+    /// Sends one queued action at every tick of this rate, in hertz. Deadlines are absolute, and missed ones
+    /// are skipped.
     ///
     /// # Errors
     /// [`Error::InvalidArgument`], or the session's end.
@@ -323,8 +323,8 @@ impl PolicyClient {
         core.state().stats(core.now())
     }
 
-    /// Closes the connection. Afterwards every call fails with [`Error::Closed`]. When this returns, the robot holds
-    /// and is free for the next client; a server that does not respond is waited for 1 s.
+    /// Closes the connection. Afterwards every call fails with [`Error::Closed`]. When this returns, the
+    /// robot holds and is free for the next client; a server that does not respond is waited for 1 s.
     ///
     /// # Errors
     /// None so far: a connection that is lost already is closed, too.
@@ -357,7 +357,8 @@ impl PolicyClient {
         Ok(())
     }
 
-    /// The chunk, if it is what the robot declares. A legacy server declares nothing: its dimension is 0, for any.
+    /// The chunk, if it is what the robot declares. A legacy server declares nothing: its dimension is 0, for
+    /// any.
     fn checked(&self, chunk: ActionChunk) -> Result<ActionChunk> {
         let declared = &self.welcome.robot.action_spec;
         if declared.dimension == 0 {

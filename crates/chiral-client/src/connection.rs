@@ -87,8 +87,8 @@ impl Connection {
         self.core.state().check_alive()
     }
 
-    /// Sends on the calling thread if the link is ready. Otherwise the connection's runtime completes it, also if
-    /// the caller stops waiting: half a frame would be the end of the connection.
+    /// Sends on the calling thread if the link is ready. Otherwise the connection's runtime completes it,
+    /// also if the caller stops waiting: half a frame would be the end of the connection.
     pub(crate) async fn try_send(&self, frame: Frame) -> Result<(), TransportError> {
         let ended = || TransportError::lost("the session ended");
         let mut sending = self.transport.upgrade().ok_or_else(ended)?.send(frame);

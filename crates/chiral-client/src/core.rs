@@ -1,5 +1,5 @@
-//! What the caller's calls, the connections' loops and the dispatch thread share: a session's state, and whom to wake
-//! when it changes. Nothing here sends or receives.
+//! What the caller's calls, the connections' loops and the dispatch thread share: a session's state, and whom
+//! to wake when it changes. Nothing here sends or receives.
 
 use std::sync::{Arc, Mutex, MutexGuard};
 
@@ -82,7 +82,8 @@ impl Core {
         }
     }
 
-    /// Ends the session: every call from now on, and every one that waits, fails with this error or an earlier one.
+    /// Ends the session: every call from now on, and every one that waits, fails with this error or an
+    /// earlier one.
     pub(crate) fn end(&self, error: Error) {
         if !self.state().end(error.clone()) {
             return;

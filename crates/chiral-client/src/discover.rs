@@ -13,18 +13,18 @@ use crate::{error::Error, zenoh::failed};
 #[derive(Clone, Debug, PartialEq)]
 #[non_exhaustive]
 pub struct DiscoveredRobot {
-    /// Its name, which is its own on its network.
+    /// Its name, unique on its network.
     pub name: String,
     /// Its cameras: names, sizes, whether there is depth.
     pub cameras: Vec<CameraSpec>,
-    /// The name of who controls it now, if anybody does.
+    /// The name of its controller, if it has one.
     pub controller: Option<String>,
-    /// Where it was reached just now, such as `tcp/10.0.0.7:7447`: at its own server or, if that lets nobody
-    /// in, by a router. At least one.
+    /// The addresses by which it was reached just now, such as `tcp/10.0.0.7:7447`: of its own server or, if
+    /// that accepts no connections, of a router. At least one.
     pub addresses: Vec<String>,
 }
 
-/// The robots that answer within `duration`, in order of their names.
+/// Returns the robots that reply within `duration`, sorted by name.
 pub(crate) async fn discover(
     config: Option<PathBuf>,
     duration: Duration,
@@ -38,8 +38,8 @@ pub(crate) async fn discover(
     Ok(merge(scouted))
 }
 
-/// One of each name, with the addresses of its own server if there are any, and otherwise those of whoever
-/// leads to it.
+/// Lists each robot once, with the addresses of its own server or, if there are none, those of the routers
+/// that lead to it.
 fn merge(mut scouted: Vec<ScoutedRobot>) -> Vec<DiscoveredRobot> {
     scouted.sort_by(|a, b| (&a.robot, !a.is_own, &a.locator).cmp(&(&b.robot, !b.is_own, &b.locator)));
     let mut robots: Vec<DiscoveredRobot> = Vec::new();
@@ -48,7 +48,7 @@ fn merge(mut scouted: Vec<ScoutedRobot>) -> Vec<DiscoveredRobot> {
         let of_its_kind = same.iter().filter(|robot| robot.is_own == first.is_own);
         let mut addresses: Vec<String> = of_its_kind.map(|robot| robot.locator.clone()).collect();
         addresses.dedup();
-        // Who cannot say what he is, is no robot of ours.
+        // Without a valid welcome it is not a robot of this protocol.
         let Some((cameras, controller)) = same.iter().find_map(|robot| robot_info(&robot.info)) else {
             continue;
         };

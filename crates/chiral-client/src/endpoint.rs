@@ -55,15 +55,15 @@ impl Endpoint {
             }));
         }
         if options.robot.is_some() {
-            return Err(refuse("a robot's name is asked for, where there can be only one robot"));
+            return Err(refuse("a robot's name was given, but this address leads to a single robot"));
         }
         if options.zenoh_config.is_some() {
-            return Err(refuse("a Zenoh configuration is given for an address that is none of Zenoh's"));
+            return Err(refuse("a Zenoh configuration was given, but this is not an address of Zenoh"));
         }
         #[cfg(feature = "websocket")]
         return websocket::Endpoint::parse(options).map(Endpoint::WebSocket);
         #[cfg(not(feature = "websocket"))]
-        Err(refuse("it is none of Zenoh's, and this program was built without WebSocket"))
+        Err(refuse("it is not an address of Zenoh, and this program was built without WebSocket"))
     }
 
     /// The pause between two attempts to connect.

@@ -1,5 +1,5 @@
-//! Everything that can go wrong on the policy's side. Every failure reaches the caller as one of these, and
-//! its text says all there is to say.
+//! Everything that can go wrong on the policy's side. Every failure reaches the caller as one of these, whose
+//! text is complete: a log line needs no more.
 
 use std::{error::Error as StdError, path::PathBuf, sync::Arc, time::Duration};
 
@@ -8,7 +8,7 @@ use chiral_proto::{
     error::UnknownName,
 };
 
-/// Why a call failed. The end of a session is told to every call that comes after it.
+/// Why a call failed. After a session has ended, every call fails with the reason.
 #[derive(Clone, Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum Error {
@@ -25,31 +25,32 @@ pub enum Error {
     NoServer {
         /// The address.
         uri: String,
-        /// How long was waited.
+        /// The deadline.
         deadline: Duration,
-        /// What the last attempt failed at.
+        /// Why the last attempt failed.
         last: String,
     },
-    /// Something answered, but with an HTTP error in place of a WebSocket.
+    /// The server answered with an HTTP error in place of a WebSocket.
     #[error("expected a Chiral server, found HTTP status {status}: {text}")]
     Http {
         /// The status.
         status: u16,
-        /// What the other side said, cut short.
+        /// The response body, cut short.
         text: String,
     },
-    /// There is no trust between the two sides, or no TLS on the other.
+    /// The certificates are not trusted, or the server does not speak TLS.
     #[error("no TLS connection: {0}")]
     Tls(Arc<dyn StdError + Send + Sync>),
-    /// A wire was asked for that the server does not speak.
+    /// The builder allows only protobuf, which the server does not speak.
     #[error(
-        "expected a server that speaks protobuf, as this client was told to, found one without the subprotocol chiral.v1, as legacy msgpack servers are"
+        "expected a server that speaks protobuf, the only codec that this client was configured for; found one without \
+         the subprotocol chiral.v1, such as a legacy server"
     )]
     NotProtobuf,
-    /// Something listens, but does not speak WebSocket as expected.
+    /// The server does not speak WebSocket as expected.
     #[error("no WebSocket connection: {0}")]
     Handshake(Arc<dyn StdError + Send + Sync>),
-    /// No connection comes about on a Zenoh network on which the robot is alive.
+    /// The robot is alive on its Zenoh network, but cannot be connected to.
     #[error("no Zenoh connection: {0}")]
     Zenoh(Arc<dyn StdError + Send + Sync>),
     /// A configuration file of Zenoh's cannot be used.
@@ -60,12 +61,12 @@ pub enum Error {
         /// What is wrong with it.
         problem: String,
     },
-    /// A Zenoh address leads to a network of several robots, and none was asked for.
+    /// A Zenoh address leads to a network of several robots, and none was chosen.
     #[error("expected one robot at {uri}, found several: {}; ask for one by its name", names.join(", "))]
     SeveralRobots {
         /// The address.
         uri: String,
-        /// Who is alive there.
+        /// The robots that are alive there.
         names: Vec<String>,
     },
     /// The robot has a controller already; the text names it.
@@ -80,12 +81,12 @@ pub enum Error {
     /// The server refused an action that was sent earlier, or the robot failed at it.
     #[error("an action was refused: {0}")]
     ActionRefused(Fault),
-    /// The connection is gone.
+    /// The connection was lost or closed.
     #[error("disconnected: {reason}")]
     Disconnected {
-        /// In words, what the transport said among them.
+        /// For people, including the error of the transport.
         reason: String,
-        /// What the transport said, where it said something.
+        /// The error of the transport, if there was one.
         cause: Option<TransportError>,
     },
     /// This client was closed.
@@ -94,13 +95,13 @@ pub enum Error {
     /// The server ended the observation stream.
     #[error("the observation stream ended: {reason}")]
     StreamEnded {
-        /// In words.
+        /// For people.
         reason: String,
     },
-    /// An observation was waited for while no stream runs.
+    /// No observation stream runs, so that none can be waited for.
     #[error("no observation stream runs: call start_obs_stream first")]
     NotStreaming,
-    /// Nothing came in time.
+    /// Nothing arrived in time.
     #[error("expected {what} within {} s, found none", waited.as_secs_f64())]
     Timeout {
         /// What was waited for.
@@ -108,7 +109,7 @@ pub enum Error {
         /// How long.
         waited: Duration,
     },
-    /// The action queue has no room, and nothing that empties it.
+    /// The action queue has no room, and no dispatch empties it.
     #[error("expected room for {rows} rows, found {queued} of {capacity} queued{}", if *dispatching { "" } else { " and no action dispatch running" })]
     QueueFull {
         /// Rows to be queued.
@@ -120,7 +121,7 @@ pub enum Error {
         /// Whether dispatch runs.
         dispatching: bool,
     },
-    /// The action is none that the robot takes.
+    /// The action does not fit what the robot declares.
     #[error(transparent)]
     InvalidAction(#[from] InvalidAction),
     /// An argument is out of range.
@@ -133,26 +134,26 @@ pub enum Error {
         /// What it was.
         found: String,
     },
-    /// The request cannot be put on the wire.
+    /// The request cannot be encoded for this wire.
     #[error(transparent)]
     Encode(#[from] EncodeError),
-    /// The server said something that cannot be understood.
+    /// The server sent a message that cannot be decoded.
     #[error("the server sent a malformed message: {0}")]
     Malformed(DecodeError),
     /// An observation has no camera or proprio of this name.
     #[error(transparent)]
     UnknownName(#[from] UnknownName),
-    /// A tensor is not what it was taken for.
+    /// A tensor has another type or shape than expected.
     #[error(transparent)]
     Tensor(#[from] TensorError),
-    /// The server said something out of turn.
+    /// The server sent another message than the protocol allows here.
     #[error("expected {expected} from the server, found another message")]
     Protocol {
         /// What was expected.
         expected: &'static str,
     },
-    /// A legacy server said something out of turn.
-    #[error("expected answers to what was asked only, in order, found a {found} from the server")]
+    /// A legacy server sent a reply to no request.
+    #[error("expected replies to pending requests only, in order, found a {found} from the server")]
     UnaskedAnswer {
         /// Its type on the wire.
         found: &'static str,
@@ -160,7 +161,7 @@ pub enum Error {
     /// A legacy server cannot do this, or not yet.
     #[error("the server cannot {what}: {why}")]
     Unsupported {
-        /// What was asked for.
+        /// The call.
         what: &'static str,
         /// Why not.
         why: &'static str,

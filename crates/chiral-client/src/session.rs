@@ -1,5 +1,5 @@
-//! A session with a server: its connections' loops, and its end. On each connection one loop receives and one sends, and
-//! neither waits for the other.
+//! A session with a server: its connections' loops, and its end. On each connection one loop receives and one
+//! sends, and neither waits for the other.
 
 use std::{future::pending, pin::pin, sync::Arc, time::Duration};
 
@@ -42,7 +42,8 @@ pub(crate) struct Connections {
 }
 
 impl Connections {
-    /// One connection that carries everything, or one for each lane. `lost` says what the failure of one means.
+    /// One connection that carries everything, or one for each lane. `lost` says what the failure of one
+    /// means.
     pub(crate) fn new(
         core: Arc<Core>,
         control: Link,
@@ -104,8 +105,8 @@ impl Drop for Session {
     }
 }
 
-/// What the loops of one connection need of a session. Whatever becomes of them, also if their runtime is shut down, the
-/// session does not outlive them.
+/// What the loops of one connection need of a session. Whatever becomes of them, also if their runtime is
+/// shut down, the session does not outlive them.
 struct Loops {
     core: Arc<Core>,
     wire: Arc<dyn Wire>,

@@ -1,5 +1,5 @@
-//! What a session knows: its requests, its observation stream, its actions and the server's clock. Pure: `now` is
-//! passed in. [`Core`](crate::core::Core) keeps it behind one lock.
+//! What a session knows: its requests, its observation stream, its actions and the server's clock. Pure:
+//! `now` is passed in. [`Core`](crate::core::Core) keeps it behind one lock.
 
 use std::{collections::HashMap, time::Duration};
 
@@ -115,8 +115,8 @@ impl State {
         self.pending.get(&id).is_some_and(|pending| !pending.reply_to.is_closed())
     }
 
-    /// Applies what a reply changes. Returns where to forward it, once the lock is released: the caller takes the
-    /// lock as soon as it has the reply.
+    /// Applies what a reply changes. Returns where to forward it, once the lock is released: the caller takes
+    /// the lock as soon as it has the reply.
     pub(crate) fn complete(
         &mut self,
         id: u64,
@@ -193,7 +193,8 @@ impl State {
 
     // ---- The session's end --------------------------------------------------------------------------------
 
-    /// Ends the session: every pending request fails with this error. Returns whether it had not ended before.
+    /// Ends the session: every pending request fails with this error. Returns whether it had not ended
+    /// before.
     pub(crate) fn end(&mut self, error: Error) -> bool {
         for (_, pending) in self.pending.drain() {
             let _ = pending.reply_to.send(Err(error.clone()));

@@ -1,28 +1,28 @@
-//! How a session is doing, in numbers.
+//! A session's statistics.
 
 use std::{collections::VecDeque, time::Duration};
 
 use chiral_proto::Timestamp;
 
-/// How a session is doing.
+/// A session's statistics.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct ClientStats {
-    /// Observations that the stream brought since it was started.
+    /// Observations received since the stream was started.
     pub observations: u64,
-    /// Observations a second, over the last 10 s of the stream.
+    /// Observations per second, over the last 10 s of the stream.
     pub observation_hz: f64,
-    /// Median age of an observation on arrival, its oldest camera's, over the last 10 s; `None` before the
-    /// clocks were compared.
+    /// Median age of an observation's oldest camera on arrival, over the last 10 s; `None` until the clocks
+    /// were compared.
     pub observation_age_p50: Option<Duration>,
-    /// The age that 99 of 100 observations stay under.
+    /// 99th percentile of the same.
     pub observation_age_p99: Option<Duration>,
     /// The shortest round trip of the last pings.
     pub round_trip: Option<Duration>,
     /// By how many nanoseconds the server's clock is ahead of this host's.
     pub clock_offset_ns: Option<i64>,
-    /// Rows that wait for their tick.
+    /// Rows in the action queue.
     pub actions_queued: usize,
-    /// Actions sent, by dispatch or at once.
+    /// Actions sent, by dispatch or by `send_action`.
     pub actions_sent: u64,
     /// Actions that the server refused, or the robot failed at.
     pub actions_refused: u64,
@@ -30,18 +30,18 @@ pub struct ClientStats {
     pub actions_skipped: u64,
     /// Rows dropped because a reset overtook them.
     pub actions_discarded: u64,
-    /// By how much the dispatch's last thousand rows missed their ticks, median; `None` before the first.
+    /// Median delay of the last thousand dispatched rows behind their ticks; `None` before the first.
     pub action_lateness_p50: Option<Duration>,
-    /// The lateness that 99 of 100 of them stay under.
+    /// 99th percentile of the same.
     pub action_lateness_p99: Option<Duration>,
 }
 
-/// The value that `percent` of 100 stay under; `None` of nothing.
+/// The value below which `percent` of 100 values lie; `None` if there are none.
 pub(crate) fn percentile(sorted: &[Duration], percent: usize) -> Option<Duration> {
     sorted.get((sorted.len() * percent / 100).min(sorted.len().saturating_sub(1))).copied()
 }
 
-/// The arrivals of the last seconds.
+/// The arrivals of the last seconds, and how many there were in all.
 #[derive(Debug, Default)]
 pub(crate) struct Recent {
     total: u64,
@@ -68,7 +68,7 @@ impl Recent {
 
     pub(crate) fn summary(&self, now: Timestamp) -> Summary {
         let recent = self.arrivals.iter().filter(|(at, _)| now.since(*at) <= Self::SPAN);
-        // From the first arrival on, so many periods have passed: a stream that stalls shows at once.
+        // Measured up to now, not up to the last arrival: a stream that stalls shows at once.
         let span = recent.clone().next().map_or(0.0, |(first, _)| now.since(*first).as_secs_f64());
         let periods = recent.clone().count().saturating_sub(1);
         let mut ages: Vec<Duration> = recent.filter_map(|(_, age)| *age).collect();

@@ -44,7 +44,7 @@ use crate::{
 
 /// For the name, the connection, TLS and the upgrade together.
 const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(5);
-/// Of what a server that is none says, as much as an error should show.
+/// How much of an HTTP error's body an error shows, in bytes.
 const MAX_HTTP_TEXT: usize = 200;
 
 /// How to reach a server at a `ws://` or `wss://` address.
@@ -54,7 +54,8 @@ pub(crate) struct Endpoint {
     host: String,
     port: u16,
     tls: Option<TlsConnector>,
-    /// The wire that is asked for; without, ours, or else that of the peers before us.
+    /// The only wire to speak; without one, protobuf is offered, and msgpack used if the server does not know
+    /// it.
     codec: Option<Codec>,
     idle_timeout: Duration,
 }
@@ -103,8 +104,8 @@ fn tls(root_certificates: Option<&[u8]>) -> Result<TlsConnector, Error> {
     Ok(Arc::new(config).into())
 }
 
-/// A connection, secure or not. (A boxed trait object would do, if futures that hold one could be shown to be
-/// `Send`.)
+/// A TCP stream with or without TLS. An enum, since the compiler cannot prove futures that hold a boxed trait
+/// object to be `Send`.
 pub(crate) enum Stream {
     Plain(TcpStream),
     Tls(Box<TlsStream<TcpStream>>),
@@ -152,9 +153,9 @@ pub(crate) async fn connect(
     options: LinkOptions,
 ) -> Result<WebSocketTransport<Stream>, ConnectError> {
     let attempt = async {
-        // A session's second connection is one of ours, or none.
+        // Only our own servers accept a second connection.
         let codec = if options.lane == Lane::Observations { Some(Codec::Protobuf) } else { endpoint.codec };
-        let (stream, codec) = agree(endpoint, codec).await?;
+        let (stream, codec) = negotiate(endpoint, codec).await?;
         let peer = endpoint.uri.to_string();
         let options = WebSocketOptions {
             role: Role::Client,
@@ -176,10 +177,10 @@ pub(crate) async fn connect(
     }
 }
 
-/// A connection that was upgraded, and what is spoken on it. Legacy servers know no subprotocol: they
-/// upgrade and choose none, or refuse the upgrade because of it, as some libraries do with everything that
-/// they were not told of. Then they are asked again without.
-async fn agree(endpoint: &Endpoint, codec: Option<Codec>) -> Result<(Stream, Codec), ConnectError> {
+/// Opens a connection, upgrades it and agrees on the codec. Legacy servers know no subprotocol: they upgrade
+/// and choose none, or refuse the upgrade because of it, as some libraries do with any that they were not
+/// configured for. Then the upgrade is repeated without.
+async fn negotiate(endpoint: &Endpoint, codec: Option<Codec>) -> Result<(Stream, Codec), ConnectError> {
     let mut stream = open(endpoint).await?;
     if codec == Some(Codec::Msgpack) {
         upgrade(endpoint, &mut stream, None).await.map_err(judge)?;
@@ -195,12 +196,12 @@ async fn agree(endpoint: &Endpoint, codec: Option<Codec>) -> Result<(Stream, Cod
     let refused =
         matches!(&error, tungstenite::Error::Http(response) if response.status() == StatusCode::BAD_REQUEST);
     match codec {
-        // All else of the handshake was good, and was checked before: this connection will do.
+        // tungstenite checks the subprotocol last, so that everything else was good: use this connection.
         None if chose_none => {}
         None if refused => {
             stream = open(endpoint).await?;
             if upgrade(endpoint, &mut stream, None).await.is_err() {
-                // It did not mind the subprotocol alone.
+                // The subprotocol was not the reason.
                 return Err(judge(error));
             }
         }
@@ -208,7 +209,7 @@ async fn agree(endpoint: &Endpoint, codec: Option<Codec>) -> Result<(Stream, Cod
         _ => return Err(judge(error)),
     }
     tracing::info!(
-        "the server at {} knows no {SUBPROTOCOL}: taken for a legacy one, of msgpack",
+        "the server at {} does not know {SUBPROTOCOL}: speaking msgpack, as to a legacy server",
         endpoint.uri
     );
     Ok((stream, Codec::Msgpack))
@@ -263,9 +264,9 @@ fn judge(error: tungstenite::Error) -> ConnectError {
     }
 }
 
-/// Reads no byte beyond the response's head, since what the handshake reads too much of would be lost with
-/// it; and hands the head over in one piece, since a handshake in small pieces is taken for an attack. A
-/// refusal may have a body, of which it gets what is there.
+/// Reads exactly the head of the response: tungstenite would read ahead and drop the first frames. Returns
+/// the head in one piece, since tungstenite takes a handshake in small pieces for an attack. The head of a
+/// refusal is followed by as much of the body as has arrived.
 struct HandshakeReader<'a> {
     stream: &'a mut Stream,
     head: Vec<u8>,

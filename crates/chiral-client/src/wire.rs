@@ -1,5 +1,5 @@
-//! What a session needs of the wire that it is spoken on. The protobuf wire implements it in `native`, the msgpack wire
-//! of legacy servers in `legacy`; nothing else knows which it is.
+//! What a session needs of the wire that it is spoken on. The protobuf wire implements it in `native`, the
+//! msgpack wire of legacy servers in `legacy`; nothing else knows which it is.
 
 use chiral_proto::{Frame, Reply, Request};
 

@@ -39,7 +39,8 @@ pub(crate) struct Endpoint {
     uri: String,
     /// The name of the robot to connect to; without one, the network's only robot.
     robot: Option<String>,
-    /// Without a locator of ours, the network is the configuration file's, or else whichever replies to a search.
+    /// Without a locator of ours, the network is the configuration file's, or else the one that a search
+    /// finds.
     options: ZenohSessionOptions,
     codec: Option<Codec>,
     idle_timeout: Duration,
@@ -95,7 +96,7 @@ impl Endpoint {
         if let (Some(named), Some(robot)) = (named, options.robot.as_deref())
             && named != robot
         {
-            return Err(refuse(format!("another robot, {robot:?}, is asked for")));
+            return Err(refuse(format!("the builder names another robot, {robot:?}")));
         }
         let robot = named.or(options.robot.as_deref());
         if let Some(robot) = robot {
@@ -105,7 +106,7 @@ impl Endpoint {
             && (robot.is_some() || (locator.is_none() && options.zenoh_config.is_none()))
         {
             return Err(refuse(
-                "legacy servers, of msgpack, have no name, only an address such as tcp/localhost:7447"
+                "legacy servers (msgpack) have no names, only addresses such as tcp/localhost:7447"
                     .to_owned(),
             ));
         }
@@ -149,8 +150,8 @@ impl Endpoint {
         Ok(connected)
     }
 
-    /// The session on which the last attempt found no robot, if a legacy server may be meant and robots had time to
-    /// appear.
+    /// The session on which the last attempt found no robot, if a legacy server may be meant and robots had
+    /// time to appear.
     pub(crate) fn joined_without_robot(&self) -> Option<Joined> {
         lock(&self.joined).clone().filter(|joined| joined.may_be_legacy)
     }
@@ -176,7 +177,7 @@ impl Endpoint {
         };
         if self.codec == Some(Codec::Msgpack) {
             keep(true);
-            return Err(ConnectError::Unavailable("no legacy server answers".to_owned()));
+            return Err(ConnectError::Unavailable("no legacy server replies".to_owned()));
         }
         // Measured before the query for robots, which may itself take that long.
         let had_time = since.elapsed() >= ROBOT_TIMEOUT;
@@ -214,7 +215,7 @@ impl Endpoint {
         names.sort();
         names.dedup();
         if names.is_empty() {
-            return Err(ConnectError::Unavailable("no robot answers a search by multicast".to_owned()));
+            return Err(ConnectError::Unavailable("no robot replied to a search by multicast".to_owned()));
         }
         let name = choose(names, self.robot.as_deref(), &self.uri)?;
         // Rather its own server than a router.
@@ -227,7 +228,8 @@ impl Endpoint {
     /// Whether another attempt may succeed.
     fn judge(&self, error: ZenohError) -> ConnectError {
         match error {
-            // A server that is just stopping or starting looks like one that refuses. Two refusals in a row count.
+            // A server that is just stopping or starting looks like one that refuses. Two refusals in a row
+            // count.
             ZenohError::NotLetIn { .. } if !self.was_refused.swap(true, Ordering::Relaxed) => {
                 ConnectError::Unavailable(error.to_string())
             }
@@ -254,21 +256,21 @@ pub(crate) fn failed(error: ZenohError) -> Error {
 }
 
 /// Chooses among the robots that are alive.
-fn choose(mut alive: Vec<String>, asked: Option<&str>, uri: &str) -> Result<String, ConnectError> {
-    match asked {
-        Some(asked) if alive.iter().any(|name| name == asked) => Ok(asked.to_owned()),
-        Some(asked) if alive.is_empty() => Err(ConnectError::Unavailable(format!(
-            "no robot is alive there, or none that we may reach, nor is {asked:?}"
+fn choose(mut alive: Vec<String>, wanted: Option<&str>, uri: &str) -> Result<String, ConnectError> {
+    match wanted {
+        Some(wanted) if alive.iter().any(|name| name == wanted) => Ok(wanted.to_owned()),
+        Some(wanted) if alive.is_empty() => Err(ConnectError::Unavailable(format!(
+            "no robot is alive there, or access is denied; expected {wanted:?}"
         ))),
-        Some(asked) => Err(ConnectError::Unavailable(format!(
-            "no robot named {asked:?} is alive there, or we may not reach it; there are: {}",
+        Some(wanted) => Err(ConnectError::Unavailable(format!(
+            "no robot named {wanted:?} is alive there, or access to it is denied; alive are: {}",
             alive.join(", ")
         ))),
         None if alive.len() > 1 => {
             Err(ConnectError::Failed(Error::SeveralRobots { uri: uri.to_owned(), names: alive }))
         }
         None => alive.pop().ok_or_else(|| {
-            ConnectError::Unavailable("no robot is alive there, or none that we may reach".to_owned())
+            ConnectError::Unavailable("no robot is alive there, or access is denied".to_owned())
         }),
     }
 }
@@ -279,9 +281,9 @@ mod tests {
 
     #[test]
     fn the_only_robot_is_chosen_and_of_several_the_one_that_was_named() {
-        let choose = |alive: &[&str], asked| match choose(
+        let choose = |alive: &[&str], wanted| match choose(
             alive.iter().map(|name| name.to_string()).collect(),
-            asked,
+            wanted,
             "tcp/a:1",
         ) {
             Ok(name) => name,
@@ -290,10 +292,10 @@ mod tests {
         };
         assert_eq!(choose(&["arm"], None), "arm");
         assert_eq!(choose(&["arm", "leg"], Some("leg")), "leg");
-        assert_eq!(choose(&[], None), "absent: no robot is alive there, or none that we may reach");
+        assert_eq!(choose(&[], None), "absent: no robot is alive there, or access is denied");
         assert_eq!(
             choose(&["arm"], Some("leg")),
-            "absent: no robot named \"leg\" is alive there, or we may not reach it; there are: arm"
+            "absent: no robot named \"leg\" is alive there, or access to it is denied; alive are: arm"
         );
         assert_eq!(
             choose(&["arm", "leg"], None),

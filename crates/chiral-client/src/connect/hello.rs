@@ -15,8 +15,8 @@ use crate::{error::Error, native::lost, transport::DynTransport};
 /// For the server's welcome.
 const HELLO_TIMEOUT: Duration = Duration::from_secs(5);
 
-/// Sends a hello and returns the welcome. On a session's second connection, `attach_token` is that of the first one's
-/// welcome; on the first it is empty.
+/// Sends a hello and returns the welcome. On a session's second connection, `attach_token` is that of the
+/// first one's welcome; on the first it is empty.
 pub(crate) async fn exchange_hello(
     transport: &Arc<dyn DynTransport>,
     identity: &Identity,
@@ -34,7 +34,8 @@ pub(crate) async fn exchange_hello(
         }),
     };
     let exchange = async {
-        // A server that refuses may reply and close before all is sent: its reply matters more than a failed send.
+        // A server that refuses may reply and close before all is sent: its reply matters more than a failed
+        // send.
         let sent = Arc::clone(transport).send(transport.codec().encode(&hello)?).await;
         match transport.recv().await {
             Ok(Some(frame)) => transport.codec().decode(frame).map_err(Error::Malformed),

@@ -1,5 +1,5 @@
-//! How a client gets its session: an attempt to connect until there is a server, the wire that it speaks, and the second
-//! connection.
+//! How a client gets its session: an attempt to connect until there is a server, the wire that it speaks, and
+//! the second connection.
 
 mod hello;
 pub(crate) mod options;
@@ -138,7 +138,8 @@ pub(crate) async fn connect_over(
 ) -> Result<Connected, Error> {
     let mut control = link_here(options, transport);
     if control.transport.codec() == Codec::Msgpack {
-        // Nothing that the caller's transport does shows that such a server is alive while it has nothing to send.
+        // Nothing that the caller's transport does shows that such a server is alive while it has nothing to
+        // send.
         control.idle_timeout = IdleTimeout::never();
         return legacy::start(options, control, 0, Shared::new()).await;
     }

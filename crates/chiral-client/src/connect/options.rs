@@ -8,7 +8,8 @@ use chiral_transport::{Pacing, monotonic};
 
 use crate::{connection::Lane, dispatch::thread::Wait, error::Error};
 
-/// What the builder sets. Options of one transport are ignored or refused by the other, as the builder documents.
+/// What the builder sets. Options of one transport are ignored or refused by the other, as the builder
+/// documents.
 #[derive(Clone, Debug)]
 #[cfg_attr(
     not(all(feature = "websocket", feature = "zenoh")),
@@ -105,8 +106,8 @@ pub(crate) struct Shared {
 }
 
 impl Shared {
-    /// Large buffers that nobody uses, kept for the next observations: the latest one, one that arrives, and one that a
-    /// policy has just dropped.
+    /// Large buffers that nobody uses, kept for the next observations: the latest one, one that arrives, and
+    /// one that a policy has just dropped.
     const IDLE_BUFFERS: usize = 3;
 
     pub(crate) fn new() -> Shared {

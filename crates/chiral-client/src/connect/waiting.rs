@@ -38,14 +38,16 @@ pub(crate) async fn wait_for_server<T, F: Future<Output = Result<T, ConnectError
     outcome.unwrap_or_else(|_| Err(Error::NoServer { uri: options.uri.clone(), deadline, last }))
 }
 
-/// What is printed while waiting: at once that it waits, after a while why, and then whenever the reason changes.
+/// What is printed while waiting: at once that it waits, after a while why, and then whenever the reason
+/// changes.
 #[derive(Default)]
 struct Progress {
     printed: Option<(Instant, String)>,
 }
 
 impl Progress {
-    /// A server that is just starting may take this long. A reason that keeps changing is printed no more often.
+    /// A server that is just starting may take this long. A reason that keeps changing is printed no more
+    /// often.
     const PERIOD: Duration = Duration::from_secs(5);
 
     /// The line to print now, if any.

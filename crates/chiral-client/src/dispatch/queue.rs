@@ -168,8 +168,8 @@ impl ActionQueue {
 
     // ---- The dispatch thread's side -----------------------------------------------------------------------
 
-    /// The row that is due, or when the next one is. Rows of an episode before `episode` are dropped: they may
-    /// have been queued while the reset's reply was on its way to the caller.
+    /// The row that is due, or when the next one is. Rows of an episode before `episode` are dropped: they
+    /// may have been queued while the reset's reply was on its way to the caller.
     pub(crate) fn due(&mut self, episode: u64, now: Timestamp) -> Due {
         if self.has_ended {
             return Due::Ended;
@@ -275,8 +275,8 @@ mod tests {
         matches!(queue.due(1, Timestamp(ms * MS)), Due::Now(_))
     }
 
-    /// Runs dispatch for `seconds`, woken `late_ns` after each deadline. Returns how many rows it sent and how
-    /// many ticks it skipped.
+    /// Runs dispatch for `seconds`, woken `late_ns` after each deadline. Returns how many rows it sent and
+    /// how many ticks it skipped.
     fn check(hz: f64, seconds: i64, late_ns: impl Fn(u64) -> i64) -> (u64, u64) {
         let mut queue = queue(16, Some(hz));
         let (mut now, mut sent) = (Timestamp(0), 0);

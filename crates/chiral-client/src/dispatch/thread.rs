@@ -1,5 +1,5 @@
-//! The thread that waits for the ticks of the action queue and sends what is due at each. Which row that is, `queue`
-//! decides.
+//! The thread that waits for the ticks of the action queue and sends what is due at each. Which row that is,
+//! `queue` decides.
 
 use std::{hint::spin_loop, sync::Arc, thread, time::Duration};
 
@@ -19,10 +19,11 @@ pub(crate) trait ActionSink: Send + Sync {
 /// How ticks are waited for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Wait {
-    /// On a thread of its own, which sleeps until this long before a tick and spins from there: a sleeping thread
-    /// is woken 50 µs to 1 ms late.
+    /// On a thread of its own, which sleeps until this long before a tick and spins from there: a sleeping
+    /// thread is woken 50 µs to 1 ms late.
     Spin(Duration),
-    /// With the runtime's timers, in milliseconds: for a clock of the caller's, which no thread could sleep by.
+    /// With the runtime's timers, in milliseconds: for a clock of the caller's, which no thread could sleep
+    /// by.
     Timers,
 }
 

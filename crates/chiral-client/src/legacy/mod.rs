@@ -1,5 +1,6 @@
-//! Servers of today's Chiral peers, which speak the msgpack wire. Everything that knows more of it than its name is here,
-//! in `chiral_proto::codec::msgpack` and, on a Zenoh network, in `chiral_transport`'s `zenoh::legacy`.
+//! Servers of today's Chiral peers, which speak the msgpack wire. Everything that knows more of it than its
+//! name is here, in `chiral_proto::codec::msgpack` and, on a Zenoh network, in `chiral_transport`'s
+//! `zenoh::legacy`.
 
 mod pending;
 mod session;
@@ -26,9 +27,9 @@ use crate::{
     state::State,
 };
 
-/// Starts a session with a legacy server, which has no hello. `probes` is how often it was asked for metadata on Zenoh
-/// keys that it shares with others, where requests may be lost; 0 on a connection of its own. There, a first request for
-/// metadata shows that it is one.
+/// Starts a session with a legacy server, which has no hello. `probes` is how often it was asked for metadata
+/// on Zenoh keys that it shares with others, where requests may be lost; 0 on a connection of its own. There,
+/// a first request for metadata shows that it is one.
 pub(crate) async fn start(
     options: &ConnectOptions,
     link: Link,
@@ -58,8 +59,8 @@ pub(crate) async fn start(
     Ok((session, welcome))
 }
 
-/// What a welcome would say of a server that declares nothing: its name is the address, and its actions have dimension 0,
-/// which stands for any.
+/// What a welcome would say of a server that declares nothing: its name is the address, and its actions have
+/// dimension 0, which stands for any.
 fn undeclared(uri: &str) -> Welcome {
     let action_spec = ActionSpec {
         meaning: ActionMeaning::Other("not declared".to_owned()),

@@ -53,8 +53,8 @@ impl Kind {
     }
 }
 
-/// The requests whose replies may still arrive, in the order in which they were sent; also those whose callers have
-/// given up.
+/// The requests whose replies may still arrive, in the order in which they were sent; also those whose
+/// callers have given up.
 #[derive(Debug, Default)]
 pub(crate) struct PendingRequests(VecDeque<(u64, Kind)>);
 
@@ -79,8 +79,9 @@ impl PendingRequests {
     pub(crate) fn take(&mut self, kind: Kind, is_waited_for: impl Fn(u64) -> bool) -> Option<Matched> {
         let first = self.0.iter().position(|(_, pending)| *pending == kind)?;
         let mut waiting = (0..self.0.len()).filter(|&at| is_waited_for(self.0[at].0));
-        // Metadata is the same for every request, and earlier requests may have been lost. So if the only request that
-        // is waited for is one for metadata, any such reply is its reply. Replies to those before it may still arrive.
+        // Metadata is the same for every request, and earlier requests may have been lost. So if the only
+        // request that is waited for is one for metadata, any such reply is its reply. Replies to those
+        // before it may still arrive.
         let at = match (waiting.next(), waiting.next()) {
             (Some(at), None) if kind == Kind::Metadata && self.0[at].1 == Kind::Metadata => at,
             _ => first,
@@ -99,7 +100,8 @@ mod tests {
     /// A reply, the request that it belongs to, and the earlier ones that will have none.
     type Expected<'a> = (Kind, Option<(u64, &'a [u64])>);
 
-    /// Sends requests in this order, of which those with ids from 10 on were given up, and receives these replies.
+    /// Sends requests in this order, of which those with ids from 10 on were given up, and receives these
+    /// replies.
     fn check(requests: &[(u64, Kind)], replies: &[Expected<'_>]) {
         let mut pending = PendingRequests::default();
         requests.iter().for_each(|&(id, kind)| pending.push(id, kind));

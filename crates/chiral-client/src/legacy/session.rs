@@ -1,6 +1,6 @@
-//! The msgpack wire, behind the same calls: it has no request ids, no stream and no episodes, and two generations of
-//! which a server may speak either or both. Which request a reply belongs to, `pending` decides; when the stream's next
-//! observation is requested, `stream`.
+//! The msgpack wire, behind the same calls: it has no request ids, no stream and no episodes, and two
+//! generations of which a server may speak either or both. Which request a reply belongs to, `pending`
+//! decides; when the stream's next observation is requested, `stream`.
 
 use std::{
     collections::VecDeque,
@@ -42,7 +42,7 @@ const HOLD_BACK_TIMEOUT: Duration = Duration::from_secs(2);
 /// Capture times are kept of this many observations: more than two minutes at 30 Hz.
 const MAX_CAPTURE_TIMES: usize = 4096;
 const NO_CAPTURE_TIMES: &ValueMap = &ValueMap::new();
-/// Why a legacy server of ours closes a WebSocket when the robot is taken (IANA's registry of close codes).
+/// Why one of our own servers closes a WebSocket when the robot is taken (IANA's registry of close codes).
 const TRY_AGAIN_LATER: u16 = 1013;
 
 type Result<T, E = Error> = std::result::Result<T, E>;
@@ -70,9 +70,11 @@ pub(crate) struct LegacyWire {
     /// Locked after `core`'s state or alone, never before it.
     known: Mutex<Known>,
     stream: Mutex<PolledStream>,
-    /// Held from a request to its reply, so that one is pending at a time. Waiting callers get it in their order.
+    /// Held from a request to its reply, so that one is pending at a time. Waiting callers get it in their
+    /// order.
     turn: AsyncMutex<()>,
-    /// Held while a frame is prepared and handed to the link, so that frames leave in the order of the decisions.
+    /// Held while a frame is prepared and handed to the link, so that frames leave in the order of the
+    /// decisions.
     order: AsyncMutex<()>,
 }
 
@@ -137,7 +139,7 @@ impl Wire for LegacyWire {
                 tracing::debug!("ignored a message of a type that is unknown to this client");
                 return Ok(());
             }
-            Ok(_) => (None, Err(Error::Protocol { expected: "answers" })),
+            Ok(_) => (None, Err(Error::Protocol { expected: "replies" })),
             // Only the request that it belongs to has failed.
             Err(error) => (error.field.split('.').next().and_then(Kind::named), Err(Error::Malformed(error))),
         };
@@ -183,8 +185,8 @@ impl ActionSink for LegacyWire {
     }
 }
 
-/// The end of a session whose connection failed. A server of ours that refuses a legacy client can say so only when it
-/// closes the WebSocket.
+/// The end of a session whose connection failed. One of our own servers that refuses a legacy client can say
+/// so only when it closes the WebSocket.
 pub(crate) fn lost(cause: TransportError) -> Error {
     match cause {
         TransportError::Closed { code: TRY_AGAIN_LATER, reason }
@@ -197,8 +199,8 @@ pub(crate) fn lost(cause: TransportError) -> Error {
 }
 
 impl LegacyWire {
-    /// The wire of a server that was asked for metadata `probes` times before it replied once: the other replies may
-    /// still arrive.
+    /// The wire of a server that was asked for metadata `probes` times before it replied once: the other
+    /// replies may still arrive.
     pub(crate) fn new(
         core: Arc<Core>,
         connection: Arc<Connection>,
@@ -220,7 +222,7 @@ impl LegacyWire {
 
     // ---- Requests -----------------------------------------------------------------------------------------
 
-    /// Does with this server what a request would do with one of ours.
+    /// Carries out a request as far as this wire can.
     async fn serve_request(&self, request: Request) -> Result<Reply> {
         match request {
             Request::GetMetadata => {
@@ -230,7 +232,7 @@ impl LegacyWire {
             Request::Reset { .. } => {
                 self.check_controller()?;
                 let _turn = self.turn.lock().await;
-                self.within_reply_timeout("an answer to the reset", self.exchange(request, None)).await
+                self.within_reply_timeout("a reply to the reset", self.exchange(request, None)).await
             }
             Request::GetObs => self.get_obs().await,
             Request::Step { actions, .. } => {
@@ -238,12 +240,12 @@ impl LegacyWire {
                 let seen = self.core.state().actions.seen();
                 let times = lock(&self.known).capture_times(seen.observation_seq);
                 let _turn = self.turn.lock().await;
-                self.within_reply_timeout("an answer to the step", self.step(actions, times)).await
+                self.within_reply_timeout("a reply to the step", self.step(actions, times)).await
             }
             Request::Subscribe(wanted) => self.subscribe(wanted).await,
             Request::Unsubscribe => {
                 lock(&self.stream).stop();
-                let reason = "as asked".to_owned();
+                let reason = "unsubscribed".to_owned();
                 self.complete_locally(RequestKind::Unsubscribe, Reply::StreamEnd { reason })
             }
             Request::Hello(_) => Err(EncodeError::NoWords { what: "a hello" }.into()),
@@ -257,8 +259,8 @@ impl LegacyWire {
         }
         let newest = lock(&self.known).newest.clone();
         newest.map(Reply::Observation).ok_or(Error::Unsupported {
-            what: "observe when it is asked to",
-            why: "it observes in reset and step only, and neither was done yet",
+            what: "observe on request",
+            why: "it observes in reset and step only, and there was neither yet",
         })
     }
 
@@ -285,8 +287,8 @@ impl LegacyWire {
         let observed =
             within(self.options.request_timeout, "an observation after the actions", self.observe()).await?;
         // A server that neither steps nor observes knows steps, but ignored this one, and the rest with it.
-        let why = "it passed over the request, and may have found the actions wrong";
-        let obs = observed.ok_or(Error::Unsupported { what: "carry out this step", why })?;
+        let why = "it ignored the request, maybe because it found the actions invalid";
+        let obs = observed.ok_or(Error::Unsupported { what: "apply this step", why })?;
         if lock(&self.known).steps.replace(false).is_none() {
             tracing::warn!(
                 "the server does not know steps: apply_action and obs_request take their place, without reward or \
@@ -306,8 +308,8 @@ impl LegacyWire {
 
     /// Sends actions without waiting for the robot.
     ///
-    /// A gym-like server would ignore an `apply_action`. It gets an `action` in its turn, whose reply becomes the newest
-    /// observation and is otherwise dropped: so the robot moves as it would elsewhere.
+    /// A gym-like server would ignore an `apply_action`. It gets an `action` in its turn, whose reply becomes
+    /// the newest observation and is otherwise dropped: so the robot moves as it would elsewhere.
     async fn act(&self, message: ActionMessage) -> Result<()> {
         self.check_controller()?;
         let observes = lock(&self.known).observes;
@@ -315,7 +317,7 @@ impl LegacyWire {
             Some(observes) => observes,
             None => {
                 let _turn = self.turn.lock().await;
-                let what = "a word on how the server observes";
+                let what = "a reply to the first obs_request";
                 within(self.options.request_timeout, what, self.observes()).await?.0
             }
         };
@@ -327,7 +329,7 @@ impl LegacyWire {
         let times = lock(&self.known).capture_times(message.observation_seq);
         let step = Request::Step { session: 0, episode: 0, actions: message.actions };
         let stepped = self.exchange(step, times.as_deref());
-        self.within_reply_timeout("an answer to an action", stepped).await.map(drop)
+        self.within_reply_timeout("a reply to an action", stepped).await.map(drop)
     }
 
     /// Sends actions to a server of the streaming generation.
@@ -421,8 +423,8 @@ impl LegacyWire {
         }
     }
 
-    /// Whether the server observes on request, and its observation if that was found out just now; in a turn that the
-    /// caller holds.
+    /// Whether the server observes on request, and its observation if that was found out just now; in a turn
+    /// that the caller holds.
     async fn observes(&self) -> Result<(bool, Option<Arc<Observation>>)> {
         let observes = lock(&self.known).observes;
         if let Some(observes) = observes {
@@ -440,14 +442,14 @@ impl LegacyWire {
         Ok((observed.is_some(), observed))
     }
 
-    /// Sends a request that the server may ignore, and then one for metadata, to which every server replies: if that
-    /// reply arrives first, the request was ignored. Otherwise the metadata is waited for only where it may be late: our
-    /// own servers hold it back on keys that several clients may share, and take what is requested meanwhile for another
-    /// client's.
+    /// Sends a request that the server may ignore, and then one for metadata, to which every server replies:
+    /// if that reply arrives first, the request was ignored. Otherwise the metadata is waited for only where
+    /// it may be late: our own servers hold it back on keys that several clients may share, and take what is
+    /// requested meanwhile for another client's.
     async fn probe(&self, request: Request, times: Option<&ValueMap>) -> Result<Option<Reply>> {
         if self.options.is_lossy && lock(&self.known).pending.contains(Kind::Metadata) {
-            let why = "answers to earlier questions may still come, and only those to a reset end that: reset first";
-            return Err(Error::Unsupported { what: "tell what it understands", why });
+            let why = "replies to earlier requests may still arrive; call reset first, whose reply ends that";
+            return Err(Error::Unsupported { what: "be probed for what it supports", why });
         }
         self.settle_pending(&request).await?;
         let replied = self.send_request(request, times).await?;
@@ -471,8 +473,8 @@ impl LegacyWire {
         replied.await.unwrap_or(Err(Error::Closed))
     }
 
-    /// If an earlier caller gave up waiting for a reply that looks like this request's, first makes sure that it has
-    /// arrived or never will: the reply to a later request for metadata proves either.
+    /// If an earlier caller gave up waiting for a reply that looks like this request's, first makes sure that
+    /// it has arrived or never will: the reply to a later request for metadata proves either.
     async fn settle_pending(&self, request: &Request) -> Result<()> {
         let is_pending = Kind::of(request)
             .is_some_and(|kind| kind != Kind::Metadata && lock(&self.known).pending.contains(kind));
@@ -517,7 +519,7 @@ impl LegacyWire {
         Ok(replied)
     }
 
-    /// For what may take long, but not for ever: a server that drops a request does not report it.
+    /// For what may take long but must end: a server that drops a request does not report it.
     async fn within_reply_timeout(
         &self,
         what: &'static str,
@@ -561,7 +563,7 @@ async fn within<T>(
 /// Whether these actions may still be sent: no reset was requested since they were chosen.
 fn check_current(state: &State, message: &ActionMessage) -> Result<()> {
     if state.actions.is_resetting() || message.episode < state.episode {
-        let fault = Fault::new(Code::Stale, "a reset was asked for since the action was chosen");
+        let fault = Fault::new(Code::Stale, "a reset was requested since the action was chosen");
         return Err(Error::ActionRefused(Fault { action_seq: message.seq, ..fault }));
     }
     Ok(())

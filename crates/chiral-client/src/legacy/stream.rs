@@ -1,12 +1,12 @@
-//! The observation stream, which this wire does not have: observations are requested one by one. Pure: `now` is passed
-//! in.
+//! The observation stream, which this wire does not have: observations are requested one by one. Pure: `now`
+//! is passed in.
 
 use std::{sync::Arc, time::Duration};
 
 use chiral_proto::{Observation, Rate, Ticker, Timestamp};
 
-/// The stream that the caller started, if one runs. Each start has a number of its own, so that what comes of an earlier
-/// one is recognized.
+/// The stream that the caller started, if one runs. Each start has a number of its own, so that what comes of
+/// an earlier one is recognized.
 #[derive(Debug, Default)]
 pub(crate) struct PolledStream {
     running: Option<Running>,
@@ -37,8 +37,8 @@ impl PolledStream {
         self.running.as_ref().map(|running| (running.number, running.ticker.due_in(now)))
     }
 
-    /// An observation is about to be requested. Ticks that passed while other requests were in progress are skipped.
-    /// Returns whether this stream still runs.
+    /// An observation is about to be requested. Ticks that passed while other requests were in progress are
+    /// skipped. Returns whether this stream still runs.
     pub(crate) fn take_tick(&mut self, number: u64, now: Timestamp) -> bool {
         match self.get(number) {
             Some(running) => {

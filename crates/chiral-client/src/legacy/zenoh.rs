@@ -1,5 +1,5 @@
-//! Legacy servers on a Zenoh network. They share two keys and have neither names nor tokens: whether one is there, only
-//! a reply shows.
+//! Legacy servers on a Zenoh network. They share two keys and have neither names nor tokens: whether one is
+//! there, only a reply shows.
 
 use std::{
     sync::{
@@ -30,13 +30,14 @@ const PROBE_TIMEOUT: Duration = Duration::from_millis(500);
 pub(crate) struct Prober {
     /// How many probes were sent, on whatever session: legacy servers share their keys.
     probes: Arc<AtomicU64>,
-    /// Where replies arrive, and since when its session exists: a reply may arrive after the attempt that asked.
+    /// Where replies arrive, and since when its session exists: a reply may arrive after the attempt that
+    /// asked.
     listening: Arc<Mutex<Option<(Instant, LegacyTransport)>>>,
 }
 
 impl Prober {
-    /// Probes once on the network that `endpoint` has joined without finding a robot of ours, which is the `reason` to
-    /// probe. Returns the link to a legacy server and how many probes were sent.
+    /// Probes once on the network that `endpoint` has joined without finding a robot of ours, which is the
+    /// `reason` to probe. Returns the link to a legacy server and how many probes were sent.
     pub(crate) async fn try_connect(
         &self,
         options: &ConnectOptions,
