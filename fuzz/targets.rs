@@ -4,7 +4,7 @@
 use bytes::Bytes;
 use chiral_proto::codec::msgpack::{self, Decoded};
 use chiral_proto::error::EncodeError;
-use chiral_proto::{Codec, DType, DecodeError, Frame, Message, Notice, Observation, Reply, Tensor};
+use chiral_proto::{Codec, DType, Frame, Message, Notice, Observation, Reply, Tensor, error::DecodeError};
 
 /// Takes the bytes for a frame.
 pub(crate) fn frame(data: &[u8]) {

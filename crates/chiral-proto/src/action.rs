@@ -5,7 +5,7 @@ use std::ops::Deref;
 use nalgebra::{Dim, Matrix, RawStorage};
 use ndarray::{ArrayBase, Data, Ix1, Ix2};
 
-use crate::error::InvalidAction;
+use crate::error::{Code, Fault};
 
 /// One action: D values.
 ///
@@ -140,6 +140,52 @@ impl ActionSpec {
                 Err(InvalidAction::NotFinite { row, name, value: chunk.values[at] })
             }
         }
+    }
+}
+
+/// An action that no robot should see.
+#[derive(Clone, Debug, PartialEq, thiserror::Error)]
+#[non_exhaustive]
+pub enum InvalidAction {
+    /// It has another number of values than the robot has.
+    #[error("expected actions of dimension {expected}, found {found}")]
+    Dimension {
+        /// D of the robot.
+        expected: usize,
+        /// D of the action.
+        found: usize,
+    },
+    /// A value is NaN or infinite.
+    #[error("expected finite values, found {value} at row {row}, {name}")]
+    NotFinite {
+        /// The row of the chunk.
+        row: usize,
+        /// Which value of the row, by the robot's name for it where there is one.
+        name: String,
+        /// The value.
+        value: f32,
+    },
+    /// There is no row, or more than a chunk may have.
+    #[error("expected 1 to {limit} rows, found {found}")]
+    Rows {
+        /// The most there may be.
+        limit: usize,
+        /// How many there are.
+        found: usize,
+    },
+    /// The values do not make whole rows.
+    #[error("expected rows of {dimension} values, found {found} values")]
+    Ragged {
+        /// Values a row.
+        dimension: usize,
+        /// Values in all.
+        found: usize,
+    },
+}
+
+impl From<InvalidAction> for Fault {
+    fn from(error: InvalidAction) -> Fault {
+        Fault::new(Code::Invalid, error.to_string()).field("actions")
     }
 }
 

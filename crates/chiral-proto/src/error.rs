@@ -2,8 +2,6 @@
 
 use std::{error::Error, fmt, sync::Arc};
 
-use crate::tensor::DType;
-
 /// An error and its causes, one after the other: what a log line or a peer needs. Some errors' own text has
 /// their causes' already.
 pub fn chain(error: &(dyn Error + 'static)) -> String {
@@ -17,40 +15,6 @@ pub fn chain(error: &(dyn Error + 'static)) -> String {
         cause = error.source();
     }
     text
-}
-
-/// A tensor that is not what it is taken for.
-#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-#[non_exhaustive]
-pub enum TensorError {
-    /// The data is not as long as the shape says.
-    #[error("{dtype} of shape {shape:?} takes {} bytes, found {found}", expected.map_or("more than memory has".to_owned(), |len| len.to_string()))]
-    Length {
-        /// The element type.
-        dtype: DType,
-        /// The shape.
-        shape: Vec<usize>,
-        /// What they take; `None` where that overflows.
-        expected: Option<usize>,
-        /// The data's length.
-        found: usize,
-    },
-    /// Another element type was asked for.
-    #[error("expected elements of {expected}, found {found}")]
-    DType {
-        /// What was asked for.
-        expected: DType,
-        /// What it holds.
-        found: DType,
-    },
-    /// Another number of axes was asked for.
-    #[error("expected {expected} axes, found shape {found:?}")]
-    Axes {
-        /// What was asked for.
-        expected: usize,
-        /// Its shape.
-        found: Vec<usize>,
-    },
 }
 
 /// There is no camera or proprio of this name.
@@ -70,46 +34,6 @@ impl UnknownName {
     pub fn new<'a>(kind: &'static str, name: &str, known: impl IntoIterator<Item = &'a str>) -> UnknownName {
         UnknownName { kind, name: name.to_owned(), known: known.into_iter().map(str::to_owned).collect() }
     }
-}
-
-/// An action that no robot should see.
-#[derive(Clone, Debug, PartialEq, thiserror::Error)]
-#[non_exhaustive]
-pub enum InvalidAction {
-    /// It has another number of values than the robot has.
-    #[error("expected actions of dimension {expected}, found {found}")]
-    Dimension {
-        /// D of the robot.
-        expected: usize,
-        /// D of the action.
-        found: usize,
-    },
-    /// A value is NaN or infinite.
-    #[error("expected finite values, found {value} at row {row}, {name}")]
-    NotFinite {
-        /// The row of the chunk.
-        row: usize,
-        /// Which value of the row, by the robot's name for it where there is one.
-        name: String,
-        /// The value.
-        value: f32,
-    },
-    /// There is no row, or more than a chunk may have.
-    #[error("expected 1 to {limit} rows, found {found}")]
-    Rows {
-        /// The most there may be.
-        limit: usize,
-        /// How many there are.
-        found: usize,
-    },
-    /// The values do not make whole rows.
-    #[error("expected rows of {dimension} values, found {found} values")]
-    Ragged {
-        /// Values a row.
-        dimension: usize,
-        /// Values in all.
-        found: usize,
-    },
 }
 
 /// A message that cannot be put on the wire.
@@ -270,12 +194,6 @@ impl From<DecodeError> for Fault {
             action_seq: error.action_seq,
             ..Fault::new(Code::Malformed, error.to_string()).field(error.field)
         }
-    }
-}
-
-impl From<InvalidAction> for Fault {
-    fn from(error: InvalidAction) -> Fault {
-        Fault::new(Code::Invalid, error.to_string()).field("actions")
     }
 }
 

@@ -37,10 +37,10 @@ pub mod value;
 // Their types are part of this crate's interface.
 pub use {bytes, nalgebra, ndarray};
 
-pub use action::{ActionChunk, ActionMeaning, ActionSpec};
-pub use clock::{Clock, Rate, Ticker, Timestamp};
+pub use action::{ActionChunk, ActionSpec};
+pub use clock::{Clock, Timestamp};
 pub use codec::Codec;
-pub use error::{Code, DecodeError, EncodeError, Fault, InvalidAction, TensorError, TransportError};
+pub use error::{Code, Fault, TransportError};
 pub use frame::Frame;
 pub use message::{Message, Notice, Reply, Request, StepResult};
 pub use observation::{Camera, CameraSpec, Observation, Proprio, ProprioSpec};

@@ -6,8 +6,6 @@ use bytemuck::Pod;
 use bytes::Bytes;
 use ndarray::{ArrayView, CowArray, Dimension, IxDyn};
 
-use crate::error::TensorError;
-
 /// What one element of a [`Tensor`] is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[non_exhaustive]
@@ -183,6 +181,40 @@ impl Tensor {
         };
         view.expect("new checked the length against the shape").into_dimensionality().map_err(|_| axes())
     }
+}
+
+/// A tensor that is not what it is taken for.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
+pub enum TensorError {
+    /// The data is not as long as the shape says.
+    #[error("{dtype} of shape {shape:?} takes {} bytes, found {found}", expected.map_or("more than memory has".to_owned(), |len| len.to_string()))]
+    Length {
+        /// The element type.
+        dtype: DType,
+        /// The shape.
+        shape: Vec<usize>,
+        /// What they take; `None` where that overflows.
+        expected: Option<usize>,
+        /// The data's length.
+        found: usize,
+    },
+    /// Another element type was asked for.
+    #[error("expected elements of {expected}, found {found}")]
+    DType {
+        /// What was asked for.
+        expected: DType,
+        /// What it holds.
+        found: DType,
+    },
+    /// Another number of axes was asked for.
+    #[error("expected {expected} axes, found shape {found:?}")]
+    Axes {
+        /// What was asked for.
+        expected: usize,
+        /// Its shape.
+        found: Vec<usize>,
+    },
 }
 
 impl fmt::Debug for Tensor {

@@ -9,10 +9,11 @@ use std::{collections::BTreeSet, fs, path::Path, sync::Arc};
 
 use bytes::Bytes;
 use chiral_proto::{
-    ActionChunk, Camera, Codec, DType, EncodeError, Frame, Message, Notice, Observation, Proprio, Rate,
-    Reply, Request, StepResult, Tensor, Timestamp, Value, ValueMap,
+    ActionChunk, Camera, Codec, DType, Frame, Message, Notice, Observation, Proprio, Reply, Request,
+    StepResult, Tensor, Timestamp, Value, ValueMap,
+    clock::Rate,
     codec::msgpack::{self, Decoded, ID},
-    error::Fault,
+    error::{EncodeError, Fault},
     message::{ActionMessage, Subscribe},
     value::map,
 };
@@ -37,7 +38,7 @@ fn read(path: &str, pass: impl Fn(&str) -> bool) -> Vec<(String, Bytes)> {
     named.filter(|(name, _)| pass(name)).collect()
 }
 
-fn decode(bytes: Bytes) -> Result<Decoded, chiral_proto::DecodeError> {
+fn decode(bytes: Bytes) -> Result<Decoded, chiral_proto::error::DecodeError> {
     msgpack::decode(Frame::from(bytes))
 }
 

@@ -5,8 +5,10 @@ use std::sync::Arc;
 
 use bytes::Bytes;
 use chiral_proto::{
-    ActionChunk, ActionMeaning, ActionSpec, Camera, CameraSpec, Code, Codec, DType, Frame, Message, Notice,
-    Observation, Proprio, ProprioSpec, Rate, Reply, Request, StepResult, Tensor, Timestamp, Value, ValueMap,
+    ActionChunk, ActionSpec, Camera, CameraSpec, Code, Codec, DType, Frame, Message, Notice, Observation,
+    Proprio, ProprioSpec, Reply, Request, StepResult, Tensor, Timestamp, Value, ValueMap,
+    action::ActionMeaning,
+    clock::Rate,
     error::{EncodeError, Fault},
     message::{ActionMessage, Hello, RobotInfo, Role, Subscribe, Welcome},
 };

@@ -5,8 +5,10 @@ use std::sync::Arc;
 
 use bytes::Bytes;
 use chiral_proto::{
-    ActionChunk, ActionMeaning, ActionSpec, CameraSpec, Code, DType, Notice, Observation, ProprioSpec, Rate,
-    Reply, Request, StepResult, Timestamp, Value, ValueMap,
+    ActionChunk, ActionSpec, CameraSpec, Code, DType, Notice, Observation, ProprioSpec, Reply, Request,
+    StepResult, Timestamp, Value, ValueMap,
+    action::ActionMeaning,
+    clock::Rate,
     error::Fault,
     message::{ActionMessage, Hello, RobotInfo, Role, Subscribe, Welcome},
     value::map,
