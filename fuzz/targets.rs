@@ -2,7 +2,7 @@
 //! loss. The fuzzers and the plain test `crates/chiral-proto/tests/seeds.rs` share this file.
 
 use bytes::Bytes;
-use chiral_proto::codec::msgpack::{self, Decoded};
+use chiral_proto::codec::msgpack::{self, TimedMessage};
 use chiral_proto::error::EncodeError;
 use chiral_proto::{Codec, DType, Frame, Message, Notice, Observation, Reply, Tensor, error::DecodeError};
 
@@ -50,29 +50,31 @@ pub(crate) fn segments(data: &[u8]) {
 /// written in bytes that are read and written again as they are: only the first reading may round a camera's
 /// time.
 pub(crate) fn msgpack(data: &[u8]) {
-    let said = msgpack::decode(Frame::from(Bytes::copy_from_slice(data)));
+    let decoded = msgpack::decode(Frame::from(Bytes::copy_from_slice(data)));
     let pieces: Vec<Bytes> = data.chunks(7).map(Bytes::copy_from_slice).collect();
-    assert_eq!(format!("{:?}", msgpack::decode(Frame::from(pieces))), format!("{said:?}"));
-    let Ok(said) = said else { return };
-    look_at_tensors(&said.message);
-    if said.message == (Message::Unknown { id: 0 }) {
+    assert_eq!(format!("{:?}", msgpack::decode(Frame::from(pieces))), format!("{decoded:?}"));
+    let Ok(decoded) = decoded else { return };
+    view_tensors(&decoded.message);
+    if decoded.message == (Message::Unknown { id: 0 }) {
         return;
     }
-    let write = |said: &Decoded| {
-        msgpack::encode(&said.message, &said.capture_times).expect("what was decoded is encoded").into_bytes()
+    let write = |decoded: &TimedMessage| {
+        msgpack::encode(&decoded.message, &decoded.capture_times)
+            .expect("what was decoded is encoded")
+            .into_bytes()
     };
-    let ours = write(&said);
+    let ours = write(&decoded);
     let again = msgpack::decode(Frame::from(ours.clone())).expect("what was encoded is decoded");
     assert_eq!(write(&again), ours);
-    if let Message::Notice(_) | Message::Request { .. } = said.message {
-        assert_eq!(format!("{again:?}"), format!("{said:?}"));
+    if let Message::Notice(_) | Message::Request { .. } = decoded.message {
+        assert_eq!(format!("{again:?}"), format!("{decoded:?}"));
     }
 }
 
 /// Decodes the frame, and what is understood must come back from a frame of our own.
 fn check(frame: Frame) -> Result<Message, DecodeError> {
     let message = Codec::Protobuf.decode(frame)?;
-    look_at_tensors(&message);
+    view_tensors(&message);
     match Codec::Protobuf.encode(&message) {
         Ok(frame) => {
             let again = Codec::Protobuf.decode(frame).expect("what was encoded is decoded");
@@ -96,7 +98,7 @@ fn assert_same(one: &Message, other: &Message) {
 }
 
 /// Reads every tensor, as an application would.
-fn look_at_tensors(message: &Message) {
+fn view_tensors(message: &Message) {
     let obs: &Observation = match message {
         Message::Reply { reply: Reply::Observation(obs) | Reply::Reset { obs, .. }, .. } => obs,
         Message::Reply { reply: Reply::Step(result), .. } => &result.obs,
@@ -104,15 +106,15 @@ fn look_at_tensors(message: &Message) {
         _ => return,
     };
     for camera in &obs.cameras {
-        look_at(&camera.image);
-        camera.depth.iter().for_each(look_at);
+        view_tensor(&camera.image);
+        camera.depth.iter().for_each(view_tensor);
     }
     for proprio in &obs.proprios {
-        look_at(&proprio.data);
+        view_tensor(&proprio.data);
     }
 }
 
-fn look_at(tensor: &Tensor) {
+fn view_tensor(tensor: &Tensor) {
     use ndarray::IxDyn;
     let elements = match tensor.dtype() {
         DType::U8 => tensor.view::<u8, IxDyn>().map(|view| view.len()),

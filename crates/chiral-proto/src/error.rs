@@ -43,10 +43,12 @@ pub enum EncodeError {
     /// A message of unknown kind can be received but not sent.
     #[error("a message of unknown kind cannot be sent")]
     Unknown,
-    /// This codec has no words for such a message.
-    #[error("expected a message that the msgpack wire has words for, found {what}")]
-    NoWords {
-        /// What it has none for.
+    /// The wire cannot carry such a message.
+    #[error("the {wire} wire cannot carry {what}")]
+    Unsupported {
+        /// The wire.
+        wire: &'static str,
+        /// The message.
         what: &'static str,
     },
     /// Free-form values are nested too deep.
@@ -97,7 +99,7 @@ impl DecodeError {
     }
 
     /// The same, found within `outer`.
-    pub(crate) fn within(mut self, outer: impl fmt::Display) -> DecodeError {
+    pub(crate) fn in_field(mut self, outer: impl fmt::Display) -> DecodeError {
         self.field = format!("{outer}.{}", self.field);
         self
     }

@@ -120,8 +120,8 @@ pub(crate) struct Payload {
     segments: Vec<Bytes>,
     len: usize,
     alignment: usize,
-    /// Where the last part that was taken ends.
-    taken: Cell<usize>,
+    /// Where the last part that was consumed ends.
+    consumed: Cell<usize>,
 }
 
 impl Payload {
@@ -131,19 +131,19 @@ impl Payload {
     }
 
     /// The part at `offset`: a slice of what arrived, copied only if it lies across two segments. Parts are
-    /// taken in order, so that no peer has the same bytes copied more than once.
+    /// consumed in order, so that no peer has the same bytes copied more than once.
     pub(crate) fn take(&self, offset: usize, len: usize) -> Result<Bytes, DecodeError> {
         if len == 0 {
             return Ok(Bytes::new());
         }
-        let earliest = self.taken.get().next_multiple_of(self.alignment);
+        let earliest = self.consumed.get().next_multiple_of(self.alignment);
         if offset < earliest || !offset.is_multiple_of(self.alignment) {
             let expected = format_args!("a multiple of {}, {earliest} or more", self.alignment).to_string();
             return Err(DecodeError::new("offset", expected, offset));
         }
         match offset.checked_add(len) {
             Some(end) if end <= self.len => {
-                self.taken.set(end);
+                self.consumed.set(end);
                 Ok(slice(&self.segments, offset, len))
             }
             _ => {
@@ -156,7 +156,7 @@ impl Payload {
 
 /// Takes a received frame apart: the header's bytes, and the payload whose parts begin at multiples of
 /// `alignment`.
-pub(crate) fn open(frame: Frame, alignment: usize) -> Result<(Bytes, Payload), DecodeError> {
+pub(crate) fn split(frame: Frame, alignment: usize) -> Result<(Bytes, Payload), DecodeError> {
     let len = frame.len();
     if len < 4 {
         return Err(DecodeError::new("frame", "at least 4 bytes", format_args!("{len}")));
@@ -181,7 +181,7 @@ pub(crate) fn open(frame: Frame, alignment: usize) -> Result<(Bytes, Payload), D
         *segment = segment.slice(skipped..);
         !segment.is_empty()
     });
-    Ok((header, Payload { segments, len: payload_len, alignment, taken: Cell::new(0) }))
+    Ok((header, Payload { segments, len: payload_len, alignment, consumed: Cell::new(0) }))
 }
 
 fn slice(segments: &[Bytes], mut offset: usize, len: usize) -> Bytes {
@@ -226,26 +226,26 @@ mod tests {
         let whole = frame.into_bytes();
         for cut in 0..whole.len() {
             let (header, payload) =
-                open(Frame::from(vec![whole.slice(..cut), whole.slice(cut..)]), 64).unwrap();
+                split(Frame::from(vec![whole.slice(..cut), whole.slice(cut..)]), 64).unwrap();
             assert_eq!((&header[..], payload.len), (&b"header"[..], 164));
             for (part, offset) in parts.iter().zip(offsets) {
                 assert_eq!(payload.take(offset, part.len()).unwrap(), part);
             }
-            assert!(payload.take(0, 5).is_err(), "it was taken already");
+            assert!(payload.take(0, 5).is_err(), "it was consumed already");
         }
     }
 
     #[test]
     fn what_lies_in_one_segment_is_not_copied() {
         let whole = Bytes::from(vec![0; 256]);
-        let (_, payload) = open(Frame::from(vec![whole.slice(..100), whole.slice(100..)]), 64).unwrap();
+        let (_, payload) = split(Frame::from(vec![whole.slice(..100), whole.slice(100..)]), 64).unwrap();
         assert_eq!(payload.take(64, 64).unwrap().as_ptr(), whole[128..].as_ptr());
     }
 
     #[test]
     fn a_header_longer_than_the_frame_is_refused() {
         for bytes in [&[][..], &[1, 0, 0], &[9, 0, 0, 0, 1], &[255; 8]] {
-            assert!(open(Frame::from(Bytes::copy_from_slice(bytes)), 64).is_err());
+            assert!(split(Frame::from(Bytes::copy_from_slice(bytes)), 64).is_err());
         }
     }
 }

@@ -16,38 +16,38 @@ use crate::tensor::Element;
 pub const ALIGNMENT: usize = 64;
 
 /// Blocks from this size on are mapped by themselves, in bytes.
-const LARGE: usize = 1 << 20;
+const MAPPED_MIN_LEN: usize = 1 << 20;
 
 /// Lends buffers and takes them back when the last reader is done. A clone is the same pool.
 #[derive(Clone, Debug)]
 pub struct Pool {
-    shelf: Arc<Shelf>,
+    state: Arc<PoolState>,
 }
 
 /// Memory of another kind than the heap for a pool to lend, such as what two processes share.
 pub trait BufferProvider: fmt::Debug + Send + Sync {
     /// `len` bytes that begin at a multiple of [`ALIGNMENT`], whatever they were last; `None` if there are
     /// none to be had now. Never waits.
-    fn take(&self, len: usize) -> Option<Box<dyn PoolBuffer>>;
+    fn take(&self, len: usize) -> Option<Box<dyn ProvidedBuffer>>;
 }
 
 /// A piece of such [`BufferProvider`], to be written and then shared.
-pub trait PoolBuffer: AsRef<[u8]> + AsMut<[u8]> + Send + Sync {
+pub trait ProvidedBuffer: AsRef<[u8]> + AsMut<[u8]> + Send + Sync {
     /// What was written; nothing is copied.
     fn freeze(self: Box<Self>) -> Bytes;
 }
 
 #[derive(Debug)]
-struct Shelf {
+struct PoolState {
     /// In the order in which they came back.
-    idle: Mutex<Vec<Idle>>,
+    idle: Mutex<Vec<IdleBlock>>,
     max_idle: usize,
-    set_provider: Mutex<Option<Weak<dyn BufferProvider>>>,
+    provider: Mutex<Option<Weak<dyn BufferProvider>>>,
 }
 
 #[derive(Debug)]
-struct Idle {
-    memory: Block,
+struct IdleBlock {
+    block: Block,
     /// Whether it lay here at the last [`Pool::trim`].
     is_surplus: bool,
 }
@@ -55,23 +55,23 @@ struct Idle {
 /// The memory of one buffer.
 #[derive(Debug)]
 enum Block {
-    Small(Vec<u8>),
+    Heap(Vec<u8>),
     /// What is freed is the system's again at once. Of the heap it would not be: once glibc has freed a large
     /// block it cuts others from what it keeps, small allocations break that up, and memory grows by a whole
     /// observation now and then though no more of them are held.
-    Large(MmapMut),
+    Mapped(MmapMut),
 }
 
 impl Block {
     fn zeroed(len: usize) -> Block {
-        let mapped = (len >= LARGE).then(|| MmapMut::map_anon(len).ok()).flatten();
-        mapped.map_or_else(|| Block::Small(vec![0; len]), Block::Large)
+        let mapped = (len >= MAPPED_MIN_LEN).then(|| MmapMut::map_anon(len).ok()).flatten();
+        mapped.map_or_else(|| Block::Heap(vec![0; len]), Block::Mapped)
     }
 }
 
 impl Default for Block {
     fn default() -> Block {
-        Block::Small(Vec::new())
+        Block::Heap(Vec::new())
     }
 }
 
@@ -80,8 +80,8 @@ impl Deref for Block {
 
     fn deref(&self) -> &[u8] {
         match self {
-            Block::Small(memory) => memory,
-            Block::Large(memory) => memory,
+            Block::Heap(memory) => memory,
+            Block::Mapped(memory) => memory,
         }
     }
 }
@@ -89,8 +89,8 @@ impl Deref for Block {
 impl DerefMut for Block {
     fn deref_mut(&mut self) -> &mut [u8] {
         match self {
-            Block::Small(memory) => memory,
-            Block::Large(memory) => memory,
+            Block::Heap(memory) => memory,
+            Block::Mapped(memory) => memory,
         }
     }
 }
@@ -98,43 +98,44 @@ impl DerefMut for Block {
 impl Pool {
     /// A pool that keeps at most `max_idle` buffers that nobody uses.
     pub fn new(max_idle: usize) -> Pool {
-        Pool { shelf: Arc::new(Shelf { idle: Mutex::default(), max_idle, set_provider: Mutex::default() }) }
+        Pool { state: Arc::new(PoolState { idle: Mutex::default(), max_idle, provider: Mutex::default() }) }
     }
 
     /// From now on, buffers are of this memory, as long as it is there and has any to lend; else its own as
     /// before.
-    pub fn set_provider(&self, memory: &Arc<dyn BufferProvider>) {
-        *self.shelf.set_provider.lock().unwrap_or_else(PoisonError::into_inner) =
-            Some(Arc::downgrade(memory));
+    pub fn set_provider(&self, provider: &Arc<dyn BufferProvider>) {
+        *self.state.provider.lock().unwrap_or_else(PoisonError::into_inner) = Some(Arc::downgrade(provider));
     }
 
     /// A buffer of `len` bytes, whatever they were last; never waits.
     pub fn take(&self, len: usize) -> Buffer {
-        let set_provider = self.shelf.set_provider.lock().unwrap_or_else(PoisonError::into_inner).clone();
-        if let Some(lent) = set_provider.and_then(|memory| memory.upgrade()?.take(len)) {
-            return Buffer { memory: Kind::PoolBuffer(lent) };
+        let provider = self.state.provider.lock().unwrap_or_else(PoisonError::into_inner).clone();
+        if let Some(provided) = provider.and_then(|provider| provider.upgrade()?.take(len)) {
+            return Buffer { memory: Memory::Provided(provided) };
         }
         let needed = len + ALIGNMENT - 1;
-        let mut idle = self.shelf.idle.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut idle = self.state.idle.lock().unwrap_or_else(PoisonError::into_inner);
         // The smallest that is large enough, and not so large that a small message would pin a whole
         // observation's memory; among equals the one that was used last, so that what is not needed stays
         // untouched.
-        let len_of = |&i: &usize| idle[i].memory.len();
+        let len_of = |&i: &usize| idle[i].block.len();
         let best =
             (0..idle.len()).rev().filter(|i| (needed..=needed * 2).contains(&len_of(i))).min_by_key(len_of);
-        let memory = best.map(|i| idle.remove(i).memory);
+        let block = best.map(|i| idle.remove(i).block);
         drop(idle);
-        let memory = memory.unwrap_or_else(|| Block::zeroed(needed));
-        let start = memory.as_ptr().align_offset(ALIGNMENT);
-        Buffer { memory: Kind::Own(Own { memory, start, len, shelf: Arc::downgrade(&self.shelf) }) }
+        let block = block.unwrap_or_else(|| Block::zeroed(needed));
+        let start = block.as_ptr().align_offset(ALIGNMENT);
+        Buffer {
+            memory: Memory::Pooled(PooledBlock { block, start, len, state: Arc::downgrade(&self.state) }),
+        }
     }
 
     /// Frees the buffers that nobody has used since this was called last. To be called every few seconds,
     /// also while nothing arrives.
     pub fn trim(&self) {
-        let mut idle = self.shelf.idle.lock().unwrap_or_else(PoisonError::into_inner);
-        let (surplus, kept): (Vec<_>, Vec<_>) = idle.drain(..).partition(|buffer| buffer.is_surplus);
-        idle.extend(kept.into_iter().map(|buffer| Idle { is_surplus: true, ..buffer }));
+        let mut idle = self.state.idle.lock().unwrap_or_else(PoisonError::into_inner);
+        let (surplus, kept): (Vec<_>, Vec<_>) = idle.drain(..).partition(|block| block.is_surplus);
+        idle.extend(kept.into_iter().map(|block| IdleBlock { is_surplus: true, ..block }));
         drop(idle);
         // Unmapping a whole observation takes a while, and a sensor may be waiting.
         drop(surplus);
@@ -144,19 +145,19 @@ impl Pool {
 /// Writable memory that begins at a multiple of [`ALIGNMENT`]. Dropped or frozen and dropped, it goes back to
 /// its pool.
 pub struct Buffer {
-    memory: Kind,
+    memory: Memory,
 }
 
-enum Kind {
-    Own(Own),
-    PoolBuffer(Box<dyn PoolBuffer>),
+enum Memory {
+    Pooled(PooledBlock),
+    Provided(Box<dyn ProvidedBuffer>),
 }
 
-struct Own {
-    memory: Block,
+struct PooledBlock {
+    block: Block,
     start: usize,
     len: usize,
-    shelf: Weak<Shelf>,
+    state: Weak<PoolState>,
 }
 
 impl Buffer {
@@ -169,8 +170,8 @@ impl Buffer {
     /// What was written, to be shared; nothing is copied.
     pub fn freeze(self) -> Bytes {
         match self.memory {
-            Kind::Own(own) => Bytes::from_owner(own),
-            Kind::PoolBuffer(lent) => lent.freeze(),
+            Memory::Pooled(block) => Bytes::from_owner(block),
+            Memory::Provided(provided) => provided.freeze(),
         }
     }
 }
@@ -181,17 +182,17 @@ impl From<Buffer> for Bytes {
     }
 }
 
-impl AsRef<[u8]> for Own {
+impl AsRef<[u8]> for PooledBlock {
     fn as_ref(&self) -> &[u8] {
-        &self.memory[self.start..self.start + self.len]
+        &self.block[self.start..self.start + self.len]
     }
 }
 
 impl AsRef<[u8]> for Buffer {
     fn as_ref(&self) -> &[u8] {
         match &self.memory {
-            Kind::Own(own) => own.as_ref(),
-            Kind::PoolBuffer(lent) => (**lent).as_ref(),
+            Memory::Pooled(block) => block.as_ref(),
+            Memory::Provided(provided) => (**provided).as_ref(),
         }
     }
 }
@@ -207,18 +208,18 @@ impl Deref for Buffer {
 impl DerefMut for Buffer {
     fn deref_mut(&mut self) -> &mut [u8] {
         match &mut self.memory {
-            Kind::Own(Own { memory, start, len, .. }) => &mut memory[*start..*start + *len],
-            Kind::PoolBuffer(lent) => (**lent).as_mut(),
+            Memory::Pooled(PooledBlock { block, start, len, .. }) => &mut block[*start..*start + *len],
+            Memory::Provided(provided) => (**provided).as_mut(),
         }
     }
 }
 
-impl Drop for Own {
+impl Drop for PooledBlock {
     fn drop(&mut self) {
-        if let Some(shelf) = self.shelf.upgrade() {
-            let mut idle = shelf.idle.lock().unwrap_or_else(PoisonError::into_inner);
-            if idle.len() < shelf.max_idle {
-                idle.push(Idle { memory: std::mem::take(&mut self.memory), is_surplus: false });
+        if let Some(state) = self.state.upgrade() {
+            let mut idle = state.idle.lock().unwrap_or_else(PoisonError::into_inner);
+            if idle.len() < state.max_idle {
+                idle.push(IdleBlock { block: std::mem::take(&mut self.block), is_surplus: false });
             }
         }
     }
@@ -252,7 +253,7 @@ mod tests {
     struct One(Mutex<Option<Vec<u8>>>);
 
     impl BufferProvider for One {
-        fn take(&self, len: usize) -> Option<Box<dyn PoolBuffer>> {
+        fn take(&self, len: usize) -> Option<Box<dyn ProvidedBuffer>> {
             let piece = self.0.lock().unwrap().take()?;
             Some(Box::new(Piece(piece[..len].to_vec())))
         }
@@ -272,7 +273,7 @@ mod tests {
         }
     }
 
-    impl PoolBuffer for Piece {
+    impl ProvidedBuffer for Piece {
         fn freeze(self: Box<Self>) -> Bytes {
             self.0.into()
         }
@@ -324,13 +325,13 @@ mod tests {
     fn idle_memory_is_bounded() {
         let pool = Pool::new(1);
         drop((pool.take(64), pool.take(64), pool.take(64)));
-        assert_eq!(pool.shelf.idle.lock().unwrap().len(), 1);
+        assert_eq!(pool.state.idle.lock().unwrap().len(), 1);
     }
 
     #[test]
     fn what_was_not_used_between_two_trims_is_freed() {
         let pool = Pool::new(8);
-        let idle = || pool.shelf.idle.lock().unwrap().len();
+        let idle = || pool.state.idle.lock().unwrap().len();
         drop((pool.take(1000), pool.take(1000), pool.take(1000)));
         pool.trim();
         assert_eq!(idle(), 3, "they may be needed yet");

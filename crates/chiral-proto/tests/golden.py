@@ -4,7 +4,7 @@ Usage: golden.py SCHEMA GOLDEN FRAMES
 
 Reads every frame of the directory GOLDEN, checks that nothing in it is unknown to the schema and that its tensors lie where they should, and writes
 frames of every kind, made from scratch, to the directory FRAMES, which the test `golden` of chiral-proto then reads. What they say is written down a
-second time in frames/pythons.rs: keep the two in step.
+second time in frames/python.rs: keep the two in step.
 """
 
 import pathlib

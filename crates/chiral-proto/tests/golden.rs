@@ -41,7 +41,7 @@ fn check_decodes(name: &str, bytes: Bytes, expected: &Message) {
 
 #[test]
 fn golden_frames_are_what_we_write_and_read() {
-    let messages = frames::ours::all();
+    let messages = frames::golden::all();
     let directory = golden();
     if std::env::var_os("CHIRAL_BLESS").is_some_and(|value| value == "1") {
         bless(&directory, &messages);
@@ -91,7 +91,7 @@ fn frames_that_python_wrote_are_understood() {
         );
         return;
     };
-    let messages = frames::pythons::all();
+    let messages = frames::python::all();
     for (name, message) in &messages {
         check_decodes(name, read(&directory, name), message);
     }

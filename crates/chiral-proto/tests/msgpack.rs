@@ -12,7 +12,7 @@ use chiral_proto::{
     ActionChunk, Camera, Codec, DType, Frame, Message, Notice, Observation, Proprio, Reply, Request,
     StepResult, Tensor, Timestamp, Value, ValueMap,
     clock::Rate,
-    codec::msgpack::{self, Decoded, ID},
+    codec::msgpack::{self, ID, TimedMessage},
     error::{EncodeError, Fault},
     message::{ActionMessage, Subscribe},
     value::map,
@@ -38,7 +38,7 @@ fn read(path: &str, pass: impl Fn(&str) -> bool) -> Vec<(String, Bytes)> {
     named.filter(|(name, _)| pass(name)).collect()
 }
 
-fn decode(bytes: Bytes) -> Result<Decoded, chiral_proto::error::DecodeError> {
+fn decode(bytes: Bytes) -> Result<TimedMessage, chiral_proto::error::DecodeError> {
     msgpack::decode(Frame::from(bytes))
 }
 
@@ -201,9 +201,9 @@ fn frames_of_another_implementation_are_what_we_read_and_write() {
             .unwrap_or_else(|| panic!("no frame {name}"))
             .1
             .clone();
-        let said = decode(bytes.clone()).unwrap_or_else(|error| panic!("{name}: {error}"));
-        assert_eq!(&said.message, message, "{name}");
-        assert_eq!(&said.capture_times, capture_times, "{name}");
+        let decoded = decode(bytes.clone()).unwrap_or_else(|error| panic!("{name}: {error}"));
+        assert_eq!(&decoded.message, message, "{name}");
+        assert_eq!(&decoded.capture_times, capture_times, "{name}");
         if !name.starts_with("varied-") {
             let ours = msgpack::encode(message, capture_times).unwrap().into_bytes();
             assert!(ours == bytes, "{name} is written in other bytes: {ours:?}, expected {bytes:?}");
@@ -245,7 +245,7 @@ fn pixels_are_not_copied() {
 
 // ---- What no honest peer says -----------------------------------------------------------------------------
 
-/// The hostile frames of the fuzzers' seeds, and what is said of them.
+/// The hostile frames of the fuzzers' seeds, and what is decoded of them.
 const HOSTILE: &[(&str, &str)] = &[
     ("billion_cameras", "header: expected a list of at most 50 values, found 1000000000"),
     ("billion_fields", "header: expected 1 more bytes, found 0"),
@@ -337,7 +337,7 @@ fn hostile_frames_are_refused_by_name() {
     let mut found = Vec::new();
     for (name, bytes) in files {
         let error = decode(bytes)
-            .map_or_else(|error| error.to_string(), |said| panic!("{name} is understood as {said:?}"));
+            .map_or_else(|error| error.to_string(), |decoded| panic!("{name} is understood as {decoded:?}"));
         found.push((name.trim_start_matches("hostile-").to_owned(), error));
     }
     found.sort();
@@ -402,7 +402,7 @@ fn what_peers_would_not_understand_is_not_sent() {
         notice(Notice::Goodbye { reason: "done".to_owned() }),
     ] {
         let found = Codec::Msgpack.encode(&message);
-        assert!(matches!(found, Err(EncodeError::NoWords { .. })), "{message:?} is written as {found:?}");
+        assert!(matches!(found, Err(EncodeError::Unsupported { .. })), "{message:?} is written as {found:?}");
     }
     assert_eq!(Codec::Msgpack.encode(&Message::Unknown { id: 0 }), Err(EncodeError::Unknown));
 }
@@ -410,7 +410,7 @@ fn what_peers_would_not_understand_is_not_sent() {
 // ---- Round trips ------------------------------------------------------------------------------------------
 
 /// Encodes, cuts the frame into pieces, and decodes.
-fn through(message: &Message, capture_times: &ValueMap, cuts: &[Index]) -> Decoded {
+fn roundtrip(message: &Message, capture_times: &ValueMap, cuts: &[Index]) -> TimedMessage {
     let mut rest = msgpack::encode(message, capture_times).unwrap().into_bytes();
     let mut cuts: Vec<usize> = cuts.iter().map(|cut| cut.index(rest.len() + 1)).collect();
     cuts.sort_unstable();
@@ -426,7 +426,7 @@ proptest! {
 
     #[test]
     fn every_message_comes_back(message in messages(), cuts in vec(any::<Index>(), 0..5)) {
-        let back = through(&message, &ValueMap::new(), &cuts).message;
+        let back = roundtrip(&message, &ValueMap::new(), &cuts).message;
         prop_assert_eq!(&back, &message);
         // Equality takes 0 for -0; this does not.
         prop_assert_eq!(format!("{back:?}"), format!("{message:?}"));
@@ -435,7 +435,7 @@ proptest! {
     #[test]
     fn capture_times_are_carried_bit_for_bit(bits in any::<u64>(), nanos in any::<i64>()) {
         let times = map([("a", f64::from_bits(bits).into()), ("b", nanos.into())]);
-        let back = through(&apply([1.0]), &times, &[]).capture_times;
+        let back = roundtrip(&apply([1.0]), &times, &[]).capture_times;
         prop_assert_eq!(back["a"].as_f64().map(f64::to_bits), Some(bits));
         prop_assert_eq!(back["b"].as_i64(), Some(nanos));
     }
@@ -443,7 +443,7 @@ proptest! {
     #[test]
     fn a_timestamp_is_carried_bit_for_bit(bits in any::<u64>()) {
         let obs = Observation { timestamp: f64::from_bits(bits), ..Observation::default() };
-        match through(&reply(ID, Reply::Observation(Arc::new(obs))), &ValueMap::new(), &[]).message {
+        match roundtrip(&reply(ID, Reply::Observation(Arc::new(obs))), &ValueMap::new(), &[]).message {
             Message::Reply { reply: Reply::Observation(back), .. } => prop_assert_eq!(back.timestamp.to_bits(), bits),
             other => panic!("an observation came back as {other:?}"),
         }
@@ -458,7 +458,7 @@ proptest! {
         });
         let message = reply(ID, Reply::Metadata(map([("outer", value)])));
         if maps.len() <= Value::MAX_DEPTH {
-            prop_assert_eq!(through(&message, &ValueMap::new(), &[]).message, message);
+            prop_assert_eq!(roundtrip(&message, &ValueMap::new(), &[]).message, message);
         } else {
             let too_deep = EncodeError::TooDeep { field: "data", limit: Value::MAX_DEPTH };
             prop_assert_eq!(Codec::Msgpack.encode(&message), Err(too_deep));

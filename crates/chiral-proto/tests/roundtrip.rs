@@ -16,7 +16,7 @@ use nalgebra::{Matrix3, Matrix4};
 use proptest::{collection::vec, prelude::*, sample::select};
 
 /// Encodes, cuts the frame into pieces, and decodes.
-fn through(message: &Message, cuts: &[prop::sample::Index]) -> Message {
+fn roundtrip(message: &Message, cuts: &[prop::sample::Index]) -> Message {
     let frame = Codec::Protobuf.encode(message).unwrap();
     let mut rest = frame.into_bytes();
     let mut cuts: Vec<usize> = cuts.iter().map(|cut| cut.index(rest.len() + 1)).collect();
@@ -33,7 +33,7 @@ proptest! {
 
     #[test]
     fn every_message_comes_back(message in messages(), cuts in vec(any::<prop::sample::Index>(), 0..5)) {
-        let back = through(&message, &cuts);
+        let back = roundtrip(&message, &cuts);
         prop_assert_eq!(&back, &message);
         // Equality takes 0 for -0; this does not.
         prop_assert_eq!(format!("{back:?}"), format!("{message:?}"));
@@ -61,7 +61,7 @@ proptest! {
         });
         let message = Message::Reply { id: 1, reply: Reply::Metadata(ValueMap::from([("outer".to_owned(), value)])) };
         if maps.len() <= Value::MAX_DEPTH {
-            prop_assert_eq!(through(&message, &[]), message);
+            prop_assert_eq!(roundtrip(&message, &[]), message);
         } else {
             let too_deep = EncodeError::TooDeep { field: "metadata.data", limit: Value::MAX_DEPTH };
             prop_assert_eq!(Codec::Protobuf.encode(&message), Err(too_deep));
@@ -72,7 +72,7 @@ proptest! {
 #[track_caller]
 fn check_timestamp(bits: u64) {
     let obs = Observation { timestamp: f64::from_bits(bits), ..Observation::default() };
-    match through(&Message::Notice(Notice::Observation(Arc::new(obs))), &[]) {
+    match roundtrip(&Message::Notice(Notice::Observation(Arc::new(obs))), &[]) {
         Message::Notice(Notice::Observation(back)) => assert_eq!(back.timestamp.to_bits(), bits),
         other => panic!("an observation came back as {other:?}"),
     }

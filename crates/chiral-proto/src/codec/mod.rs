@@ -43,7 +43,7 @@ impl Codec {
     pub fn decode(self, frame: Frame) -> Result<Message, DecodeError> {
         match self {
             Codec::Protobuf => protobuf::decode(frame),
-            Codec::Msgpack => msgpack::decode(frame).map(|said| said.message),
+            Codec::Msgpack => msgpack::decode(frame).map(|decoded| decoded.message),
         }
     }
 }

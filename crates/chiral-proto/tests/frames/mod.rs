@@ -2,8 +2,8 @@
 //! values. Frames are named for their kind in the schema's `Header`, variants of a kind with a word after a
 //! hyphen.
 
-pub(crate) mod ours;
-pub(crate) mod pythons;
+pub(crate) mod golden;
+pub(crate) mod python;
 
 use std::sync::Arc;
 

@@ -25,7 +25,7 @@ type Result<T, E = DecodeError> = std::result::Result<T, E>;
 
 /// What a frame says.
 #[derive(Clone, Debug, PartialEq)]
-pub struct Decoded {
+pub struct TimedMessage {
     /// As far as our own words go.
     pub message: Message,
     /// When each camera's frame was captured, by the camera's name, as the peer put it: of the observation in
@@ -37,15 +37,15 @@ pub struct Decoded {
 ///
 /// # Errors
 /// [`DecodeError`], which names the field, what was expected and what was found.
-pub fn decode(frame: Frame) -> Result<Decoded> {
-    let (header, payload) = frame::open(frame, ALIGNMENT)?;
+pub fn decode(frame: Frame) -> Result<TimedMessage> {
+    let (header, payload) = frame::split(frame, ALIGNMENT)?;
     let mut fields = Fields(read::header(header)?);
     let kind = fields.text("type")?;
     let id = if kind == "apply_action" { 0 } else { ID };
-    message(&kind, &mut fields, &payload).map_err(|error| DecodeError { id, ..error.within(&kind) })
+    message(&kind, &mut fields, &payload).map_err(|error| DecodeError { id, ..error.in_field(&kind) })
 }
 
-fn message(kind: &str, fields: &mut Fields, payload: &Payload) -> Result<Decoded> {
+fn message(kind: &str, fields: &mut Fields, payload: &Payload) -> Result<TimedMessage> {
     let mut capture_times = ValueMap::new();
     let request = |request| Message::Request { id: ID, request };
     let reply = |reply| Message::Reply { id: ID, reply };
@@ -77,13 +77,13 @@ fn message(kind: &str, fields: &mut Fields, payload: &Payload) -> Result<Decoded
         "step_response" => reply(Reply::Step(StepResult {
             obs: observation(fields, payload, &mut capture_times)?,
             reward: fields.number("reward")?,
-            terminated: fields.get("terminated", "a boolean", |said| said.as_bool().ok_or(said))?,
-            truncated: fields.get("truncated", "a boolean", |said| said.as_bool().ok_or(said))?,
+            terminated: fields.get("terminated", "a boolean", |value| value.as_bool().ok_or(value))?,
+            truncated: fields.get("truncated", "a boolean", |value| value.as_bool().ok_or(value))?,
             info: fields.map("info")?,
         })),
         _ => Message::Unknown { id: 0 },
     };
-    Ok(Decoded { message, capture_times })
+    Ok(TimedMessage { message, capture_times })
 }
 
 fn observation(fields: &mut Fields, payload: &Payload, times: &mut ValueMap) -> Result<Arc<Observation>> {
@@ -91,9 +91,9 @@ fn observation(fields: &mut Fields, payload: &Payload, times: &mut ValueMap) -> 
         timestamp: fields.number("timestamp")?,
         extra: fields.map("extra")?,
         // In this order, which is the payload's.
-        cameras: each("cameras", fields.list("cameras")?, |fields| camera(fields, payload, times))?,
+        cameras: convert_each("cameras", fields.list("cameras")?, |fields| camera(fields, payload, times))?,
         proprios: match fields.has("proprios") {
-            true => each("proprios", fields.list("proprios")?, |fields| proprio(fields, payload))?,
+            true => convert_each("proprios", fields.list("proprios")?, |fields| proprio(fields, payload))?,
             false => Vec::new(),
         },
         ..Observation::default()
@@ -104,13 +104,13 @@ fn camera(fields: &mut Fields, payload: &Payload, times: &mut ValueMap) -> Resul
     let name = fields.text("name")?;
     let time = match fields.take("timestamp") {
         Value::Null => Value::Float(0.0),
-        said => said,
+        value => value,
     };
     let captured_at = timestamp(&time).ok_or_else(|| {
         DecodeError::new("timestamp", "a number of seconds or nanoseconds", describe(&time))
     })?;
     let image = array(fields, "image_", payload)?;
-    let [height, width, _] = exactly("image_shape", image.shape())?;
+    let [height, width, _] = fixed_array("image_shape", image.shape())?;
     let depth = match ["depth_shape", "depth_dtype", "depth_offset", "depth_size"]
         .into_iter()
         .any(|field| fields.has(field))
@@ -145,7 +145,7 @@ fn camera(fields: &mut Fields, payload: &Payload, times: &mut ValueMap) -> Resul
 
 fn proprio(fields: &mut Fields, payload: &Payload) -> Result<Arc<Proprio>> {
     let name = fields.text("name")?.into();
-    floats(fields)?;
+    check_f32(fields)?;
     let (offset, size) = (fields.size("offset")?, fields.size("size")?);
     if !size.is_multiple_of(DType::F32.size()) {
         return Err(DecodeError::new("size", "whole float32 values", size));
@@ -178,7 +178,7 @@ fn array(fields: &mut Fields, prefix: &str, payload: &Payload) -> Result<Tensor>
 
 /// The rows that the whole payload is.
 fn chunk(fields: &mut Fields, payload: &Payload) -> Result<ActionChunk> {
-    floats(fields)?;
+    check_f32(fields)?;
     let (shape, len) = shape(fields, "shape", DType::F32)?;
     let dimension = match shape[..] {
         [dimension] | [_, dimension] => dimension,
@@ -196,9 +196,9 @@ fn chunk(fields: &mut Fields, payload: &Payload) -> Result<ActionChunk> {
 
 /// A shape, and the bytes that an array of it takes.
 fn shape(fields: &mut Fields, field: &str, dtype: DType) -> Result<(Vec<usize>, usize)> {
-    let axis = |said: &Value| said.as_i64().and_then(|axis| usize::try_from(axis).ok());
-    let shape: Vec<usize> = fields.get(field, "a list of sizes", |said| {
-        said.as_list().and_then(|axes| axes.iter().map(axis).collect()).ok_or(said)
+    let axis = |value: &Value| value.as_i64().and_then(|axis| usize::try_from(axis).ok());
+    let shape: Vec<usize> = fields.get(field, "a list of sizes", |value| {
+        value.as_list().and_then(|axes| axes.iter().map(axis).collect()).ok_or(value)
     })?;
     let len = byte_len(dtype, &shape)
         .ok_or_else(|| DecodeError::new(field, "an array that memory can hold", format_args!("{shape:?}")))?;
@@ -206,12 +206,13 @@ fn shape(fields: &mut Fields, field: &str, dtype: DType) -> Result<(Vec<usize>, 
 }
 
 fn dtype(fields: &mut Fields, field: &str) -> Result<DType> {
-    let known = |said: &Value| DType::ALL.into_iter().find(|dtype| said.as_str() == Some(dtype.numpy_name()));
-    fields.get(field, "the name of an element type", |said| known(&said).ok_or(said))
+    let known =
+        |value: &Value| DType::ALL.into_iter().find(|dtype| value.as_str() == Some(dtype.numpy_name()));
+    fields.get(field, "the name of an element type", |value| known(&value).ok_or(value))
 }
 
 /// What has no other element type on this wire.
-fn floats(fields: &mut Fields) -> Result<()> {
+fn check_f32(fields: &mut Fields) -> Result<()> {
     match dtype(fields, "dtype")? {
         DType::F32 => Ok(()),
         other => Err(DecodeError::new("dtype", DType::F32, other)),
@@ -219,26 +220,26 @@ fn floats(fields: &mut Fields) -> Result<()> {
 }
 
 /// Converts each map of a list; an error says which.
-fn each<T>(
+fn convert_each<T>(
     field: &str,
     items: Vec<Value>,
     mut convert: impl FnMut(&mut Fields) -> Result<T>,
 ) -> Result<Vec<T>> {
     let convert = |(i, item)| {
-        let within = |error: DecodeError| error.within(format_args!("{field}[{i}]"));
+        let in_item = |error: DecodeError| error.in_field(format_args!("{field}[{i}]"));
         let map = as_map(item)
             .map_err(|item| DecodeError::new(format!("{field}[{i}]"), "a map", describe(&item)))?;
-        convert(&mut Fields(map)).map_err(within)
+        convert(&mut Fields(map)).map_err(in_item)
     };
     items.into_iter().enumerate().map(convert).collect()
 }
 
-fn exactly<T: Copy, const N: usize>(field: &str, items: &[T]) -> Result<[T; N]> {
+fn fixed_array<T: Copy, const N: usize>(field: &str, items: &[T]) -> Result<[T; N]> {
     <[T; N]>::try_from(items).map_err(|_| DecodeError::new(field, format_args!("{N} values"), items.len()))
 }
 
-fn as_map(said: Value) -> Result<ValueMap, Value> {
-    if let Value::Map(map) = said { Ok(map) } else { Err(said) }
+fn as_map(value: Value) -> Result<ValueMap, Value> {
+    if let Value::Map(map) = value { Ok(map) } else { Err(value) }
 }
 
 /// The fields of a map that have not been read yet, in whatever order they came.
@@ -264,27 +265,27 @@ impl Fields {
     }
 
     fn text(&mut self, field: &str) -> Result<String> {
-        self.get(field, "text", |said| if let Value::Str(text) = said { Ok(text) } else { Err(said) })
+        self.get(field, "text", |value| if let Value::Str(text) = value { Ok(text) } else { Err(value) })
     }
 
     fn number(&mut self, field: &str) -> Result<f64> {
-        self.get(field, "a number", |said| said.as_f64().ok_or(said))
+        self.get(field, "a number", |value| value.as_f64().ok_or(value))
     }
 
     fn numbers<const N: usize>(&mut self, field: &str) -> Result<[f64; N]> {
         let numbers =
-            |said: &Value| said.as_list().and_then(|items| items.iter().map(Value::as_f64).collect());
-        let items: Vec<f64> = self.get(field, "a list of numbers", |said| numbers(&said).ok_or(said))?;
-        exactly(field, &items)
+            |value: &Value| value.as_list().and_then(|items| items.iter().map(Value::as_f64).collect());
+        let items: Vec<f64> = self.get(field, "a list of numbers", |value| numbers(&value).ok_or(value))?;
+        fixed_array(field, &items)
     }
 
     fn size(&mut self, field: &str) -> Result<usize> {
-        let size = |said: &Value| said.as_i64().and_then(|size| usize::try_from(size).ok());
-        self.get(field, "a number of bytes", |said| size(&said).ok_or(said))
+        let size = |value: &Value| value.as_i64().and_then(|size| usize::try_from(size).ok());
+        self.get(field, "a number of bytes", |value| size(&value).ok_or(value))
     }
 
     fn list(&mut self, field: &str) -> Result<Vec<Value>> {
-        self.get(field, "a list", |said| if let Value::List(items) = said { Ok(items) } else { Err(said) })
+        self.get(field, "a list", |value| if let Value::List(items) = value { Ok(items) } else { Err(value) })
     }
 
     /// A map, or none, which is an empty one.

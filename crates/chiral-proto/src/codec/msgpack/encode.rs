@@ -5,7 +5,7 @@ use std::fmt::Debug;
 
 use rmp::encode;
 
-use super::{ALIGNMENT, seconds::seconds};
+use super::{ALIGNMENT, NAME, seconds::seconds};
 use crate::{
     action::ActionChunk,
     error::EncodeError,
@@ -19,7 +19,7 @@ use crate::{
 type Result<T, E = EncodeError> = std::result::Result<T, E>;
 
 /// The frame of `message`, which shares the memory of its tensors. `capture_times` are those of the
-/// observation that actions came from, as [`Decoded`](super::Decoded) has them; other messages do not use
+/// observation that actions came from, as [`TimedMessage`](super::TimedMessage) has them; other messages do not use
 /// them.
 ///
 /// # Errors
@@ -49,58 +49,60 @@ impl Writer {
             Request::Reset { seed: None, options } if options.is_empty() => "reset",
             Request::GetObs => "obs_request",
             Request::Step { actions, .. } => return self.action("action", actions, capture_times),
-            Request::Reset { .. } => return no_words("a reset with a seed or options"),
-            Request::Hello(_) => return no_words("a hello"),
-            Request::Subscribe(_) | Request::Unsubscribe => return no_words("the subscription of a stream"),
+            Request::Reset { .. } => return unsupported("a reset with a seed or options"),
+            Request::Hello(_) => return unsupported("a hello"),
+            Request::Subscribe(_) | Request::Unsubscribe => {
+                return unsupported("the subscription of a stream");
+            }
         };
-        self.begin(kind, 0);
+        self.start(kind, 0);
         Ok(())
     }
 
     fn reply(&mut self, reply: &Reply) -> Result<()> {
         match reply {
             Reply::Metadata(data) => {
-                self.begin("metadata_response", 1);
+                self.start("metadata_response", 1);
                 self.map_field("data", data)
             }
             Reply::Reset { obs, info } => {
-                self.begin("reset_response", OBSERVATION + 1);
+                self.start("reset_response", OBSERVATION_FIELDS + 1);
                 self.observation(obs)?;
                 self.map_field("info", info)
             }
             Reply::Observation(obs) => {
-                self.begin("obs_response", OBSERVATION);
+                self.start("obs_response", OBSERVATION_FIELDS);
                 self.observation(obs)
             }
             Reply::Step(result) => {
-                self.begin("step_response", OBSERVATION + 4);
+                self.start("step_response", OBSERVATION_FIELDS + 4);
                 self.observation(&result.obs)?;
                 self.text("reward").float(result.reward);
                 self.text("terminated").boolean(result.terminated);
                 self.text("truncated").boolean(result.truncated);
                 self.map_field("info", &result.info)
             }
-            Reply::Welcome(_) => no_words("a welcome"),
-            Reply::Subscribed { .. } => no_words("the subscription of a stream"),
-            Reply::StreamEnd { .. } => no_words("the end of a stream"),
-            Reply::Error(_) => no_words("an error"),
+            Reply::Welcome(_) => unsupported("a welcome"),
+            Reply::Subscribed { .. } => unsupported("the subscription of a stream"),
+            Reply::StreamEnd { .. } => unsupported("the end of a stream"),
+            Reply::Error(_) => unsupported("an error"),
         }
     }
 
     fn notice(&mut self, notice: &Notice, capture_times: &ValueMap) -> Result<()> {
         match notice {
-            Notice::Action(said) => self.action("apply_action", &said.actions, capture_times),
-            Notice::Observation(_) => no_words("an observation that answers no request"),
-            Notice::StreamEnd { .. } => no_words("the end of a stream"),
-            Notice::Credit { .. } => no_words("credit"),
-            Notice::Ping { .. } | Notice::Pong { .. } => no_words("a ping or pong"),
-            Notice::Goodbye { .. } => no_words("a goodbye"),
-            Notice::Error(_) => no_words("an error"),
+            Notice::Action(action) => self.action("apply_action", &action.actions, capture_times),
+            Notice::Observation(_) => unsupported("an observation that answers no request"),
+            Notice::StreamEnd { .. } => unsupported("the end of a stream"),
+            Notice::Credit { .. } => unsupported("credit"),
+            Notice::Ping { .. } | Notice::Pong { .. } => unsupported("a ping or pong"),
+            Notice::Goodbye { .. } => unsupported("a goodbye"),
+            Notice::Error(_) => unsupported("an error"),
         }
     }
 
     fn action(&mut self, kind: &str, actions: &ActionChunk, capture_times: &ValueMap) -> Result<()> {
-        self.begin(kind, 3);
+        self.start(kind, 3);
         let (rows, dimension) = (actions.rows(), actions.dimension());
         let shape = if kind == "apply_action" && rows == 1 { &[dimension][..] } else { &[rows, dimension] };
         let values = Tensor::from_vec(shape, actions.values().to_vec()).expect("a chunk holds whole rows");
@@ -111,7 +113,7 @@ impl Writer {
         Ok(())
     }
 
-    /// As many fields as [`OBSERVATION`] says.
+    /// As many fields as [`OBSERVATION_FIELDS`] says.
     fn observation(&mut self, obs: &Observation) -> Result<()> {
         self.text("timestamp").float(obs.timestamp);
         self.map_field("extra", &obs.extra)?;
@@ -135,25 +137,25 @@ impl Writer {
         }
     }
 
-    fn array(&mut self, [shape, dtype, offset, size]: [&str; 4], tensor: &Tensor) {
-        self.text(shape).sizes(tensor.shape());
-        self.text(dtype).text(tensor.dtype().numpy_name());
-        let begin = self.payload.push(tensor.data());
-        self.text(offset).size(begin);
-        self.text(size).size(tensor.data().len());
+    fn array(&mut self, [shape_key, dtype_key, offset_key, size_key]: [&str; 4], tensor: &Tensor) {
+        self.text(shape_key).sizes(tensor.shape());
+        self.text(dtype_key).text(tensor.dtype().numpy_name());
+        let offset = self.payload.push(tensor.data());
+        self.text(offset_key).size(offset);
+        self.text(size_key).size(tensor.data().len());
     }
 
     fn proprio(&mut self, proprio: &Proprio) {
         self.map(4);
         self.text("name").text(&proprio.name);
         self.text("dtype").text(proprio.data.dtype().numpy_name());
-        let begin = self.payload.push(proprio.data.data());
-        self.text("offset").size(begin);
+        let offset = self.payload.push(proprio.data.data());
+        self.text("offset").size(offset);
         self.text("size").size(proprio.data.data().len());
     }
 
     /// Begins a header with its type and so many more fields.
-    fn begin(&mut self, kind: &str, fields: usize) {
+    fn start(&mut self, kind: &str, fields: usize) {
         self.map(1 + fields).text("type").text(kind);
     }
 
@@ -171,19 +173,19 @@ impl Writer {
     fn value(&mut self, item: &Value, depth: usize) -> Option<()> {
         let depth = depth.checked_sub(1)?;
         match item {
-            Value::Null => written(encode::write_nil(&mut self.header)),
+            Value::Null => infallible(encode::write_nil(&mut self.header)),
             Value::Bool(item) => self.boolean(*item),
-            Value::Int(item) => written(encode::write_sint(&mut self.header, *item)),
+            Value::Int(item) => infallible(encode::write_sint(&mut self.header, *item)),
             Value::Float(item) => self.float(*item),
             Value::Str(item) => drop(self.text(item)),
-            Value::Bytes(item) => written(encode::write_bin(&mut self.header, item)),
-            Value::List(items) => return self.list(items.len()).each(items, depth),
+            Value::Bytes(item) => infallible(encode::write_bin(&mut self.header, item)),
+            Value::List(items) => return self.list(items.len()).each_value(items, depth),
             Value::Map(map) => return self.entries(map, depth),
         }
         Some(())
     }
 
-    fn each(&mut self, items: &[Value], depth: usize) -> Option<()> {
+    fn each_value(&mut self, items: &[Value], depth: usize) -> Option<()> {
         items.iter().try_for_each(|item| self.value(item, depth))
     }
 
@@ -201,40 +203,40 @@ impl Writer {
     // refused.
 
     fn map(&mut self, len: usize) -> &mut Writer {
-        written(encode::write_map_len(&mut self.header, len as u32));
+        infallible(encode::write_map_len(&mut self.header, len as u32));
         self
     }
 
     fn list(&mut self, len: usize) -> &mut Writer {
-        written(encode::write_array_len(&mut self.header, len as u32));
+        infallible(encode::write_array_len(&mut self.header, len as u32));
         self
     }
 
     fn text(&mut self, text: &str) -> &mut Writer {
-        written(encode::write_str(&mut self.header, text));
+        infallible(encode::write_str(&mut self.header, text));
         self
     }
 
     fn size(&mut self, size: usize) {
-        written(encode::write_uint(&mut self.header, size as u64));
+        infallible(encode::write_uint(&mut self.header, size as u64));
     }
 
     fn float(&mut self, number: f64) {
-        written(encode::write_f64(&mut self.header, number));
+        infallible(encode::write_f64(&mut self.header, number));
     }
 
     fn boolean(&mut self, value: bool) {
-        written(encode::write_bool(&mut self.header, value));
+        infallible(encode::write_bool(&mut self.header, value));
     }
 }
 
 /// Fields that an observation adds to a header.
-const OBSERVATION: usize = 4;
+const OBSERVATION_FIELDS: usize = 4;
 
-fn no_words(what: &'static str) -> Result<()> {
-    Err(EncodeError::NoWords { what })
+fn unsupported(what: &'static str) -> Result<()> {
+    Err(EncodeError::Unsupported { wire: NAME, what })
 }
 
-fn written<T, E: Debug>(result: Result<T, E>) {
+fn infallible<T, E: Debug>(result: Result<T, E>) {
     drop(result.expect("memory takes what is written to it"));
 }

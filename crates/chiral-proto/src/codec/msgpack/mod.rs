@@ -18,11 +18,11 @@
 //!   [`ID`], and whatever id a message has is not written. A [`DecodeError`]'s `id` is [`ID`] too, except for
 //!   0 where the frame was an `apply_action` or could not be told.
 //! - **Errors**: there are no words for them, nor for anything else that is not in the table:
-//!   [`EncodeError::NoWords`]. A session that refuses a request closes the connection instead.
+//!   [`EncodeError::Unsupported`]. A session that refuses a request closes the connection instead.
 //! - **Observations** have no session, episode or `seq`, cameras no `seq`, proprioception no `captured_at`:
 //!   all 0.
 //! - **Capture times** are seconds as f64, or nanoseconds where above [`MAX_SECONDS`]; in `captured_at` they
-//!   are nanoseconds. What was on the wire, bit for bit, is in [`Decoded::capture_times`]: of an
+//!   are nanoseconds. What was on the wire, bit for bit, is in [`TimedMessage::capture_times`]: of an
 //!   observation's cameras, or an action's `obs_timestamps`. A client's session keeps those of the
 //!   observation that the policy saw and gives them to [`encode`] with the action. [`Codec`](super::Codec)
 //!   does without: it drops them, and sends none.
@@ -45,7 +45,7 @@
 //! [`Reply::Step`]: crate::Reply::Step
 //! [`Notice::Action`]: crate::Notice::Action
 //! [`EncodeError`]: crate::EncodeError
-//! [`EncodeError::NoWords`]: crate::EncodeError::NoWords
+//! [`EncodeError::Unsupported`]: crate::EncodeError::Unsupported
 //! [`DecodeError`]: crate::DecodeError
 
 mod decode;
@@ -53,13 +53,16 @@ mod encode;
 mod read;
 mod seconds;
 
-pub use decode::{Decoded, decode};
+pub use decode::{TimedMessage, decode};
 pub use encode::encode;
 pub use seconds::MAX_SECONDS;
 
 /// The id of every request and reply that is decoded: the wire has none, and 0 would mean that none is
 /// expected.
 pub const ID: u64 = 1;
+
+/// The name of this wire in error texts.
+pub const NAME: &str = "legacy msgpack";
 
 /// Parts of a payload follow each other without padding.
 const ALIGNMENT: usize = 1;

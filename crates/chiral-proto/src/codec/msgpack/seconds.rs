@@ -8,9 +8,9 @@ pub const MAX_SECONDS: f64 = 1e15;
 const NANOS: i64 = 1_000_000_000;
 
 /// `None` if it is no number.
-pub(super) fn timestamp(said: &Value) -> Option<Timestamp> {
-    let seconds = said.as_f64()?;
-    Some(Timestamp(match said {
+pub(super) fn timestamp(value: &Value) -> Option<Timestamp> {
+    let seconds = value.as_f64()?;
+    Some(Timestamp(match value {
         Value::Int(nanos) if seconds > MAX_SECONDS => *nanos,
         _ if seconds > MAX_SECONDS => seconds as i64,
         // Whole seconds and the rest apart, since their product with 1e9 would be rounded. Casts of floats
@@ -37,8 +37,8 @@ mod tests {
     use super::*;
 
     #[track_caller]
-    fn check(said: impl Into<Value>, nanos: i64) {
-        assert_eq!(timestamp(&said.into()), Some(Timestamp(nanos)));
+    fn check(value: impl Into<Value>, nanos: i64) {
+        assert_eq!(timestamp(&value.into()), Some(Timestamp(nanos)));
     }
 
     #[test]
@@ -69,9 +69,9 @@ mod tests {
 
         /// Above, and so for Unix times, seconds do, bit for bit.
         #[test]
-        fn seconds_come_back(said in (1_u64 << 23) as f64..9.2e9) {
-            let time = timestamp(&said.into()).map(seconds);
-            proptest::prop_assert_eq!(time.map(f64::to_bits), Some(said.to_bits()));
+        fn seconds_come_back(original in (1_u64 << 23) as f64..9.2e9) {
+            let time = timestamp(&original.into()).map(seconds);
+            proptest::prop_assert_eq!(time.map(f64::to_bits), Some(original.to_bits()));
         }
     }
 }

@@ -25,7 +25,7 @@ use crate::{
 type Result<T, E = DecodeError> = std::result::Result<T, E>;
 
 pub(crate) fn decode(frame: Frame) -> Result<Message> {
-    let (header, payload) = frame::open(frame, ALIGNMENT)?;
+    let (header, payload) = frame::split(frame, ALIGNMENT)?;
     let header = wire::Header::decode(header)
         .map_err(|error| DecodeError::new("header", "a protobuf Header", error))?;
     let id = header.id;
@@ -46,163 +46,166 @@ fn message(id: u64, kind: Kind, payload: &Payload) -> Result<Message> {
     };
     let notice = |notice| Ok(Message::Notice(notice));
     match kind {
-        Kind::Hello(said) => request(Request::Hello(hello(said)?)),
+        Kind::Hello(body) => request(Request::Hello(hello(body)?)),
         Kind::GetMetadata(wire::GetMetadata {}) => request(Request::GetMetadata),
-        Kind::Reset(said) => request(Request::Reset { seed: said.seed, options: value_map(said.options)? }),
+        Kind::Reset(body) => request(Request::Reset { seed: body.seed, options: value_map(body.options)? }),
         Kind::GetObs(wire::GetObs {}) => request(Request::GetObs),
-        Kind::Step(said) => request(Request::Step {
-            session: said.session,
-            episode: said.episode,
-            actions: chunk(said.actions, payload).map_err(|error| error.within("step"))?,
+        Kind::Step(body) => request(Request::Step {
+            session: body.session,
+            episode: body.episode,
+            actions: chunk(body.actions, payload).map_err(|error| error.in_field("step"))?,
         }),
-        Kind::Subscribe(said) => request(Request::Subscribe(subscribe(said)?)),
+        Kind::Subscribe(body) => request(Request::Subscribe(subscribe(body)?)),
         Kind::Unsubscribe(wire::Unsubscribe {}) => request(Request::Unsubscribe),
-        Kind::Welcome(said) => reply(Reply::Welcome(Box::new(welcome(said)?))),
-        Kind::Metadata(said) => reply(Reply::Metadata(value_map(said.data)?)),
-        Kind::ResetResult(said) => reply(Reply::Reset {
-            obs: observation(said.observation, payload).map_err(|error| error.within("reset_result"))?,
-            info: value_map(said.info)?,
+        Kind::Welcome(body) => reply(Reply::Welcome(Box::new(welcome(body)?))),
+        Kind::Metadata(body) => reply(Reply::Metadata(value_map(body.data)?)),
+        Kind::ResetResult(body) => reply(Reply::Reset {
+            obs: observation(body.observation, payload).map_err(|error| error.in_field("reset_result"))?,
+            info: value_map(body.info)?,
         }),
-        Kind::Observation(said) => match id {
-            0 => notice(Notice::Observation(observation(Some(said), payload)?)),
-            _ => reply(Reply::Observation(observation(Some(said), payload)?)),
+        Kind::Observation(body) => match id {
+            0 => notice(Notice::Observation(observation(Some(body), payload)?)),
+            _ => reply(Reply::Observation(observation(Some(body), payload)?)),
         },
-        Kind::StepResult(said) => reply(Reply::Step(StepResult {
-            obs: observation(said.observation, payload).map_err(|error| error.within("step_result"))?,
-            reward: said.reward,
-            terminated: said.terminated,
-            truncated: said.truncated,
-            info: value_map(said.info)?,
+        Kind::StepResult(body) => reply(Reply::Step(StepResult {
+            obs: observation(body.observation, payload).map_err(|error| error.in_field("step_result"))?,
+            reward: body.reward,
+            terminated: body.terminated,
+            truncated: body.truncated,
+            info: value_map(body.info)?,
         })),
-        Kind::Subscribed(said) => reply(Reply::Subscribed { hz: said.hz, cameras: said.cameras }),
-        Kind::StreamEnd(said) => match id {
-            0 => notice(Notice::StreamEnd { reason: said.reason }),
-            _ => reply(Reply::StreamEnd { reason: said.reason }),
+        Kind::Subscribed(body) => reply(Reply::Subscribed { hz: body.hz, cameras: body.cameras }),
+        Kind::StreamEnd(body) => match id {
+            0 => notice(Notice::StreamEnd { reason: body.reason }),
+            _ => reply(Reply::StreamEnd { reason: body.reason }),
         },
-        Kind::Action(said) => notice(Notice::Action(ActionMessage {
-            session: said.session,
-            episode: said.episode,
-            seq: said.seq,
-            actions: chunk(said.actions, payload)
-                .map_err(|error| DecodeError { action_seq: said.seq, ..error.within("action") })?,
-            observation_seq: said.observation_seq,
+        Kind::Action(body) => notice(Notice::Action(ActionMessage {
+            session: body.session,
+            episode: body.episode,
+            seq: body.seq,
+            actions: chunk(body.actions, payload)
+                .map_err(|error| DecodeError { action_seq: body.seq, ..error.in_field("action") })?,
+            observation_seq: body.observation_seq,
         })),
-        Kind::Credit(said) => notice(Notice::Credit { received: said.received, window: said.window }),
-        Kind::Ping(said) => notice(Notice::Ping { t1: Timestamp(said.t1_ns) }),
-        Kind::Pong(said) => notice(Notice::Pong {
-            t1: Timestamp(said.t1_ns),
-            t2: Timestamp(said.t2_ns),
-            t3: Timestamp(said.t3_ns),
+        Kind::Credit(body) => notice(Notice::Credit { received: body.received, window: body.window }),
+        Kind::Ping(body) => notice(Notice::Ping { t1: Timestamp(body.t1_ns) }),
+        Kind::Pong(body) => notice(Notice::Pong {
+            t1: Timestamp(body.t1_ns),
+            t2: Timestamp(body.t2_ns),
+            t3: Timestamp(body.t3_ns),
         }),
-        Kind::Goodbye(said) => notice(Notice::Goodbye { reason: said.reason }),
-        Kind::Error(said) => match id {
-            0 => notice(Notice::Error(fault(said))),
-            _ => reply(Reply::Error(fault(said))),
+        Kind::Goodbye(body) => notice(Notice::Goodbye { reason: body.reason }),
+        Kind::Error(body) => match id {
+            0 => notice(Notice::Error(fault(body))),
+            _ => reply(Reply::Error(fault(body))),
         },
     }
 }
 
-fn hello(said: wire::Hello) -> Result<Hello> {
-    let role = match wire::Role::try_from(said.role) {
+fn hello(hello: wire::Hello) -> Result<Hello> {
+    let role = match wire::Role::try_from(hello.role) {
         Ok(wire::Role::Controller) => Role::Controller,
         Ok(wire::Role::Observer) => Role::Observer,
         Ok(wire::Role::Unspecified) | Err(_) => {
-            return Err(DecodeError::new("hello.role", "controller or observer", said.role));
+            return Err(DecodeError::new("hello.role", "controller or observer", hello.role));
         }
     };
     Ok(Hello {
-        protocol: said.protocol,
-        software: said.software,
+        protocol: hello.protocol,
+        software: hello.software,
         role,
-        client_name: said.client_name,
-        auth: said.auth,
-        attach_token: said.attach_token,
+        client_name: hello.client_name,
+        auth: hello.auth,
+        attach_token: hello.attach_token,
     })
 }
 
-fn welcome(said: wire::Welcome) -> Result<Welcome> {
-    let action_spec = said.action_spec.ok_or_else(|| missing("welcome.action_spec"))?;
+fn welcome(welcome: wire::Welcome) -> Result<Welcome> {
+    let action_spec = welcome.action_spec.ok_or_else(|| missing_field("welcome.action_spec"))?;
     Ok(Welcome {
-        protocol: said.protocol,
-        software: said.software,
-        session: said.session,
-        episode: said.episode,
+        protocol: welcome.protocol,
+        software: welcome.software,
+        session: welcome.session,
+        episode: welcome.episode,
         robot: RobotInfo {
-            name: said.robot_name,
-            cameras: each("welcome.cameras", said.cameras, camera_spec)?,
-            proprios: each("welcome.proprios", said.proprios, |info| {
+            name: welcome.robot_name,
+            cameras: convert_each("welcome.cameras", welcome.cameras, camera_spec)?,
+            proprios: convert_each("welcome.proprios", welcome.proprios, |info| {
                 Ok(ProprioSpec { name: info.name, size: size("size", info.size)?, unit: info.unit })
             })?,
-            action_spec: spec(action_spec).map_err(|error| error.within("welcome.action_spec"))?,
+            action_spec: convert_action_spec(action_spec)
+                .map_err(|error| error.in_field("welcome.action_spec"))?,
         },
-        attach_token: said.attach_token,
-        controller: said.controller,
+        attach_token: welcome.attach_token,
+        controller: welcome.controller,
     })
 }
 
 fn camera_spec(info: wire::CameraInfo) -> Result<CameraSpec> {
     Ok(CameraSpec {
         name: info.name,
-        image_shape: exactly("image_shape", &shape("image_shape", &info.image_shape)?)?,
+        image_shape: fixed_array("image_shape", &shape("image_shape", &info.image_shape)?)?,
         image_dtype: dtype("image_dtype", info.image_dtype)?,
         has_depth: info.has_depth,
     })
 }
 
-fn spec(said: wire::ActionSpec) -> Result<ActionSpec> {
-    let dimension = size("dimension", said.dimension)?;
-    for (field, len) in [("names", said.names.len()), ("low", said.low.len()), ("high", said.high.len())] {
+fn convert_action_spec(spec: wire::ActionSpec) -> Result<ActionSpec> {
+    let dimension = size("dimension", spec.dimension)?;
+    for (field, len) in [("names", spec.names.len()), ("low", spec.low.len()), ("high", spec.high.len())] {
         if len != 0 && len != dimension {
             return Err(DecodeError::new(field, format_args!("none or {dimension}"), len));
         }
     }
     Ok(ActionSpec {
         dimension,
-        names: said.names,
-        low: said.low,
-        high: said.high,
-        unit: said.unit,
-        meaning: match wire::ActionMeaning::try_from(said.meaning) {
+        names: spec.names,
+        low: spec.low,
+        high: spec.high,
+        unit: spec.unit,
+        meaning: match wire::ActionMeaning::try_from(spec.meaning) {
             Ok(wire::ActionMeaning::JointPosition) => ActionMeaning::JointPosition,
             Ok(wire::ActionMeaning::JointVelocity) => ActionMeaning::JointVelocity,
             Ok(wire::ActionMeaning::EndEffectorDelta) => ActionMeaning::EndEffectorDelta,
-            Ok(wire::ActionMeaning::Other) | Err(_) => ActionMeaning::Other(said.meaning_text),
+            Ok(wire::ActionMeaning::Other) | Err(_) => ActionMeaning::Other(spec.meaning_text),
         },
-        control_hz: said.control_hz,
+        control_hz: spec.control_hz,
     })
 }
 
-fn subscribe(said: wire::Subscribe) -> Result<Subscribe> {
-    let rate = Rate::new(said.hz).map_err(|InvalidRate { found }| {
+fn subscribe(subscribe: wire::Subscribe) -> Result<Subscribe> {
+    let rate = Rate::new(subscribe.hz).map_err(|InvalidRate { found }| {
         DecodeError::new(
             "subscribe.hz",
             format_args!("a rate above 0 and at most {} Hz", Rate::MAX_HZ),
             found,
         )
     })?;
-    Ok(Subscribe { rate, cameras: said.cameras, depth: said.depth, window: said.window })
+    Ok(Subscribe { rate, cameras: subscribe.cameras, depth: subscribe.depth, window: subscribe.window })
 }
 
-fn observation(said: Option<wire::Observation>, payload: &Payload) -> Result<Arc<Observation>> {
-    let said = said.ok_or_else(|| missing("observation"))?;
-    let within = |error: DecodeError| error.within("observation");
+fn observation(observation: Option<wire::Observation>, payload: &Payload) -> Result<Arc<Observation>> {
+    let observation = observation.ok_or_else(|| missing_field("observation"))?;
+    let in_observation = |error: DecodeError| error.in_field("observation");
     Ok(Arc::new(Observation {
-        session: said.session,
-        episode: said.episode,
-        seq: said.seq,
-        timestamp: said.timestamp.unwrap_or_default(),
-        cameras: each("cameras", said.cameras, |item| camera(item, payload)).map_err(within)?,
-        proprios: each("proprios", said.proprios, |item| proprio(item, payload)).map_err(within)?,
-        extra: value_map(said.extra)?,
+        session: observation.session,
+        episode: observation.episode,
+        seq: observation.seq,
+        timestamp: observation.timestamp.unwrap_or_default(),
+        cameras: convert_each("cameras", observation.cameras, |item| camera(item, payload))
+            .map_err(in_observation)?,
+        proprios: convert_each("proprios", observation.proprios, |item| proprio(item, payload))
+            .map_err(in_observation)?,
+        extra: value_map(observation.extra)?,
     }))
 }
 
-fn camera(said: wire::Camera, payload: &Payload) -> Result<Arc<Camera>> {
-    let image = tensor("image", said.image, payload)?;
-    let [height, width, _] = exactly("image.shape", image.shape())?;
-    let depth = match said.depth {
+fn camera(camera: wire::Camera, payload: &Payload) -> Result<Arc<Camera>> {
+    let image = tensor("image", camera.image, payload)?;
+    let [height, width, _] = fixed_array("image.shape", image.shape())?;
+    let depth = match camera.depth {
         None => None,
-        Some(depth) => Some(floats("depth", Some(depth), payload)?),
+        Some(depth) => Some(f32_tensor("depth", Some(depth), payload)?),
     };
     if let Some(depth) = &depth
         && depth.shape() != [height, width]
@@ -210,99 +213,99 @@ fn camera(said: wire::Camera, payload: &Payload) -> Result<Arc<Camera>> {
         return Err(DecodeError::new("depth.shape", debug(&[height, width]), debug(&depth.shape())));
     }
     Ok(Arc::new(Camera {
-        name: said.name.into(),
-        seq: said.seq,
-        captured_at: Timestamp(said.captured_at_ns),
+        name: camera.name.into(),
+        seq: camera.seq,
+        captured_at: Timestamp(camera.captured_at_ns),
         image,
         depth,
-        intrinsics: Matrix3::from_row_slice(&exactly::<f64, 9>("intrinsics", &said.intrinsics)?),
-        extrinsics: Matrix4::from_row_slice(&exactly::<f64, 16>("extrinsics", &said.extrinsics)?),
+        intrinsics: Matrix3::from_row_slice(&fixed_array::<f64, 9>("intrinsics", &camera.intrinsics)?),
+        extrinsics: Matrix4::from_row_slice(&fixed_array::<f64, 16>("extrinsics", &camera.extrinsics)?),
     }))
 }
 
-fn proprio(said: wire::Proprio, payload: &Payload) -> Result<Arc<Proprio>> {
-    let data = floats("data", said.data, payload)?;
-    let [_] = exactly("data.shape", data.shape())?;
-    Ok(Arc::new(Proprio { name: said.name.into(), captured_at: Timestamp(said.captured_at_ns), data }))
+fn proprio(proprio: wire::Proprio, payload: &Payload) -> Result<Arc<Proprio>> {
+    let data = f32_tensor("data", proprio.data, payload)?;
+    let [_] = fixed_array("data.shape", data.shape())?;
+    Ok(Arc::new(Proprio { name: proprio.name.into(), captured_at: Timestamp(proprio.captured_at_ns), data }))
 }
 
-fn chunk(said: Option<wire::Tensor>, payload: &Payload) -> Result<ActionChunk> {
-    let rows = floats("actions", said, payload)?;
-    let [_, dimension] = exactly("actions.shape", rows.shape())?;
-    let values = rows.values().expect("floats checked the dtype").into_owned();
+fn chunk(tensor: Option<wire::Tensor>, payload: &Payload) -> Result<ActionChunk> {
+    let rows = f32_tensor("actions", tensor, payload)?;
+    let [_, dimension] = fixed_array("actions.shape", rows.shape())?;
+    let values = rows.values().expect("f32_tensor checked the dtype").into_owned();
     ActionChunk::new(dimension, values)
         .map_err(|error| DecodeError::new("actions.shape", "whole rows", error))
 }
 
-fn floats(field: &str, said: Option<wire::Tensor>, payload: &Payload) -> Result<Tensor> {
-    let tensor = tensor(field, said, payload)?;
+fn f32_tensor(field: &str, descriptor: Option<wire::Tensor>, payload: &Payload) -> Result<Tensor> {
+    let tensor = tensor(field, descriptor, payload)?;
     match tensor.dtype() {
         DType::F32 => Ok(tensor),
         other => Err(DecodeError::new(format!("{field}.dtype"), DType::F32, other)),
     }
 }
 
-fn tensor(field: &str, said: Option<wire::Tensor>, payload: &Payload) -> Result<Tensor> {
-    let read = |said: wire::Tensor| {
-        let dtype = dtype("dtype", said.dtype)?;
-        if said.encoding != i32::from(wire::Encoding::Raw) {
-            return Err(DecodeError::new("encoding", "raw", said.encoding));
+fn tensor(field: &str, descriptor: Option<wire::Tensor>, payload: &Payload) -> Result<Tensor> {
+    let read = |descriptor: wire::Tensor| {
+        let dtype = dtype("dtype", descriptor.dtype)?;
+        if descriptor.encoding != i32::from(wire::Encoding::Raw) {
+            return Err(DecodeError::new("encoding", "raw", descriptor.encoding));
         }
-        let shape = shape("shape", &said.shape)?;
+        let shape = shape("shape", &descriptor.shape)?;
         let len = byte_len(dtype, &shape)
             .ok_or_else(|| DecodeError::new("shape", "an array that memory can hold", debug(&shape)))?;
-        if said.size != len as u64 {
+        if descriptor.size != len as u64 {
             return Err(DecodeError::new(
                 "size",
                 format_args!("{len} bytes for {dtype} of shape {shape:?}"),
-                said.size,
+                descriptor.size,
             ));
         }
-        let data = payload.take(size("offset", said.offset)?, len)?;
+        let data = payload.take(size("offset", descriptor.offset)?, len)?;
         Ok(Tensor::new(dtype, shape, data).expect("the length was checked against the shape"))
     };
-    read(said.ok_or_else(|| missing(field))?).map_err(|error| error.within(field))
+    read(descriptor.ok_or_else(|| missing_field(field))?).map_err(|error| error.in_field(field))
 }
 
-fn dtype(field: &str, said: i32) -> Result<DType> {
-    let known = DTYPES.iter().find(|(_, wire)| i32::from(*wire) == said);
-    known.map(|(ours, _)| *ours).ok_or_else(|| DecodeError::new(field, "a known element type", said))
+fn dtype(field: &str, number: i32) -> Result<DType> {
+    let known = DTYPES.iter().find(|(_, wire)| i32::from(*wire) == number);
+    known.map(|(dtype, _)| *dtype).ok_or_else(|| DecodeError::new(field, "a known element type", number))
 }
 
-fn shape(field: &str, said: &[u64]) -> Result<Vec<usize>> {
-    said.iter().map(|&axis| size(field, axis)).collect()
+fn shape(field: &str, axes: &[u64]) -> Result<Vec<usize>> {
+    axes.iter().map(|&axis| size(field, axis)).collect()
 }
 
-fn size(field: &str, said: u64) -> Result<usize> {
-    usize::try_from(said).map_err(|_| DecodeError::new(field, "a size that memory can hold", said))
+fn size(field: &str, size: u64) -> Result<usize> {
+    usize::try_from(size).map_err(|_| DecodeError::new(field, "a size that memory can hold", size))
 }
 
-fn fault(said: wire::Error) -> Fault {
-    let known = CODES.iter().find(|(_, wire)| i32::from(*wire) == said.code);
+fn fault(error: wire::Error) -> Fault {
+    let known = CODES.iter().find(|(_, wire)| i32::from(*wire) == error.code);
     Fault {
-        code: known.map_or(Code::Unspecified, |(ours, _)| *ours),
-        text: said.text,
-        field: said.field,
-        retryable: said.retryable,
-        action_seq: said.action_seq,
+        code: known.map_or(Code::Unspecified, |(code, _)| *code),
+        text: error.text,
+        field: error.field,
+        retryable: error.retryable,
+        action_seq: error.action_seq,
     }
 }
 
-fn value_map(said: Option<wire::ValueMap>) -> Result<ValueMap> {
-    entries(said.unwrap_or_default(), Value::MAX_DEPTH).ok_or_else(|| {
+fn value_map(map: Option<wire::ValueMap>) -> Result<ValueMap> {
+    entries(map.unwrap_or_default(), Value::MAX_DEPTH).ok_or_else(|| {
         DecodeError::new("values", format_args!("at most {} within each other", Value::MAX_DEPTH), "more")
     })
 }
 
 /// `None` if anything lies deeper than `depth` values.
-fn entries(said: wire::ValueMap, depth: usize) -> Option<ValueMap> {
-    said.entries.into_iter().map(|(key, item)| Some((key, value(item, depth)?))).collect()
+fn entries(map: wire::ValueMap, depth: usize) -> Option<ValueMap> {
+    map.entries.into_iter().map(|(key, item)| Some((key, value(item, depth)?))).collect()
 }
 
-fn value(said: wire::Value, depth: usize) -> Option<Value> {
+fn value(encoded: wire::Value, depth: usize) -> Option<Value> {
     use wire::value::Kind;
     let depth = depth.checked_sub(1)?;
-    Some(match said.kind {
+    Some(match encoded.kind {
         None | Some(Kind::Null(wire::Null {})) => Value::Null,
         Some(Kind::Bool(item)) => Value::Bool(item),
         Some(Kind::Int(item)) => Value::Int(item),
@@ -317,17 +320,17 @@ fn value(said: wire::Value, depth: usize) -> Option<Value> {
 }
 
 /// Converts each item; an error says which.
-fn each<T, U>(field: &str, items: Vec<T>, convert: impl Fn(T) -> Result<U>) -> Result<Vec<U>> {
+fn convert_each<T, U>(field: &str, items: Vec<T>, convert: impl Fn(T) -> Result<U>) -> Result<Vec<U>> {
     let convert =
-        |(i, item)| convert(item).map_err(|error: DecodeError| error.within(format_args!("{field}[{i}]")));
+        |(i, item)| convert(item).map_err(|error: DecodeError| error.in_field(format_args!("{field}[{i}]")));
     items.into_iter().enumerate().map(convert).collect()
 }
 
-fn exactly<T: Copy, const N: usize>(field: &str, items: &[T]) -> Result<[T; N]> {
+fn fixed_array<T: Copy, const N: usize>(field: &str, items: &[T]) -> Result<[T; N]> {
     <[T; N]>::try_from(items).map_err(|_| DecodeError::new(field, format_args!("{N} values"), items.len()))
 }
 
-fn missing(field: &str) -> DecodeError {
+fn missing_field(field: &str) -> DecodeError {
     DecodeError::new(field, "a value", "none")
 }
 

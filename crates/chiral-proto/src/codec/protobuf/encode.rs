@@ -28,7 +28,7 @@ pub(crate) fn encode(message: &Message) -> Result<Frame, EncodeError> {
 
 fn request_kind(request: &Request, payload: &mut PayloadWriter) -> Result<Kind, EncodeError> {
     Ok(match request {
-        Request::Hello(said) => Kind::Hello(hello(said)),
+        Request::Hello(body) => Kind::Hello(hello(body)),
         Request::GetMetadata => Kind::GetMetadata(wire::GetMetadata {}),
         Request::Reset { seed, options } => {
             Kind::Reset(wire::Reset { seed: *seed, options: Some(value_map(options, "reset.options")?) })
@@ -39,11 +39,11 @@ fn request_kind(request: &Request, payload: &mut PayloadWriter) -> Result<Kind, 
             episode: *episode,
             actions: Some(chunk(actions, payload)),
         }),
-        Request::Subscribe(said) => Kind::Subscribe(wire::Subscribe {
-            hz: said.rate.hz(),
-            cameras: said.cameras.clone(),
-            depth: said.depth,
-            window: said.window,
+        Request::Subscribe(body) => Kind::Subscribe(wire::Subscribe {
+            hz: body.rate.hz(),
+            cameras: body.cameras.clone(),
+            depth: body.depth,
+            window: body.window,
         }),
         Request::Unsubscribe => Kind::Unsubscribe(wire::Unsubscribe {}),
     })
@@ -51,7 +51,7 @@ fn request_kind(request: &Request, payload: &mut PayloadWriter) -> Result<Kind, 
 
 fn reply_kind(reply: &Reply, payload: &mut PayloadWriter) -> Result<Kind, EncodeError> {
     Ok(match reply {
-        Reply::Welcome(said) => Kind::Welcome(welcome(said)),
+        Reply::Welcome(body) => Kind::Welcome(welcome(body)),
         Reply::Metadata(data) => {
             Kind::Metadata(wire::Metadata { data: Some(value_map(data, "metadata.data")?) })
         }
@@ -65,7 +65,7 @@ fn reply_kind(reply: &Reply, payload: &mut PayloadWriter) -> Result<Kind, Encode
             Kind::Subscribed(wire::Subscribed { hz: *hz, cameras: cameras.clone() })
         }
         Reply::StreamEnd { reason } => Kind::StreamEnd(wire::StreamEnd { reason: reason.clone() }),
-        Reply::Error(said) => Kind::Error(fault(said)),
+        Reply::Error(body) => Kind::Error(fault(body)),
     })
 }
 
@@ -73,12 +73,12 @@ fn notice_kind(notice: &Notice, payload: &mut PayloadWriter) -> Result<Kind, Enc
     Ok(match notice {
         Notice::Observation(obs) => Kind::Observation(observation(obs, payload)?),
         Notice::StreamEnd { reason } => Kind::StreamEnd(wire::StreamEnd { reason: reason.clone() }),
-        Notice::Action(said) => Kind::Action(wire::Action {
-            session: said.session,
-            episode: said.episode,
-            seq: said.seq,
-            actions: Some(chunk(&said.actions, payload)),
-            observation_seq: said.observation_seq,
+        Notice::Action(body) => Kind::Action(wire::Action {
+            session: body.session,
+            episode: body.episode,
+            seq: body.seq,
+            actions: Some(chunk(&body.actions, payload)),
+            observation_seq: body.observation_seq,
         }),
         Notice::Credit { received, window } => {
             Kind::Credit(wire::Credit { received: *received, window: *window })
@@ -86,37 +86,37 @@ fn notice_kind(notice: &Notice, payload: &mut PayloadWriter) -> Result<Kind, Enc
         Notice::Ping { t1 } => Kind::Ping(wire::Ping { t1_ns: t1.0 }),
         Notice::Pong { t1, t2, t3 } => Kind::Pong(wire::Pong { t1_ns: t1.0, t2_ns: t2.0, t3_ns: t3.0 }),
         Notice::Goodbye { reason } => Kind::Goodbye(wire::Goodbye { reason: reason.clone() }),
-        Notice::Error(said) => Kind::Error(fault(said)),
+        Notice::Error(body) => Kind::Error(fault(body)),
     })
 }
 
-fn hello(said: &Hello) -> wire::Hello {
-    let role = match said.role {
+fn hello(hello: &Hello) -> wire::Hello {
+    let role = match hello.role {
         Role::Controller => wire::Role::Controller,
         Role::Observer => wire::Role::Observer,
     };
     wire::Hello {
-        protocol: said.protocol,
-        software: said.software.clone(),
+        protocol: hello.protocol,
+        software: hello.software.clone(),
         role: role.into(),
-        client_name: said.client_name.clone(),
-        auth: said.auth.clone(),
-        attach_token: said.attach_token.clone(),
+        client_name: hello.client_name.clone(),
+        auth: hello.auth.clone(),
+        attach_token: hello.attach_token.clone(),
     }
 }
 
-fn welcome(said: &Welcome) -> wire::Welcome {
+fn welcome(welcome: &Welcome) -> wire::Welcome {
     wire::Welcome {
-        protocol: said.protocol,
-        software: said.software.clone(),
-        session: said.session,
-        robot_name: said.robot.name.clone(),
-        cameras: said.robot.cameras.iter().map(camera_info).collect(),
-        proprios: said.robot.proprios.iter().map(proprio_info).collect(),
-        action_spec: Some(action_spec(&said.robot.action_spec)),
-        attach_token: said.attach_token.clone(),
-        episode: said.episode,
-        controller: said.controller.clone(),
+        protocol: welcome.protocol,
+        software: welcome.software.clone(),
+        session: welcome.session,
+        robot_name: welcome.robot.name.clone(),
+        cameras: welcome.robot.cameras.iter().map(camera_info).collect(),
+        proprios: welcome.robot.proprios.iter().map(proprio_info).collect(),
+        action_spec: Some(action_spec(&welcome.robot.action_spec)),
+        attach_token: welcome.attach_token.clone(),
+        episode: welcome.episode,
+        controller: welcome.controller.clone(),
     }
 }
 
@@ -216,12 +216,17 @@ fn shape(shape: &[usize]) -> Vec<u64> {
 }
 
 fn dtype(dtype: DType) -> i32 {
-    DTYPES.iter().find(|(ours, _)| *ours == dtype).expect("the table has every dtype").1.into()
+    DTYPES.iter().find(|(known, _)| *known == dtype).expect("the table has every dtype").1.into()
 }
 
 fn fault(fault: &Fault) -> wire::Error {
     wire::Error {
-        code: CODES.iter().find(|(ours, _)| *ours == fault.code).expect("the table has every code").1.into(),
+        code: CODES
+            .iter()
+            .find(|(known, _)| *known == fault.code)
+            .expect("the table has every code")
+            .1
+            .into(),
         text: fault.text.clone(),
         field: fault.field.clone(),
         retryable: fault.retryable,
