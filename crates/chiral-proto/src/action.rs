@@ -1,4 +1,5 @@
-//! What flows from the policy to the robot: single actions, chunks of them, and what the robot says of both.
+//! What flows from the policy to the robot: [`Action`], [`ActionChunk`], and [`ActionSpec`], against which
+//! the actions are checked.
 
 use std::ops::Deref;
 
@@ -9,11 +10,11 @@ use crate::error::{Code, Fault};
 
 /// One action: D values.
 ///
-/// Made from what a policy has, in `f32` or `f64`: slices, arrays, `Vec`s, one-dimensional `ndarray`s,
-/// nalgebra vectors.
+/// Converts from slices, arrays, `Vec`s, one-dimensional `ndarray` arrays and nalgebra vectors of `f32` or
+/// `f64`.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct Action {
-    /// The values, in the order and unit that the robot's [`ActionSpec`] says.
+    /// The values, in the order and unit of the robot's [`ActionSpec`].
     pub values: Vec<f32>,
 }
 
@@ -27,9 +28,9 @@ impl Deref for Action {
 
 /// N actions predicted together: (N, D), row-major, in one buffer.
 ///
-/// Made from what a policy has, in `f32` or `f64`: whatever an [`Action`] is made from is a chunk of one row;
-/// arrays of arrays, two-dimensional `ndarray`s and nalgebra matrices are N rows. A nalgebra *column vector*
-/// (one column by its type) is one action.
+/// Converts from `f32` or `f64`: everything that converts to an [`Action`] becomes a chunk of one row; arrays
+/// of arrays, two-dimensional `ndarray` arrays and nalgebra matrices become N rows. A nalgebra *column
+/// vector* (one column by its type) is one action.
 #[derive(Clone, Debug, PartialEq)]
 pub struct ActionChunk {
     values: Vec<f32>,
@@ -37,13 +38,13 @@ pub struct ActionChunk {
 }
 
 impl ActionChunk {
-    /// The most rows that a chunk may have.
+    /// The greatest number of rows in a chunk.
     pub const MAX_ROWS: usize = 4096;
 
-    /// Rows of `dimension` values each.
+    /// Creates a chunk from rows of `dimension` values each.
     ///
     /// # Errors
-    /// [`InvalidAction::Ragged`] if they are no whole rows.
+    /// [`InvalidAction::Ragged`] if the last row is incomplete.
     pub fn new(dimension: usize, values: Vec<f32>) -> Result<ActionChunk, InvalidAction> {
         if !values.len().is_multiple_of(dimension) {
             return Err(InvalidAction::Ragged { dimension, found: values.len() });
@@ -66,48 +67,48 @@ impl ActionChunk {
         &self.values
     }
 
-    /// The rows in turn.
+    /// Iterates over the rows.
     pub fn iter(&self) -> impl ExactSizeIterator<Item = &[f32]> {
         self.values.chunks_exact(self.dimension.max(1))
     }
 }
 
-/// What an action means to the robot.
+/// What the values of an action mean.
 #[derive(Clone, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum ActionMeaning {
-    /// Joint positions to go to.
+    /// Target joint positions.
     JointPosition,
-    /// Joint velocities to move at.
+    /// Target joint velocities.
     JointVelocity,
-    /// A difference to the end effector's pose.
+    /// A change of the end effector's pose.
     EndEffectorDelta,
-    /// Anything else, in words.
+    /// Anything else, as a description.
     Other(String),
 }
 
-/// What an action of a robot is, declared by the robot and checked on both sides.
+/// The robot's action space, declared by the robot and checked by both peers.
 #[derive(Clone, Debug, PartialEq)]
 pub struct ActionSpec {
     /// D, the number of values in one action.
     pub dimension: usize,
-    /// One name a value, or empty.
+    /// One name per value, or empty.
     pub names: Vec<String>,
-    /// The least value that the robot can follow, one a value, or empty. Told to the policy; what lies
-    /// outside is the robot's to clamp.
+    /// The smallest values that the robot can follow, one per value, or empty. They are information for the
+    /// policy; clamping values outside them is up to the robot.
     pub low: Vec<f32>,
-    /// The greatest value that the robot can follow, one a value, or empty.
+    /// The greatest values that the robot can follow, one per value, or empty.
     pub high: Vec<f32>,
-    /// Such as `rad`; may be empty.
+    /// The unit, such as `rad`; may be empty.
     pub unit: String,
     /// What the values mean.
     pub meaning: ActionMeaning,
-    /// The rate at which the robot runs the rows of a chunk, in hertz.
+    /// The rate at which the robot applies the rows of a chunk, in hertz.
     pub control_hz: f64,
 }
 
 impl ActionSpec {
-    /// Joint positions in radians of so many joints.
+    /// Creates a spec for the positions of `dimension` joints in radians.
     pub fn joint_positions(dimension: usize, control_hz: f64) -> ActionSpec {
         ActionSpec {
             dimension,
@@ -120,11 +121,10 @@ impl ActionSpec {
         }
     }
 
-    /// Whether a robot of this kind may see `chunk`: 1 to [`ActionChunk::MAX_ROWS`] rows of its dimension,
-    /// every value finite.
+    /// Checks that `chunk` has 1 to [`ActionChunk::MAX_ROWS`] rows of this dimension and only finite values.
     ///
     /// # Errors
-    /// [`InvalidAction`], which says what was expected and what was found.
+    /// [`InvalidAction`], which names what was expected and what was found.
     pub fn check(&self, chunk: &ActionChunk) -> Result<(), InvalidAction> {
         if chunk.dimension != self.dimension {
             return Err(InvalidAction::Dimension { expected: self.dimension, found: chunk.dimension });
@@ -143,16 +143,16 @@ impl ActionSpec {
     }
 }
 
-/// An action that no robot should see.
+/// The error for an action that does not match the robot's [`ActionSpec`].
 #[derive(Clone, Debug, PartialEq, thiserror::Error)]
 #[non_exhaustive]
 pub enum InvalidAction {
-    /// It has another number of values than the robot has.
+    /// The rows have another dimension than the robot's actions.
     #[error("expected actions of dimension {expected}, found {found}")]
     Dimension {
-        /// D of the robot.
+        /// The robot's dimension D.
         expected: usize,
-        /// D of the action.
+        /// The chunk's dimension.
         found: usize,
     },
     /// A value is NaN or infinite.
@@ -160,25 +160,25 @@ pub enum InvalidAction {
     NotFinite {
         /// The row of the chunk.
         row: usize,
-        /// Which value of the row, by the robot's name for it where there is one.
+        /// The value's name in [`ActionSpec::names`], or its index.
         name: String,
         /// The value.
         value: f32,
     },
-    /// There is no row, or more than a chunk may have.
+    /// The chunk has no row, or too many.
     #[error("expected 1 to {limit} rows, found {found}")]
     Rows {
-        /// The most there may be.
+        /// The greatest number of rows.
         limit: usize,
-        /// How many there are.
+        /// The number of rows.
         found: usize,
     },
-    /// The values do not make whole rows.
+    /// The last row is incomplete.
     #[error("expected rows of {dimension} values, found {found} values")]
     Ragged {
-        /// Values a row.
+        /// The number of values in a row.
         dimension: usize,
-        /// Values in all.
+        /// The total number of values.
         found: usize,
     },
 }
@@ -189,9 +189,9 @@ impl From<InvalidAction> for Fault {
     }
 }
 
-/// A number that an action can be made from: `f32`, or `f64`, which is rounded.
+/// A number that converts to an action's value: `f32`, or `f64`, which is rounded.
 pub trait Number: Copy + 'static {
-    /// As the wire carries it.
+    /// The value as `f32`.
     fn to_f32(self) -> f32;
 }
 
@@ -213,8 +213,8 @@ impl From<Action> for ActionChunk {
     }
 }
 
-/// What is one action, and so also a chunk of one row.
-macro_rules! one_action {
+/// Conversions to one action, and therefore also to a chunk of one row.
+macro_rules! from_one_action {
     ($([$($generics:tt)*] $source:ty;)*) => {$(
         impl<$($generics)*> From<$source> for Action {
             fn from(values: $source) -> Action {
@@ -229,7 +229,7 @@ macro_rules! one_action {
         }
     )*};
 }
-one_action! {
+from_one_action! {
     [T: Number] Vec<T>;
     [T: Number] &Vec<T>;
     [T: Number] &[T];
@@ -255,7 +255,7 @@ impl<T: Number, R: Dim, C: Dim, S: RawStorage<T, R, C>> From<&Matrix<T, R, C, S>
     fn from(matrix: &Matrix<T, R, C, S>) -> ActionChunk {
         let is_vector = C::try_to_usize() == Some(1);
         let dimension = if is_vector { matrix.nrows() } else { matrix.ncols() };
-        // A vector's column is its one row; a matrix is stored by columns and sent by rows.
+        // The column of a vector is the one row. nalgebra stores matrices column-major, chunks are row-major.
         let values = match is_vector {
             true => matrix.iter().map(|value| value.to_f32()).collect(),
             false => matrix
@@ -305,7 +305,7 @@ mod tests {
     }
 
     #[test]
-    fn a_chunk_is_made_from_what_a_policy_has() {
+    fn a_chunk_converts_from_arrays_vectors_and_matrices() {
         check(vec![1.0, 2.0], 1, &[1.0, 2.0]);
         check([1.0f32, 2.0], 1, &[1.0, 2.0]);
         check(vec![1.0f64, 2.0], 1, &[1.0, 2.0]);
@@ -323,7 +323,7 @@ mod tests {
     }
 
     #[test]
-    fn only_whole_rows_of_finite_values_pass() {
+    fn only_complete_rows_of_finite_values_pass() {
         let spec = ActionSpec {
             names: vec!["shoulder".into(), "elbow".into()],
             ..ActionSpec::joint_positions(2, 20.0)

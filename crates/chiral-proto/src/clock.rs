@@ -1,5 +1,5 @@
-//! Times, ticks at a fixed rate, and the offset between two hosts' clocks. Nothing here reads a clock: `now`
-//! is passed in.
+//! Timestamps, ticks at a fixed rate, and the offset between the clocks of two hosts. Nothing here reads a
+//! clock: `now` is passed in.
 
 use std::{
     collections::VecDeque,
@@ -9,18 +9,18 @@ use std::{
     time::Duration,
 };
 
-/// Nanoseconds of a host's monotonic clock (CLOCK_MONOTONIC on Linux). Two hosts' timestamps are never
-/// subtracted without an offset.
+/// Nanoseconds of a host's monotonic clock (CLOCK_MONOTONIC on Linux). Never subtract timestamps of two hosts
+/// without their clock offset.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct Timestamp(pub i64);
 
 impl Timestamp {
-    /// In seconds.
+    /// The timestamp in seconds.
     pub fn as_secs_f64(self) -> f64 {
         self.0 as f64 * 1e-9
     }
 
-    /// The time that passed since `earlier`; zero if that is later.
+    /// The time that has passed since `earlier`; zero if `earlier` is later.
     pub fn since(self, earlier: Timestamp) -> Duration {
         Duration::from_nanos(u64::try_from(self.0.saturating_sub(earlier.0)).unwrap_or(0))
     }
@@ -40,7 +40,7 @@ impl Add<Duration> for Timestamp {
 }
 
 impl Sub for Timestamp {
-    /// Nanoseconds, negative where the right one is later.
+    /// Nanoseconds; negative if the right operand is later.
     type Output = i64;
 
     fn sub(self, earlier: Timestamp) -> i64 {
@@ -48,17 +48,17 @@ impl Sub for Timestamp {
     }
 }
 
-/// Reads the local monotonic clock. Passed in, so that a test can be its own.
+/// A function that reads the local monotonic clock. Tests pass a clock of their own.
 #[derive(Clone)]
 pub struct Clock(Arc<dyn Fn() -> Timestamp + Send + Sync>);
 
 impl Clock {
-    /// The clock that `now` reads.
+    /// Creates a clock that calls `now`.
     pub fn new(now: impl Fn() -> Timestamp + Send + Sync + 'static) -> Clock {
         Clock(Arc::new(now))
     }
 
-    /// What it shows.
+    /// The current time.
     pub fn now(&self) -> Timestamp {
         (self.0)()
     }
@@ -70,11 +70,11 @@ impl fmt::Debug for Clock {
     }
 }
 
-/// How often something happens: more than 0 and at most [`Rate::MAX_HZ`] times a second.
+/// A rate above 0 and at most [`Rate::MAX_HZ`] hertz.
 #[derive(Clone, Copy, Debug, PartialEq, PartialOrd)]
 pub struct Rate(f64);
 
-/// A number that is not a [`Rate`].
+/// The error for a number that is not a valid [`Rate`].
 #[derive(Clone, Copy, Debug, PartialEq, thiserror::Error)]
 #[error("expected a rate above 0 and at most {} Hz, found {found}", Rate::MAX_HZ)]
 pub struct InvalidRate {
@@ -86,43 +86,43 @@ impl Rate {
     /// The highest rate, in hertz.
     pub const MAX_HZ: f64 = 1000.0;
 
-    /// A rate in hertz.
+    /// Creates a rate from hertz.
     ///
     /// # Errors
     /// [`InvalidRate`] if `hz` is not above 0 or is above [`Rate::MAX_HZ`].
     pub fn new(hz: f64) -> Result<Rate, InvalidRate> {
-        // NaN is neither.
+        // NaN fails both comparisons.
         if hz > 0.0 && hz <= Self::MAX_HZ { Ok(Rate(hz)) } else { Err(InvalidRate { found: hz }) }
     }
 
-    /// In hertz.
+    /// The rate in hertz.
     pub fn hz(self) -> f64 {
         self.0
     }
 }
 
 /// Ticks at a fixed rate on absolute deadlines: tick `n` is due at `start + n / rate`, so that neither
-/// rounding nor late wake-ups add up. A tick that was missed by more than a period is skipped, never caught
-/// up.
+/// rounding nor late wake-ups accumulate. A tick that is missed by more than a period is skipped; it is never
+/// made up for.
 #[derive(Clone, Debug)]
 pub struct Ticker {
     rate: Rate,
     started: Timestamp,
-    /// Number of the next tick.
+    /// The number of the next tick.
     next: u64,
 }
 
-/// A tick that was taken.
+/// The result of [`Ticker::take`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Tick {
-    /// Earlier ticks that were missed by more than a period.
+    /// The number of ticks before this one that were skipped.
     pub skipped: u64,
-    /// How long after its deadline it was taken.
+    /// How long after its deadline the tick was taken.
     pub lateness: Duration,
 }
 
 impl Ticker {
-    /// A ticker whose first tick is due now.
+    /// Creates a ticker whose first tick is due at `now`.
     pub fn new(rate: Rate, now: Timestamp) -> Ticker {
         Ticker { rate, started: now, next: 0 }
     }
@@ -137,7 +137,7 @@ impl Ticker {
         self.deadline().since(now)
     }
 
-    /// Takes the last tick that is due by `now`, or the next one if none is. Ticks before it are skipped.
+    /// Takes the last tick that is due by `now`, or the next one if none is due. Ticks before it are skipped.
     pub fn take(&mut self, now: Timestamp) -> Tick {
         let tick = self.next.max(self.last_due(now));
         let skipped = tick - self.next;
@@ -153,14 +153,14 @@ impl Ticker {
     }
 
     fn deadline_of(&self, tick: u64) -> Timestamp {
-        // Far in the future at a rate close to 0.
+        // At a rate close to 0 the deadline may not fit.
         self.started + Duration::try_from_secs_f64(tick as f64 / self.rate.0).unwrap_or(Duration::MAX)
     }
 
-    /// Number of the last tick at or before `now`; 0 before the first.
+    /// The number of the last tick that is due at or before `now`; 0 before the first.
     fn last_due(&self, now: Timestamp) -> u64 {
         let estimate = (now.since(self.started).as_secs_f64() * self.rate.0) as u64;
-        // Deadlines are rounded to nanoseconds, the estimate is not.
+        // Correct the estimate: deadlines are rounded to nanoseconds, the estimate is not.
         if self.deadline_of(estimate) > now {
             estimate.saturating_sub(1)
         } else if self.deadline_of(estimate + 1) <= now {
@@ -171,45 +171,47 @@ impl Ticker {
     }
 }
 
-/// The four times of a ping and its pong (RFC 5905, section 8): sent and received back on the asker's clock,
-/// received and answered on the other.
+/// The four times of a ping and its pong (RFC 5905, section 8): `t1` and `t4` on the clock of the ping's
+/// sender, `t2` and `t3` on the clock of the pong's sender.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct PingSample {
-    /// The ping left, asker's clock.
+    /// When the ping was sent.
     pub t1: Timestamp,
-    /// The ping arrived, answerer's clock.
+    /// When the ping was received.
     pub t2: Timestamp,
-    /// The pong left, answerer's clock.
+    /// When the pong was sent.
     pub t3: Timestamp,
-    /// The pong arrived, asker's clock.
+    /// When the pong was received.
     pub t4: Timestamp,
 }
 
 impl PingSample {
-    /// The time that the two messages were under way.
+    /// The time that ping and pong spent in transit.
     pub fn round_trip(&self) -> Duration {
         Duration::from_nanos(
             u64::try_from((self.t4 - self.t1).saturating_sub(self.t3 - self.t2)).unwrap_or(0),
         )
     }
 
-    /// By how many nanoseconds the answerer's clock is ahead, half the round trip its greatest error.
+    /// How many nanoseconds the clock of the pong's sender is ahead. The error is at most half the round
+    /// trip.
     pub fn offset_ns(&self) -> i64 {
         ((i128::from(self.t2 - self.t1) + i128::from(self.t3 - self.t4)) / 2) as i64
     }
 }
 
-/// Keeps the last samples and trusts the one with the shortest round trip, which waited behind nothing.
+/// Keeps the last samples and uses the one with the shortest round trip, which was delayed least by other
+/// traffic.
 #[derive(Clone, Debug, Default)]
 pub struct OffsetFilter {
     samples: VecDeque<PingSample>,
 }
 
 impl OffsetFilter {
-    /// How many samples it looks back on: at a ping a second, as many seconds of two clocks' drift.
+    /// How many samples are kept. At one ping a second, the offset is at most this many seconds of drift old.
     pub const WINDOW: usize = 16;
 
-    /// Takes a sample in.
+    /// Adds a sample.
     pub fn add(&mut self, sample: PingSample) {
         if self.samples.len() == Self::WINDOW {
             self.samples.pop_front();
@@ -222,7 +224,7 @@ impl OffsetFilter {
         self.best().map(PingSample::round_trip)
     }
 
-    /// By how many nanoseconds the peer's clock is ahead of ours; `None` before the first sample.
+    /// How many nanoseconds the peer's clock is ahead of the local one; `None` before the first sample.
     pub fn offset_ns(&self) -> Option<i64> {
         self.best().map(PingSample::offset_ns)
     }
@@ -265,15 +267,15 @@ mod tests {
             Tick { skipped: 2, lateness: Duration::from_millis(99) }
         );
         assert_eq!(ticker.due_in(Timestamp(299 * MS)), Duration::from_millis(1));
-        assert_eq!(ticker.take(Timestamp(299 * MS)).skipped, 0, "taken early");
+        assert_eq!(ticker.take(Timestamp(299 * MS)).skipped, 0, "taken before it is due");
         ticker.skip_due(Timestamp(399 * MS));
-        assert_eq!(ticker.deadline(), Timestamp(400 * MS), "none is due");
+        assert_eq!(ticker.deadline(), Timestamp(400 * MS), "no tick is due");
         ticker.skip_due(Timestamp(400 * MS));
         assert_eq!(ticker.deadline(), Timestamp(500 * MS));
     }
 
     #[test]
-    fn the_shortest_round_trip_decides() {
+    fn the_sample_with_the_shortest_round_trip_is_used() {
         let mut filter = OffsetFilter::default();
         let ahead = 1_000_000;
         for (there, back) in [(900, 100), (20, 20), (50, 5_000)] {

@@ -1,85 +1,86 @@
-//! What can go wrong, as types: in this crate, and as one peer tells the other.
+//! The error types of codecs and transports, and [`Fault`], the error that one peer sends to the other.
+//! Errors of a single type, such as `TensorError`, live beside that type.
 
 use std::{error::Error, fmt, sync::Arc};
 
-/// An error and its causes, one after the other: what a log line or a peer needs. Some errors' own text has
-/// their causes' already.
+/// Returns the text of an error and its causes, for a log line or a peer. A cause whose text the error
+/// already ends with is not repeated.
 pub fn chain(error: &(dyn Error + 'static)) -> String {
     let mut text = error.to_string();
     let mut cause = error.source();
     while let Some(error) = cause {
-        let more = error.to_string();
-        if !text.ends_with(&more) {
-            text = format!("{text}: {more}");
+        let cause_text = error.to_string();
+        if !text.ends_with(&cause_text) {
+            text = format!("{text}: {cause_text}");
         }
         cause = error.source();
     }
     text
 }
 
-/// There is no camera or proprio of this name.
+/// An unknown camera or proprio name.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-#[error("no {kind} named {name:?}; there are: {}", if known.is_empty() { "none".to_owned() } else { known.join(", ") })]
+#[error("no {kind} named {name:?}, expected one of: {}", if known.is_empty() { "none".to_owned() } else { known.join(", ") })]
 pub struct UnknownName {
     /// `camera` or `proprio`.
     pub kind: &'static str,
-    /// What was asked for.
+    /// The unknown name.
     pub name: String,
-    /// What there is.
+    /// The existing names.
     pub known: Vec<String>,
 }
 
 impl UnknownName {
-    /// The error for asking `name` of `known`.
+    /// Creates the error for looking up `name` among `known`.
     pub fn new<'a>(kind: &'static str, name: &str, known: impl IntoIterator<Item = &'a str>) -> UnknownName {
         UnknownName { kind, name: name.to_owned(), known: known.into_iter().map(str::to_owned).collect() }
     }
 }
 
-/// A message that cannot be put on the wire.
+/// An error from encoding a message.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[non_exhaustive]
 pub enum EncodeError {
-    /// A message of unknown kind can be received but not sent.
-    #[error("a message of unknown kind cannot be sent")]
+    /// [`Message::Unknown`](crate::Message::Unknown) can be received but not sent.
+    #[error("cannot encode a message of unknown kind")]
     Unknown,
-    /// The wire cannot carry such a message.
+    /// The wire has no representation for the message.
     #[error("the {wire} wire cannot carry {what}")]
     Unsupported {
-        /// The wire.
+        /// The wire's name.
         wire: &'static str,
-        /// The message.
+        /// What cannot be sent, such as `a hello`.
         what: &'static str,
     },
-    /// Free-form values are nested too deep.
-    #[error("expected values nested at most {limit} deep, found deeper ones in {field}")]
+    /// Free-form values are nested too deeply.
+    #[error("expected values nested at most {limit} deep, found deeper nesting in {field}")]
     TooDeep {
-        /// Where.
+        /// The field that contains them.
         field: &'static str,
-        /// The limit.
+        /// The greatest depth.
         limit: usize,
     },
-    /// The header does not fit its length field.
+    /// The header is too long for its length field.
     #[error("expected a header of less than 4 GiB, found {len} bytes")]
     TooLong {
-        /// Its length.
+        /// The header's length in bytes.
         len: usize,
     },
 }
 
-/// A frame that cannot be understood. It names the field, what was expected and what was found.
+/// An error from decoding a frame: the field, what was expected and what was found.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("{field}: expected {expected}, found {found}")]
 pub struct DecodeError {
-    /// The id of the request in which it was found; 0 where there is none, or it could not be read.
+    /// The id in the frame's header; 0 if it has none or it could not be read.
     pub id: u64,
-    /// The `seq` of the action in which it was found; 0 where there is none.
+    /// The `seq` of the action that could not be decoded; 0 if the frame is not an action.
     pub action_seq: u64,
-    /// The field at fault, such as `observation.cameras[1].depth`.
+    /// The invalid field, such as `observation.cameras[1].depth`.
     pub field: String,
-    /// What the protocol asks for.
+    /// What the protocol requires.
     pub expected: String,
-    /// What the frame says.
+    /// What the frame contains.
     pub found: String,
 }
 
@@ -98,80 +99,80 @@ impl DecodeError {
         }
     }
 
-    /// The same, found within `outer`.
+    /// Prefixes the field's path with `outer`.
     pub(crate) fn in_field(mut self, outer: impl fmt::Display) -> DecodeError {
         self.field = format!("{outer}.{}", self.field);
         self
     }
 }
 
-/// What a peer says went wrong, in matchable form; see the schema's `Code` for the meanings.
+/// The kind of a [`Fault`], to match on: `Code` in the schema.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[non_exhaustive]
 pub enum Code {
-    /// A code from a newer peer, or none.
+    /// No code, or one that only newer peers know.
     Unspecified,
     /// The frame could not be decoded.
     Malformed,
-    /// It says something that cannot be: a wrong shape, NaN, an unknown camera.
+    /// The frame was decoded, but its content is invalid: a wrong shape, NaN, an unknown camera.
     Invalid,
-    /// A kind of message that the peer does not know.
+    /// The receiver does not know this kind of message.
     Unsupported,
-    /// The peer speaks another version of the protocol.
+    /// The server does not support the client's protocol version.
     VersionMismatch,
-    /// The server asks for credentials.
+    /// The server requires credentials.
     Unauthenticated,
-    /// The robot has a controller already.
+    /// The robot already has a controller.
     Busy,
-    /// An observer asked for what only a controller may.
+    /// An observer sent what only a controller may send.
     NotController,
     /// The action belongs to another session or to an earlier episode.
     Stale,
-    /// A reset waits or runs.
+    /// A reset is pending or running.
     Resetting,
-    /// The server holds as many unapplied rows as it may.
+    /// The server holds as many rows that are not applied yet as it may.
     QueueFull,
     /// The robot's own code returned an error.
     RobotFailed,
-    /// The robot's own code panicked.
+    /// The robot's own code panicked; the robot is out of service until the server is restarted.
     OutOfService,
-    /// A camera or proprio published nothing in time.
+    /// A camera or proprio did not publish in time.
     SensorTimeout,
-    /// The server is about to stop.
+    /// The server is shutting down.
     ShuttingDown,
-    /// The first frame was not a hello, or a hello came again.
+    /// The first frame was not a hello, or a second hello was sent.
     Protocol,
 }
 
-/// An error as one peer tells it to the other.
+/// An error that one peer sends to the other.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Fault {
-    /// What kind of error.
+    /// The kind of error.
     pub code: Code,
-    /// In words.
+    /// A message for people.
     pub text: String,
-    /// The field at fault, or empty.
+    /// The field that caused the error; may be empty.
     pub field: String,
-    /// Whether the same thing may succeed later.
+    /// Whether the same request may succeed later.
     pub retryable: bool,
-    /// The `seq` of the refused action, where one is meant; else 0.
+    /// The `seq` of the refused action; otherwise 0.
     pub action_seq: u64,
 }
 
 impl Fault {
-    /// An error that trying again does not mend.
+    /// Creates an error that is not retryable and names no field.
     pub fn new(code: Code, text: impl Into<String>) -> Fault {
         Fault { code, text: text.into(), field: String::new(), retryable: false, action_seq: 0 }
     }
 
-    /// The same, about this field.
+    /// Sets the field that caused the error.
     #[must_use]
     pub fn field(mut self, field: impl Into<String>) -> Fault {
         self.field = field.into();
         self
     }
 
-    /// The same, worth trying again later.
+    /// Marks the error as retryable.
     #[must_use]
     pub fn retryable(mut self) -> Fault {
         self.retryable = true;
@@ -199,33 +200,33 @@ impl From<DecodeError> for Fault {
     }
 }
 
-/// A connection that carries no more.
+/// An error that ended a connection.
 #[derive(Clone, Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum TransportError {
     /// The connection broke.
     #[error("connection lost")]
     Lost(#[source] Arc<dyn Error + Send + Sync>),
-    /// The peer closed the connection, and says that it had to.
-    #[error("the other side closed the connection with {code}{}{reason}", if reason.is_empty() { "" } else { ": " })]
+    /// The peer closed the connection with an error code.
+    #[error("the peer closed the connection with {code}{}{reason}", if reason.is_empty() { "" } else { ": " })]
     Closed {
-        /// Such as WebSocket's 1011.
+        /// A WebSocket close code, such as 1011.
         code: u16,
-        /// In the peer's words; may be empty.
+        /// The peer's reason; may be empty.
         reason: String,
     },
-    /// The peer does not keep to the transport's rules.
+    /// The peer violated the transport's rules.
     #[error("expected {expected}, found {found}")]
     Protocol {
-        /// What the transport carries.
+        /// What the transport requires.
         expected: &'static str,
-        /// What came.
+        /// What was received.
         found: String,
     },
 }
 
 impl TransportError {
-    /// The connection broke, because of `source`.
+    /// Creates [`TransportError::Lost`] from its cause.
     pub fn lost(source: impl Into<Box<dyn Error + Send + Sync>>) -> TransportError {
         TransportError::Lost(Arc::from(source.into()))
     }

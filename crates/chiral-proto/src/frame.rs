@@ -1,7 +1,7 @@
-//! One encoded message: `u32 LE header_len | header | padding | payload`, in memory as segments that are
-//! never joined on the way out.
+//! [`Frame`]: one encoded message, `u32 LE header_len | header | padding | payload`. In memory it is a list of
+//! segments, which are sent without being joined.
 //!
-//! What the header says is the codec's business; where things lie is decided here, for every codec.
+//! The layout of frames is defined here for all codecs; the content of the header is up to the codec.
 
 use std::cell::Cell;
 
@@ -19,22 +19,22 @@ pub struct Frame {
 }
 
 impl Frame {
-    /// The segments in order; joined they are the frame.
+    /// The segments, in order. Their concatenation is the frame.
     pub fn segments(&self) -> &[Bytes] {
         &self.segments
     }
 
-    /// Bytes in all.
+    /// The length of the frame in bytes.
     pub fn len(&self) -> usize {
         self.segments.iter().map(Bytes::len).sum()
     }
 
-    /// Whether there are no bytes at all.
+    /// Whether the frame has no bytes.
     pub fn is_empty(&self) -> bool {
         self.len() == 0
     }
 
-    /// The frame in one piece; copied unless it is one already.
+    /// The frame as one buffer. Copies it unless it has exactly one segment.
     pub fn into_bytes(mut self) -> Bytes {
         if self.segments.len() == 1 {
             return self.segments.remove(0);
@@ -66,7 +66,7 @@ impl PartialEq for Frame {
     }
 }
 
-/// Lays out a payload while the header that describes it is written.
+/// Lays out a payload while its header is written.
 #[derive(Debug)]
 pub(crate) struct PayloadWriter {
     alignment: usize,
@@ -75,12 +75,12 @@ pub(crate) struct PayloadWriter {
 }
 
 impl PayloadWriter {
-    /// A payload whose parts begin at multiples of `alignment`, at most [`ALIGNMENT`].
+    /// Creates a payload whose parts begin at multiples of `alignment`, at most [`ALIGNMENT`].
     pub(crate) fn new(alignment: usize) -> PayloadWriter {
         PayloadWriter { alignment, segments: Vec::new(), len: 0 }
     }
 
-    /// Appends `data`, by reference, and returns where it begins; what is empty is nowhere, which is 0.
+    /// Appends `data` by reference and returns its offset; 0 if it is empty.
     pub(crate) fn push(&mut self, data: &Bytes) -> usize {
         if data.is_empty() {
             return 0;
@@ -94,7 +94,7 @@ impl PayloadWriter {
         offset
     }
 
-    /// The frame of this payload; `encode_header` appends the header, whose length is `header_len`.
+    /// Returns the frame. `encode_header` appends the header, whose length is `header_len`.
     pub(crate) fn finish(
         self,
         header_len: usize,
@@ -114,31 +114,32 @@ impl PayloadWriter {
     }
 }
 
-/// A received payload, to be sliced.
+/// The payload of a received frame.
 #[derive(Debug)]
 pub(crate) struct Payload {
     segments: Vec<Bytes>,
     len: usize,
     alignment: usize,
-    /// Where the last part that was consumed ends.
+    /// The end of the part that was taken last.
     consumed: Cell<usize>,
 }
 
 impl Payload {
-    /// Bytes in all.
+    /// The length of the payload in bytes.
     pub(crate) fn len(&self) -> usize {
         self.len
     }
 
-    /// The part at `offset`: a slice of what arrived, copied only if it lies across two segments. Parts are
-    /// consumed in order, so that no peer has the same bytes copied more than once.
+    /// Returns the part at `offset`: a slice of the received memory, copied only if it crosses segments.
+    /// Parts must be taken in order, so that no peer can make us copy the same bytes more than once.
     pub(crate) fn take(&self, offset: usize, len: usize) -> Result<Bytes, DecodeError> {
         if len == 0 {
             return Ok(Bytes::new());
         }
         let earliest = self.consumed.get().next_multiple_of(self.alignment);
         if offset < earliest || !offset.is_multiple_of(self.alignment) {
-            let expected = format_args!("a multiple of {}, {earliest} or more", self.alignment).to_string();
+            let expected =
+                format_args!("a multiple of {} that is at least {earliest}", self.alignment).to_string();
             return Err(DecodeError::new("offset", expected, offset));
         }
         match offset.checked_add(len) {
@@ -147,14 +148,14 @@ impl Payload {
                 Ok(slice(&self.segments, offset, len))
             }
             _ => {
-                let expected = format_args!("a part of the {} bytes of payload", self.len).to_string();
+                let expected = format_args!("a range within the {} bytes of payload", self.len).to_string();
                 Err(DecodeError::new("offset", expected, format_args!("{len} bytes at {offset}")))
             }
         }
     }
 }
 
-/// Takes a received frame apart: the header's bytes, and the payload whose parts begin at multiples of
+/// Splits a received frame into the header's bytes and the payload, whose parts begin at multiples of
 /// `alignment`.
 pub(crate) fn split(frame: Frame, alignment: usize) -> Result<(Bytes, Payload), DecodeError> {
     let len = frame.len();
@@ -167,7 +168,7 @@ pub(crate) fn split(frame: Frame, alignment: usize) -> Result<(Bytes, Payload), 
     if header_len > len - 4 {
         return Err(DecodeError::new(
             "header_len",
-            format_args!("at most the {} bytes that follow", len - 4),
+            format_args!("at most the {} bytes that follow it", len - 4),
             header_len,
         ));
     }
@@ -215,7 +216,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn parts_are_aligned_and_come_back_from_any_cut() {
+    fn parts_are_aligned_and_are_found_wherever_the_frame_is_cut() {
         let parts = [Bytes::from_static(b"first"), Bytes::new(), Bytes::from(vec![7; 100])];
         let mut writer = PayloadWriter::new(64);
         let offsets = parts.each_ref().map(|part| writer.push(part));
@@ -231,12 +232,12 @@ mod tests {
             for (part, offset) in parts.iter().zip(offsets) {
                 assert_eq!(payload.take(offset, part.len()).unwrap(), part);
             }
-            assert!(payload.take(0, 5).is_err(), "it was consumed already");
+            assert!(payload.take(0, 5).is_err(), "already taken");
         }
     }
 
     #[test]
-    fn what_lies_in_one_segment_is_not_copied() {
+    fn a_part_within_one_segment_is_not_copied() {
         let whole = Bytes::from(vec![0; 256]);
         let (_, payload) = split(Frame::from(vec![whole.slice(..100), whole.slice(100..)]), 64).unwrap();
         assert_eq!(payload.take(64, 64).unwrap().as_ptr(), whole[128..].as_ptr());

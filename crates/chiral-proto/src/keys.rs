@@ -1,35 +1,35 @@
-//! The names that peers meet by on a Zenoh network, and what a robot may be called there. Only names are
-//! here; what is said under them is `chiral-transport`'s.
+//! The Zenoh keys of the protocol, and the rules for robot names, which are part of keys. Only names are
+//! here: what is sent under them is in `chiral-transport`.
 //!
 //! ```text
-//! chiral/v1/<robot>/alive/<server>        liveliness token of the robot's server, which is `<Zenoh id>@<host>`
-//! chiral/v1/<robot>/open                  queryable: a connection is asked for, and its name is the answer
-//! chiral/v1/<robot>/info                  queryable: a welcome without a session, which says what the robot is and who controls it
-//! chiral/v1/<robot>/c/<connection>/c2s    frames of the client
-//! chiral/v1/<robot>/c/<connection>/s2c    frames of the server
-//! chiral/v1/<robot>/c/<connection>/client, .../server    liveliness tokens of the connection's two ends
+//! chiral/v1/<robot>/alive/<server>        liveliness token of the robot's server; <server> is `<Zenoh id>@<host>`
+//! chiral/v1/<robot>/open                  queryable: opens a connection; the reply is the connection's name
+//! chiral/v1/<robot>/info                  queryable: a welcome without a session, which describes the robot and its controller
+//! chiral/v1/<robot>/c/<connection>/c2s    frames that the client sends
+//! chiral/v1/<robot>/c/<connection>/s2c    frames that the server sends
+//! chiral/v1/<robot>/c/<connection>/client, .../server    liveliness tokens of the two ends of the connection
 //!
-//! chiral/c2s, chiral/s2c                  frames of legacy peers, whoever they are
+//! chiral/c2s, chiral/s2c                  frames of all legacy peers
 //! ```
 
-/// All keys of our own wire begin with it.
+/// The prefix of all keys except those of legacy peers.
 const ROOT: &str = "chiral/v1";
-/// Characters that a robot's name may have.
+/// The greatest length of a robot's name, in characters.
 const MAX_NAME: usize = 64;
 
-/// A name that no robot can have on a Zenoh network, where it is one chunk of a key.
+/// The error for a name that a robot cannot have on a Zenoh network, where it is one chunk of a key.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-#[error("expected a robot's name of 1 to {MAX_NAME} letters, digits, '-', '_' and '.', found {found:?}")]
+#[error("expected a robot name of 1 to {MAX_NAME} letters, digits, '-', '_' and '.', found {found:?}")]
 pub struct InvalidName {
-    /// The name.
+    /// The invalid name.
     pub found: String,
 }
 
-/// Whether a robot can have this name on a Zenoh network: letters and digits of any script, `-`, `_` and `.`,
-/// at most 64.
+/// Checks that a robot can have this name on a Zenoh network: 1 to 64 letters and digits of any script, `-`,
+/// `_` and `.`.
 ///
 /// # Errors
-/// [`InvalidName`] says what is allowed.
+/// [`InvalidName`], whose text lists what is allowed.
 pub fn check_robot(name: &str) -> Result<(), InvalidName> {
     if (1..=MAX_NAME).contains(&name.chars().count()) && name.chars().all(is_allowed) {
         return Ok(());
@@ -37,8 +37,8 @@ pub fn check_robot(name: &str) -> Result<(), InvalidName> {
     Err(InvalidName { found: name.to_owned() })
 }
 
-/// A good name for the robot of a host that is called so: what cannot be in it is replaced, and `robot` is
-/// taken where nothing is left.
+/// Returns the default name of a robot on the host with this name: characters that are not allowed are
+/// replaced by `-`. The name is `robot` if nothing else is left.
 pub fn robot_of_host(host: &str) -> String {
     let replaced = host.trim().chars().map(|char| if is_allowed(char) { char } else { '-' });
     let name: String = replaced.take(MAX_NAME).collect();
@@ -50,39 +50,39 @@ fn is_allowed(char: char) -> bool {
     char.is_alphanumeric() || matches!(char, '-' | '_' | '.')
 }
 
-/// The token of a robot's server; `*` for either means all.
+/// The liveliness token of a robot's server; `*` for either matches all.
 pub fn alive(robot: &str, server: &str) -> String {
     format!("{ROOT}/{robot}/alive/{server}")
 }
 
-/// The robot and the server that a token of [`alive`] is about.
+/// Returns the robot and the server of a key made by [`alive`].
 pub fn robot_and_server(alive: &str) -> Option<(&str, &str)> {
     let (robot, rest) = alive.strip_prefix(ROOT)?.strip_prefix('/')?.split_once('/')?;
     let server = rest.strip_prefix("alive/")?;
     (check_robot(robot).is_ok() && !server.is_empty() && !server.contains('/')).then_some((robot, server))
 }
 
-/// Where a connection to a robot is asked for.
+/// The queryable that opens a connection to a robot.
 pub fn open(robot: &str) -> String {
     format!("{ROOT}/{robot}/open")
 }
 
-/// Where a robot is asked what it is.
+/// The queryable that describes a robot.
 pub fn info(robot: &str) -> String {
     format!("{ROOT}/{robot}/info")
 }
 
-/// Which end of a connection.
+/// An end of a connection.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum End {
-    /// The policy's.
+    /// The policy's end.
     Client,
-    /// The robot's.
+    /// The robot's end.
     Server,
 }
 
 impl End {
-    /// The other one.
+    /// The opposite end.
     pub fn other(self) -> End {
         match self {
             End::Client => End::Server,
@@ -91,7 +91,7 @@ impl End {
     }
 }
 
-/// What this end of a connection says.
+/// The key of the frames that this end of a connection sends.
 pub fn frames(robot: &str, connection: &str, from: End) -> String {
     let direction = match from {
         End::Client => "c2s",
@@ -100,7 +100,7 @@ pub fn frames(robot: &str, connection: &str, from: End) -> String {
     format!("{ROOT}/{robot}/c/{connection}/{direction}")
 }
 
-/// The token of this end of a connection.
+/// The liveliness token of this end of a connection.
 pub fn end(robot: &str, connection: &str, end: End) -> String {
     let name = match end {
         End::Client => "client",
@@ -109,7 +109,8 @@ pub fn end(robot: &str, connection: &str, end: End) -> String {
     format!("{ROOT}/{robot}/c/{connection}/{name}")
 }
 
-/// What this end says where legacy peers are spoken to: all of a network share it, whatever the robot.
+/// The key of the frames that this end sends on the legacy wire. All peers on a network share it; it names no
+/// robot.
 pub fn legacy(from: End) -> &'static str {
     match from {
         End::Client => "chiral/c2s",
@@ -122,7 +123,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_robots_name_is_one_chunk_of_a_key() {
+    fn a_robot_name_is_one_chunk_of_a_key() {
         let longest = "a".repeat(64);
         for good in ["panda", "left_arm-2.1", "Bär", "腕", &longest] {
             assert_eq!(check_robot(good), Ok(()));
@@ -134,7 +135,7 @@ mod tests {
         {
             let error = check_robot(bad).unwrap_err().to_string();
             assert!(
-                error.starts_with("expected a robot's name of 1 to 64 letters, digits")
+                error.starts_with("expected a robot name of 1 to 64 letters, digits")
                     && error.contains(&format!("{bad:?}")),
                 "{error}"
             );
@@ -142,7 +143,7 @@ mod tests {
     }
 
     #[test]
-    fn a_host_gives_its_robot_a_good_name() {
+    fn a_robot_is_named_after_its_host() {
         let long = "h".repeat(300);
         for (host, expected) in [
             ("lab-pc", "lab-pc"),
@@ -159,7 +160,7 @@ mod tests {
     }
 
     #[test]
-    fn keys_of_others_tell_of_no_robot() {
+    fn other_keys_are_not_liveliness_tokens_of_robots() {
         for key in [
             "",
             "chiral/v1",
@@ -174,7 +175,7 @@ mod tests {
     }
 
     #[test]
-    fn the_two_ends_never_share_a_key() {
+    fn the_two_ends_have_different_keys() {
         let keys = [End::Client, End::Server]
             .map(|side| [frames("a", "1", side), end("a", "1", side), legacy(side).to_owned()]);
         let distinct: std::collections::BTreeSet<_> = keys.as_flattened().iter().collect();

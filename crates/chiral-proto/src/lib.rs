@@ -1,8 +1,8 @@
-//! Types, codecs and framing of the Chiral protocol: everything that both ends need and that is pure.
+//! Types, codecs and framing of the Chiral protocol, shared by client and server and free of IO.
 //!
-//! There is no socket, runtime, thread, clock or log in this crate: bytes and times are passed in. A
-//! `PolicyServer` runs on the robot, a `PolicyClient` beside the policy; both speak [`Message`]s, which a
-//! [`Codec`] turns into [`Frame`]s, which a [`Transport`] carries.
+//! This crate has no socket, runtime, thread, clock or log: bytes and times are passed in. A `PolicyServer`
+//! runs on the robot, a `PolicyClient` beside the policy. They exchange [`Message`]s, which a [`Codec`]
+//! encodes into [`Frame`]s, which a [`Transport`] carries.
 //!
 //! ```
 //! use chiral_proto::{ActionChunk, Codec, Message, Notice};
@@ -18,7 +18,7 @@
 
 #[cfg(target_endian = "big")]
 compile_error!(
-    "tensors are little-endian in memory as on the wire; a big-endian host would need byte swaps that nobody has tested"
+    "tensors are little-endian in memory and on the wire; big-endian hosts would need untested byte swaps"
 );
 
 pub mod action;
@@ -34,7 +34,7 @@ pub mod tensor;
 pub mod transport;
 pub mod value;
 
-// Their types are part of this crate's interface.
+// Types of these crates are part of this crate's interface.
 pub use {bytes, nalgebra, ndarray};
 
 pub use action::{ActionChunk, ActionSpec};
@@ -48,5 +48,5 @@ pub use tensor::{DType, Tensor};
 pub use transport::Transport;
 pub use value::{Value, ValueMap};
 
-/// The protocol's version, as `Hello` and `Welcome` carry it.
+/// The protocol version that `Hello` and `Welcome` carry.
 pub const PROTOCOL_VERSION: u32 = 1;

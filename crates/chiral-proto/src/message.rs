@@ -1,4 +1,5 @@
-//! Everything that two peers can say. The schema's comments say what each message asks of its receiver.
+//! All messages that peers exchange. What a receiver must do with each of them is specified in
+//! `proto/chiral/v1/chiral.proto`.
 
 use std::sync::Arc;
 
@@ -6,60 +7,59 @@ use bytes::Bytes;
 
 use crate::{
     action::{ActionChunk, ActionSpec},
-    clock::Rate,
-    clock::Timestamp,
+    clock::{Rate, Timestamp},
     error::Fault,
     observation::{CameraSpec, Observation, ProprioSpec},
     value::ValueMap,
 };
 
-/// One message. A reply carries the id of the request it answers.
+/// One message.
 #[derive(Clone, Debug, PartialEq)]
 pub enum Message {
-    /// Asks for exactly one reply.
+    /// A request, which gets exactly one reply.
     Request {
-        /// The client's choice, not 0.
+        /// Chosen by the client, not 0.
         id: u64,
-        /// What is asked.
+        /// The request.
         request: Request,
     },
-    /// Answers a request.
+    /// The reply to a request.
     Reply {
-        /// The request's id.
+        /// The id of the request.
         id: u64,
-        /// The answer.
+        /// The reply.
         reply: Reply,
     },
-    /// Neither asks nor answers.
+    /// A message that is neither a request nor a reply.
     Notice(Notice),
-    /// Something that a newer peer says.
+    /// A message of a kind that only newer peers know.
     Unknown {
-        /// Not 0 if an answer is expected.
+        /// Not 0 if the peer expects a reply.
         id: u64,
     },
 }
 
-/// What the client asks of the server.
+/// A request from the client to the server.
 #[derive(Clone, Debug, PartialEq)]
 pub enum Request {
     /// Opens a connection.
     Hello(Hello),
-    /// Asks for the application's metadata.
+    /// Returns the application's metadata.
     GetMetadata,
     /// Starts a new episode.
     Reset {
-        /// Makes the episode repeatable, where the robot can.
+        /// Makes the episode repeatable, if the robot supports it.
         seed: Option<u64>,
         /// The application's own options.
         options: ValueMap,
     },
-    /// Asks for an observation.
+    /// Returns an observation.
     GetObs,
-    /// Applies the rows of a chunk in turn, then observes.
+    /// Applies the rows of a chunk one after the other, then observes.
     Step {
-        /// The session they were chosen in.
+        /// The session for which they were chosen.
         session: u64,
-        /// The episode they were chosen in.
+        /// The episode for which they were chosen.
         episode: u64,
         /// The rows.
         actions: ActionChunk,
@@ -70,129 +70,129 @@ pub enum Request {
     Unsubscribe,
 }
 
-/// What the server answers.
+/// A reply from the server.
 #[derive(Clone, Debug, PartialEq)]
 pub enum Reply {
-    /// To a hello.
+    /// Reply to `Hello`.
     Welcome(Box<Welcome>),
-    /// To `GetMetadata`.
+    /// Reply to `GetMetadata`.
     Metadata(ValueMap),
-    /// To `Reset`: captured after it was done.
+    /// Reply to `Reset`.
     Reset {
-        /// The first observation of the episode.
+        /// The first observation of the episode, captured after the reset had finished.
         obs: Arc<Observation>,
         /// The application's own values.
         info: ValueMap,
     },
-    /// To `GetObs`.
+    /// Reply to `GetObs`.
     Observation(Arc<Observation>),
-    /// To `Step`.
+    /// Reply to `Step`.
     Step(StepResult),
-    /// To `Subscribe`: what the stream will be.
+    /// Reply to `Subscribe`: what the stream will contain.
     Subscribed {
-        /// Observations a second.
+        /// Observations per second.
         hz: f64,
-        /// The cameras in them.
+        /// The names of the cameras.
         cameras: Vec<String>,
     },
-    /// To `Unsubscribe`, after the stream's last observation.
+    /// Reply to `Unsubscribe`, after the last observation of the stream.
     StreamEnd {
-        /// In words.
+        /// Why the stream ended.
         reason: String,
     },
-    /// To any request that failed.
+    /// Reply to a request that failed.
     Error(Fault),
 }
 
-/// What is said without being asked, and is not answered.
+/// A message that is neither a request nor a reply.
 #[derive(Clone, Debug, PartialEq)]
 pub enum Notice {
     /// An observation of the stream.
     Observation(Arc<Observation>),
-    /// The server ended the stream by itself.
+    /// The server ended the stream.
     StreamEnd {
-        /// In words.
+        /// Why the stream ended.
         reason: String,
     },
     /// Actions to apply now.
     Action(ActionMessage),
-    /// How far the client has come with the stream, and how much may be under way.
+    /// Flow control of the stream.
     Credit {
         /// Observations received since `Subscribed`.
         received: u64,
-        /// How many more the server may have sent than that.
+        /// How many observations may be in flight beyond `received`.
         window: u32,
     },
-    /// Asks for a pong at once.
+    /// Measures the clock offset and the round trip. The receiver sends a pong at once.
     Ping {
-        /// When it was sent.
+        /// When the ping was sent.
         t1: Timestamp,
     },
-    /// Answers a ping.
+    /// The answer to a ping.
     Pong {
-        /// The ping's own.
+        /// `t1` of the ping.
         t1: Timestamp,
-        /// When the ping arrived, on the answerer's clock.
+        /// When the ping arrived, on the clock of the pong's sender.
         t2: Timestamp,
-        /// When the pong left, on the answerer's clock.
+        /// When the pong was sent, on the same clock.
         t3: Timestamp,
     },
-    /// Leaving on purpose; the last message.
+    /// The peer disconnects on purpose; its last message.
     Goodbye {
-        /// In words.
+        /// Why the peer disconnects.
         reason: String,
     },
-    /// A refused action, or something wrong that answers no request.
+    /// An action was refused, or an error that no request caused.
     Error(Fault),
 }
 
-/// Who may move the robot.
+/// Whether a client may move the robot.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Role {
-    /// Moves the robot; one at a time.
+    /// Moves the robot. A robot has one controller at a time.
     #[default]
     Controller,
-    /// Watches.
+    /// Only watches.
     Observer,
 }
 
-/// Opens a connection.
+/// The request that opens a connection.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Hello {
-    /// The version that the client speaks.
+    /// The client's protocol version.
     pub protocol: u32,
-    /// For the log.
+    /// The peer's software, for logs.
     pub software: String,
-    /// What the client is here for.
+    /// The client's role.
     pub role: Role,
-    /// Who it is, for people.
+    /// The client's name, for people.
     pub client_name: String,
-    /// Whatever the server's operator asks for.
+    /// Credentials, as the server's operator requires them.
     pub auth: Bytes,
-    /// Empty on a session's first connection.
+    /// Empty on a session's first connection; on its second, the token of the first one's [`Welcome`].
     pub attach_token: Bytes,
 }
 
-/// Answers a hello.
+/// The reply to a [`Hello`].
 #[derive(Clone, Debug, PartialEq)]
 pub struct Welcome {
-    /// The version that the server speaks.
+    /// The server's protocol version.
     pub protocol: u32,
-    /// For the log.
+    /// The peer's software, for logs.
     pub software: String,
     /// The session's number, not 0.
     pub session: u64,
     /// The current episode.
     pub episode: u64,
-    /// What the robot is.
+    /// The robot.
     pub robot: RobotInfo,
-    /// Joins a second connection to the session; empty where none is offered.
+    /// Attaches a second connection to the session; empty if the server does not offer one.
     pub attach_token: Bytes,
-    /// The name of who controls the robot now; empty if nobody does.
+    /// The name of the robot's current controller; empty if it has none.
     pub controller: String,
 }
 
-/// What a robot is: its sensors and its actions.
+/// The sensors and the action space of a robot.
 #[derive(Clone, Debug, PartialEq)]
 pub struct RobotInfo {
     /// Its name.
@@ -201,48 +201,48 @@ pub struct RobotInfo {
     pub cameras: Vec<CameraSpec>,
     /// Its proprioception.
     pub proprios: Vec<ProprioSpec>,
-    /// Its actions.
+    /// Its action space.
     pub action_spec: ActionSpec,
 }
 
-/// Starts the observation stream.
+/// The request that starts the observation stream.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Subscribe {
-    /// Observations a second asked for.
+    /// The requested rate of observations.
     pub rate: Rate,
-    /// Only these cameras; none means all.
+    /// The names of the cameras to include; empty means all.
     pub cameras: Vec<String>,
-    /// Whether depth is wanted.
+    /// Whether to include depth images.
     pub depth: bool,
-    /// The first credit.
+    /// The initial window, as in [`Notice::Credit`].
     pub window: u32,
 }
 
 /// Actions to apply now.
 #[derive(Clone, Debug, PartialEq)]
 pub struct ActionMessage {
-    /// The session they were chosen in.
+    /// The session for which they were chosen.
     pub session: u64,
-    /// The episode they were chosen in.
+    /// The episode for which they were chosen.
     pub episode: u64,
     /// Counts the client's actions from 1.
     pub seq: u64,
     /// The rows.
     pub actions: ActionChunk,
-    /// `seq` of the observation that the policy looked at; 0 where it did not say.
+    /// `seq` of the observation from which the policy chose the actions; 0 if unknown.
     pub observation_seq: u64,
 }
 
-/// What came of a step.
+/// The result of a step.
 #[derive(Clone, Debug, PartialEq)]
 pub struct StepResult {
-    /// Captured after the actions were applied.
+    /// The observation, captured after the actions had been applied.
     pub obs: Arc<Observation>,
-    /// Summed over the rows.
+    /// The sum over the rows.
     pub reward: f64,
-    /// The episode reached an end of the task's own.
+    /// The task ended the episode: success or failure.
     pub terminated: bool,
-    /// The episode was cut off.
+    /// The episode was cut off, for example by a time limit.
     pub truncated: bool,
     /// The application's own values.
     pub info: ValueMap,

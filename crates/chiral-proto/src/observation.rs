@@ -1,4 +1,5 @@
-//! What flows from the robot to the policy.
+//! What flows from the robot to the policy: [`Observation`] with its cameras and proprioception, and the
+//! specs that declare them.
 
 use std::{ops::Index, sync::Arc};
 
@@ -11,21 +12,22 @@ use crate::{
     value::ValueMap,
 };
 
-/// Everything the robot's sensors said at one time.
+/// The latest values of all of the robot's sensors.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct Observation {
-    /// The session it was sent in; 0 where it was never sent.
+    /// The session it was sent in; 0 if it was never sent.
     pub session: u64,
-    /// The episode it belongs to: from one reset to the next, counted from 1; 0 before the first reset.
+    /// The episode it belongs to. An episode lasts from one reset to the next; counted from 1, 0 before the
+    /// first reset.
     pub episode: u64,
     /// Counts the server's observations from 1.
     pub seq: u64,
     /// Seconds, application-defined; by default the server's monotonic clock when the observation was taken.
-    /// Carried bit for bit.
+    /// Preserved bit for bit.
     pub timestamp: f64,
-    /// The cameras, in the order the server declared them.
+    /// The cameras, in the order in which the server declared them.
     pub cameras: Vec<Arc<Camera>>,
-    /// The proprioception, in the order the server declared it.
+    /// The proprioception, in the order in which the server declared it.
     pub proprios: Vec<Arc<Proprio>>,
     /// The application's own values.
     pub extra: ValueMap,
@@ -55,7 +57,7 @@ impl Observation {
     }
 }
 
-/// The camera of this name. Panics where there is none, naming those there are; [`Observation::camera`]
+/// The camera of this name. Panics if there is none, and lists the existing names. [`Observation::camera`]
 /// returns an error instead.
 impl Index<&str> for Observation {
     type Output = Camera;
@@ -70,24 +72,24 @@ fn find<'a, T>(items: &'a [Arc<T>], name: &str, name_of: impl Fn(&T) -> &str) ->
     items.iter().map(|item| &**item).find(|item| name_of(item) == name)
 }
 
-/// One camera at one instant: image, depth, K, T and time belong together.
+/// One camera at one instant: image, depth, K, T and capture time belong together.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Camera {
     /// Its name.
     pub name: Arc<str>,
-    /// Counts what this camera published, from 1: an unchanged number means an unchanged picture.
+    /// Counts what this camera has published, from 1: if the number is unchanged, so is the image.
     pub seq: u64,
     /// When it was captured, on the clock of the robot's host.
     pub captured_at: Timestamp,
     /// (H, W, C), usually `u8` in the order red, green, blue.
     pub image: Tensor,
-    /// (H, W) of `f32`: distance along the optical axis (z) in metres, 0 or NaN where unknown.
+    /// (H, W) `f32`: distance along the optical axis (z) in metres, 0 or NaN where unknown.
     pub depth: Option<Tensor>,
-    /// The camera matrix K, in pixels, the centre of the first one at (0, 0), as OpenCV has it. Fresh in
-    /// every observation.
+    /// The camera matrix K of this image, in pixels. The centre of the first pixel is at (0, 0), as in
+    /// OpenCV.
     pub intrinsics: Matrix3<f64>,
-    /// The pose T, camera to world: p_world = T p_camera, in metres; camera axes x right, y down, z forward.
-    /// Fresh in every observation.
+    /// The pose T for this image, camera to world: p_world = T p_camera, in metres. Camera axes: x right, y
+    /// down, z forward.
     pub extrinsics: Matrix4<f64>,
 }
 
@@ -98,32 +100,32 @@ pub struct Proprio {
     pub name: Arc<str>,
     /// When it was captured, on the clock of the robot's host.
     pub captured_at: Timestamp,
-    /// (n) of `f32`, in the unit that its [`ProprioSpec`] says.
+    /// (n) `f32`, in the unit of its [`ProprioSpec`].
     pub data: Tensor,
 }
 
 impl Proprio {
-    /// The values; empty should a peer have sent anything but `f32`, which decoding refuses.
+    /// The values; empty if `data` is not `f32`, which decoding refuses.
     pub fn values(&self) -> std::borrow::Cow<'_, [f32]> {
         self.data.values().unwrap_or_default()
     }
 }
 
-/// What a camera's observations look like, declared by the robot.
+/// The shape and type of a camera's images, declared by the robot.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct CameraSpec {
     /// Its name.
     pub name: String,
     /// (H, W, C).
     pub image_shape: [usize; 3],
-    /// Element type of the image.
+    /// The element type of the image.
     pub image_dtype: DType,
-    /// Whether there is a depth image (H, W) of `f32`.
+    /// Whether there is a depth image, (H, W) `f32`.
     pub has_depth: bool,
 }
 
 impl CameraSpec {
-    /// A camera of 8-bit red, green and blue.
+    /// Creates the spec of a camera with 8-bit red, green and blue.
     pub fn rgb(name: impl Into<String>, height: usize, width: usize) -> CameraSpec {
         CameraSpec {
             name: name.into(),
@@ -133,30 +135,30 @@ impl CameraSpec {
         }
     }
 
-    /// A camera of 8-bit red, green and blue, and depth.
+    /// Creates the spec of a camera with 8-bit red, green and blue, and depth.
     pub fn rgbd(name: impl Into<String>, height: usize, width: usize) -> CameraSpec {
         CameraSpec { has_depth: true, ..CameraSpec::rgb(name, height, width) }
     }
 
-    /// (H, W).
+    /// (H, W) of the depth image.
     pub fn depth_shape(&self) -> [usize; 2] {
         [self.image_shape[0], self.image_shape[1]]
     }
 }
 
-/// What a stream of proprioception looks like, declared by the robot.
+/// The size and unit of a stream of proprioception, declared by the robot.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct ProprioSpec {
     /// Its name.
     pub name: String,
-    /// Number of `f32` values.
+    /// The number of `f32` values.
     pub size: usize,
-    /// Such as `rad`, `rad/s`, `N m`; may be empty.
+    /// The unit, such as `rad`, `rad/s`, `N m`; may be empty.
     pub unit: String,
 }
 
 impl ProprioSpec {
-    /// `size` values in `unit`.
+    /// Creates the spec of `size` values in `unit`.
     pub fn new(name: impl Into<String>, size: usize, unit: impl Into<String>) -> ProprioSpec {
         ProprioSpec { name: name.into(), size, unit: unit.into() }
     }

@@ -1,5 +1,5 @@
-//! Memory that is lent, filled, shared and lent again: a fresh 17 MB a frame costs more in page faults than
-//! the network does.
+//! [`Pool`]: reuses the memory of large buffers. Allocating 17 MB for every frame would cost more in page faults
+//! than the network does.
 
 use std::{
     fmt,
@@ -12,53 +12,55 @@ use memmap2::MmapMut;
 
 use crate::tensor::Element;
 
-/// Where every buffer begins, so that tensors at multiples of it can be read in place.
+/// Every buffer begins at a multiple of this, so that tensors in it can be read in place.
 pub const ALIGNMENT: usize = 64;
 
-/// Blocks from this size on are mapped by themselves, in bytes.
+/// The size in bytes from which a block is a memory mapping of its own.
 const MAPPED_MIN_LEN: usize = 1 << 20;
 
-/// Lends buffers and takes them back when the last reader is done. A clone is the same pool.
+/// Hands out buffers, and reuses their memory once the last reader has dropped it. A clone is the same pool.
 #[derive(Clone, Debug)]
 pub struct Pool {
     state: Arc<PoolState>,
 }
 
-/// Memory of another kind than the heap for a pool to lend, such as what two processes share.
+/// A source of buffers that a [`Pool`] uses instead of its own memory, such as memory shared between
+/// processes.
 pub trait BufferProvider: fmt::Debug + Send + Sync {
-    /// `len` bytes that begin at a multiple of [`ALIGNMENT`], whatever they were last; `None` if there are
-    /// none to be had now. Never waits.
+    /// Returns `len` bytes of arbitrary content that begin at a multiple of [`ALIGNMENT`], or `None` if none
+    /// are available. Does not block.
     fn take(&self, len: usize) -> Option<Box<dyn ProvidedBuffer>>;
 }
 
-/// A piece of such [`BufferProvider`], to be written and then shared.
+/// A writable buffer of a [`BufferProvider`]. [`Buffer`] wraps it for the pool's users.
 pub trait ProvidedBuffer: AsRef<[u8]> + AsMut<[u8]> + Send + Sync {
-    /// What was written; nothing is copied.
+    /// Makes the content read-only and shareable, without a copy.
     fn freeze(self: Box<Self>) -> Bytes;
 }
 
 #[derive(Debug)]
 struct PoolState {
-    /// In the order in which they came back.
+    /// In the order in which they were returned.
     idle: Mutex<Vec<IdleBlock>>,
     max_idle: usize,
     provider: Mutex<Option<Weak<dyn BufferProvider>>>,
 }
 
+/// A block that no buffer uses.
 #[derive(Debug)]
 struct IdleBlock {
     block: Block,
-    /// Whether it lay here at the last [`Pool::trim`].
+    /// Whether it was already idle at the last [`Pool::trim`].
     is_surplus: bool,
 }
 
-/// The memory of one buffer.
+/// The pool's own memory for one buffer.
 #[derive(Debug)]
 enum Block {
     Heap(Vec<u8>),
-    /// What is freed is the system's again at once. Of the heap it would not be: once glibc has freed a large
-    /// block it cuts others from what it keeps, small allocations break that up, and memory grows by a whole
-    /// observation now and then though no more of them are held.
+    /// An anonymous mapping, which returns to the system as soon as it is freed. Heap memory would not: glibc
+    /// keeps a large block that it has freed, small allocations fragment it, and from time to time the
+    /// process grows by the size of an observation although it does not hold more of them.
     Mapped(MmapMut),
 }
 
@@ -96,18 +98,18 @@ impl DerefMut for Block {
 }
 
 impl Pool {
-    /// A pool that keeps at most `max_idle` buffers that nobody uses.
+    /// Creates a pool that keeps the memory of at most `max_idle` unused buffers.
     pub fn new(max_idle: usize) -> Pool {
         Pool { state: Arc::new(PoolState { idle: Mutex::default(), max_idle, provider: Mutex::default() }) }
     }
 
-    /// From now on, buffers are of this memory, as long as it is there and has any to lend; else its own as
-    /// before.
+    /// Takes buffers from `provider` from now on. The pool falls back to its own memory while the provider
+    /// has none available, and once it is dropped.
     pub fn set_provider(&self, provider: &Arc<dyn BufferProvider>) {
         *self.state.provider.lock().unwrap_or_else(PoisonError::into_inner) = Some(Arc::downgrade(provider));
     }
 
-    /// A buffer of `len` bytes, whatever they were last; never waits.
+    /// Returns a buffer of `len` bytes of arbitrary content. Does not block.
     pub fn take(&self, len: usize) -> Buffer {
         let provider = self.state.provider.lock().unwrap_or_else(PoisonError::into_inner).clone();
         if let Some(provided) = provider.and_then(|provider| provider.upgrade()?.take(len)) {
@@ -115,9 +117,9 @@ impl Pool {
         }
         let needed = len + ALIGNMENT - 1;
         let mut idle = self.state.idle.lock().unwrap_or_else(PoisonError::into_inner);
-        // The smallest that is large enough, and not so large that a small message would pin a whole
-        // observation's memory; among equals the one that was used last, so that what is not needed stays
-        // untouched.
+        // The smallest block that is large enough, but at most twice as large as needed: a small message must
+        // not pin the memory of a whole observation. Among blocks of equal size the one that was used last,
+        // so that surplus blocks stay unused and `trim` frees them.
         let len_of = |&i: &usize| idle[i].block.len();
         let best =
             (0..idle.len()).rev().filter(|i| (needed..=needed * 2).contains(&len_of(i))).min_by_key(len_of);
@@ -130,29 +132,31 @@ impl Pool {
         }
     }
 
-    /// Frees the buffers that nobody has used since this was called last. To be called every few seconds,
-    /// also while nothing arrives.
+    /// Frees the memory that has not been used since the last call. Call it every few seconds, also while
+    /// nothing arrives.
     pub fn trim(&self) {
         let mut idle = self.state.idle.lock().unwrap_or_else(PoisonError::into_inner);
         let (surplus, kept): (Vec<_>, Vec<_>) = idle.drain(..).partition(|block| block.is_surplus);
         idle.extend(kept.into_iter().map(|block| IdleBlock { is_surplus: true, ..block }));
         drop(idle);
-        // Unmapping a whole observation takes a while, and a sensor may be waiting.
+        // After the lock is released: unmapping an observation takes a while, and a sensor may be waiting.
         drop(surplus);
     }
 }
 
-/// Writable memory that begins at a multiple of [`ALIGNMENT`]. Dropped or frozen and dropped, it goes back to
-/// its pool.
+/// Writable memory from a [`Pool`], beginning at a multiple of [`ALIGNMENT`]. Its memory returns to the pool
+/// when the buffer, or the last clone of the [`Bytes`] that it was frozen into, is dropped.
 pub struct Buffer {
     memory: Memory,
 }
 
+/// Where a buffer's memory comes from.
 enum Memory {
     Pooled(PooledBlock),
     Provided(Box<dyn ProvidedBuffer>),
 }
 
+/// The part of a block that a buffer uses. Returns the block to the pool when dropped.
 struct PooledBlock {
     block: Block,
     start: usize,
@@ -161,13 +165,13 @@ struct PooledBlock {
 }
 
 impl Buffer {
-    /// The memory as values, such as the `f32` of a depth image; as many as fit.
+    /// The memory as a slice of `T`, such as `f32` for a depth image; as many values as fit.
     pub fn values_mut<T: Element>(&mut self) -> &mut [T] {
         let whole = self.len() - self.len() % size_of::<T>();
         bytemuck::cast_slice_mut(&mut self[..whole])
     }
 
-    /// What was written, to be shared; nothing is copied.
+    /// Makes the content read-only and shareable, without a copy.
     pub fn freeze(self) -> Bytes {
         match self.memory {
             Memory::Pooled(block) => Bytes::from_owner(block),
@@ -236,63 +240,63 @@ mod tests {
     use super::*;
 
     #[test]
-    fn memory_is_aligned_and_comes_back() {
+    fn buffers_are_aligned_and_their_memory_is_reused() {
         let pool = Pool::new(2);
         let first = pool.take(1000);
         let address = first.as_ptr();
         assert_eq!(address.align_offset(ALIGNMENT), 0);
         let shared = first.freeze();
-        assert_ne!(pool.take(1000).as_ptr(), address, "it is still being read");
+        assert_ne!(pool.take(1000).as_ptr(), address, "the first buffer is still being read");
         drop(shared);
         let (a, b) = (pool.take(1000), pool.take(1000));
         assert!([a.as_ptr(), b.as_ptr()].contains(&address));
     }
 
-    /// Lends one piece.
+    /// Provides one buffer.
     #[derive(Debug)]
-    struct One(Mutex<Option<Vec<u8>>>);
+    struct OneBuffer(Mutex<Option<Vec<u8>>>);
 
-    impl BufferProvider for One {
+    impl BufferProvider for OneBuffer {
         fn take(&self, len: usize) -> Option<Box<dyn ProvidedBuffer>> {
-            let piece = self.0.lock().unwrap().take()?;
-            Some(Box::new(Piece(piece[..len].to_vec())))
+            let memory = self.0.lock().unwrap().take()?;
+            Some(Box::new(TestBuffer(memory[..len].to_vec())))
         }
     }
 
-    struct Piece(Vec<u8>);
+    struct TestBuffer(Vec<u8>);
 
-    impl AsRef<[u8]> for Piece {
+    impl AsRef<[u8]> for TestBuffer {
         fn as_ref(&self) -> &[u8] {
             &self.0
         }
     }
 
-    impl AsMut<[u8]> for Piece {
+    impl AsMut<[u8]> for TestBuffer {
         fn as_mut(&mut self) -> &mut [u8] {
             &mut self.0
         }
     }
 
-    impl ProvidedBuffer for Piece {
+    impl ProvidedBuffer for TestBuffer {
         fn freeze(self: Box<Self>) -> Bytes {
             self.0.into()
         }
     }
 
     #[test]
-    fn supplied_memory_is_lent_while_it_is_there_and_has_any() {
+    fn buffers_come_from_the_provider_while_it_exists_and_has_any() {
         let pool = Pool::new(1);
-        let memory: Arc<dyn BufferProvider> = Arc::new(One(Mutex::new(Some(vec![7; 100]))));
-        pool.set_provider(&memory);
-        let mut supplied = pool.take(10);
-        supplied[0] = 1;
-        assert_eq!(supplied.freeze(), [1, 7, 7, 7, 7, 7, 7, 7, 7, 7][..]);
-        assert_eq!(pool.take(10)[..], [0; 10], "there was one piece");
-        drop(memory);
+        let provider: Arc<dyn BufferProvider> = Arc::new(OneBuffer(Mutex::new(Some(vec![7; 100]))));
+        pool.set_provider(&provider);
+        let mut provided = pool.take(10);
+        provided[0] = 1;
+        assert_eq!(provided.freeze(), [1, 7, 7, 7, 7, 7, 7, 7, 7, 7][..]);
+        assert_eq!(pool.take(10)[..], [0; 10], "the provider has no second buffer");
+        drop(provider);
         assert_eq!(pool.take(10).len(), 10);
     }
 
-    /// Of this process, in bytes.
+    /// The resident memory of this process, in bytes.
     #[cfg(target_os = "linux")]
     fn resident() -> usize {
         let status = std::fs::read_to_string("/proc/self/status").unwrap();
@@ -302,7 +306,7 @@ mod tests {
 
     #[cfg(target_os = "linux")]
     #[test]
-    fn what_is_freed_is_the_systems_again() {
+    fn freed_memory_returns_to_the_system() {
         const LEN: usize = 16 << 20;
         let pool = Pool::new(3);
         let before = resident();
@@ -312,31 +316,31 @@ mod tests {
             for mut buffer in buffers {
                 buffer.fill(1);
             }
-            // Of the size that would be cut from what the heap keeps.
+            // Of a size for which the heap would reuse the freed blocks.
             pins.push(vec![1_u8; 100_000]);
             pool.trim();
             pool.trim();
         }
         let grown = resident().saturating_sub(before);
-        assert!(grown < LEN, "{grown} bytes of what was freed are still resident");
+        assert!(grown < LEN, "{grown} freed bytes are still resident");
     }
 
     #[test]
-    fn idle_memory_is_bounded() {
+    fn the_number_of_idle_blocks_is_bounded() {
         let pool = Pool::new(1);
         drop((pool.take(64), pool.take(64), pool.take(64)));
         assert_eq!(pool.state.idle.lock().unwrap().len(), 1);
     }
 
     #[test]
-    fn what_was_not_used_between_two_trims_is_freed() {
+    fn memory_that_is_not_used_between_two_trims_is_freed() {
         let pool = Pool::new(8);
         let idle = || pool.state.idle.lock().unwrap().len();
         drop((pool.take(1000), pool.take(1000), pool.take(1000)));
         pool.trim();
-        assert_eq!(idle(), 3, "they may be needed yet");
+        assert_eq!(idle(), 3, "a first trim frees nothing");
         let used = pool.take(1000).as_ptr();
-        assert_eq!(pool.take(1000).as_ptr(), used, "the same one every time");
+        assert_eq!(pool.take(1000).as_ptr(), used, "the same block every time");
         pool.trim();
         assert_eq!(idle(), 1);
         pool.trim();

@@ -1,4 +1,4 @@
-//! The one deep type: an array of numbers with a shape, over shared memory.
+//! [`Tensor`]: an n-dimensional array over shared memory. Images, depth, proprioception and actions are tensors.
 
 use std::{borrow::Cow, fmt};
 
@@ -6,11 +6,11 @@ use bytemuck::Pod;
 use bytes::Bytes;
 use ndarray::{ArrayView, CowArray, Dimension, IxDyn};
 
-/// What one element of a [`Tensor`] is.
+/// The element type of a [`Tensor`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[non_exhaustive]
 pub enum DType {
-    /// `u8`, the usual pixel.
+    /// `u8`, the usual type of pixels.
     U8,
     /// `i8`.
     I8,
@@ -33,7 +33,7 @@ pub enum DType {
 }
 
 impl DType {
-    /// Every element type there is.
+    /// All element types.
     pub const ALL: [DType; 10] = [
         DType::U8,
         DType::I8,
@@ -47,7 +47,7 @@ impl DType {
         DType::F64,
     ];
 
-    /// Bytes an element takes.
+    /// The size of one element in bytes.
     pub const fn size(self) -> usize {
         match self {
             DType::U8 | DType::I8 => 1,
@@ -57,7 +57,7 @@ impl DType {
         }
     }
 
-    /// The name NumPy knows it by, such as `float32`.
+    /// The type's name in NumPy, such as `float32`.
     pub const fn numpy_name(self) -> &'static str {
         match self {
             DType::U8 => "uint8",
@@ -80,9 +80,9 @@ impl fmt::Display for DType {
     }
 }
 
-/// A Rust type that a tensor can hold.
+/// A Rust type that can be a tensor's element.
 pub trait Element: Pod + Send + Sync + sealed::Sealed {
-    /// Its name on the wire.
+    /// The corresponding element type.
     const DTYPE: DType;
 }
 
@@ -100,7 +100,7 @@ macro_rules! elements {
 }
 elements!(u8 => U8, i8 => I8, u16 => U16, i16 => I16, u32 => U32, i32 => I32, u64 => U64, i64 => I64, f32 => F32, f64 => F64);
 
-/// An n-dimensional array, row-major, over reference-counted memory: a clone copies no data.
+/// An n-dimensional array, row-major, over reference-counted memory. Cloning it copies no data.
 #[derive(Clone, PartialEq)]
 pub struct Tensor {
     dtype: DType,
@@ -109,10 +109,10 @@ pub struct Tensor {
 }
 
 impl Tensor {
-    /// The array of this element type and shape whose little-endian bytes are `data`.
+    /// Creates a tensor from its little-endian bytes.
     ///
     /// # Errors
-    /// [`TensorError::Length`] if `data` is not as long as the shape says.
+    /// [`TensorError::Length`] if the length of `data` does not match the shape.
     pub fn new(
         dtype: DType,
         shape: impl Into<Vec<usize>>,
@@ -125,10 +125,10 @@ impl Tensor {
         }
     }
 
-    /// The array of this shape that takes over `values`, without a copy.
+    /// Creates a tensor that takes ownership of `values`, without a copy.
     ///
     /// # Errors
-    /// [`TensorError::Length`] if there are not as many values as the shape says.
+    /// [`TensorError::Length`] if the number of values does not match the shape.
     pub fn from_vec<T: Element>(shape: impl Into<Vec<usize>>, values: Vec<T>) -> Result<Tensor, TensorError> {
         Tensor::new(T::DTYPE, shape, Bytes::from_owner(Owner(values)))
     }
@@ -148,7 +148,7 @@ impl Tensor {
         &self.data
     }
 
-    /// The values in row-major order; borrowed where the memory is aligned for `T`, else copied.
+    /// The values in row-major order: borrowed if the memory is aligned for `T`, otherwise copied.
     ///
     /// # Errors
     /// [`TensorError::DType`] if the elements are not `T`.
@@ -166,12 +166,12 @@ impl Tensor {
         })
     }
 
-    /// The array as `ndarray` sees it, such as `view::<u8, Ix3>()` for an image; borrowed where the memory is
-    /// aligned for `T`, else copied.
+    /// The tensor as an `ndarray` array, such as `view::<u8, Ix3>()` for an image: borrowed if the memory is
+    /// aligned for `T`, otherwise copied.
     ///
     /// # Errors
-    /// [`TensorError::DType`] if the elements are not `T`, [`TensorError::Axes`] if there are not as many
-    /// axes as `D` has.
+    /// [`TensorError::DType`] if the elements are not `T`, [`TensorError::Axes`] if the tensor does not have
+    /// the number of axes of `D`.
     pub fn view<T: Element, D: Dimension>(&self) -> Result<CowArray<'_, T, D>, TensorError> {
         let axes = || TensorError::Axes { expected: D::NDIM.unwrap_or(0), found: self.shape.clone() };
         let shape = IxDyn(&self.shape);
@@ -183,36 +183,36 @@ impl Tensor {
     }
 }
 
-/// A tensor that is not what it is taken for.
+/// A tensor whose length, element type or number of axes is not the expected one.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[non_exhaustive]
 pub enum TensorError {
-    /// The data is not as long as the shape says.
-    #[error("{dtype} of shape {shape:?} takes {} bytes, found {found}", expected.map_or("more than memory has".to_owned(), |len| len.to_string()))]
+    /// The length of the data does not match the shape.
+    #[error("expected {} bytes for {dtype} of shape {shape:?}, found {found}", expected.map_or("2^63 or more".to_owned(), |len| len.to_string()))]
     Length {
         /// The element type.
         dtype: DType,
         /// The shape.
         shape: Vec<usize>,
-        /// What they take; `None` where that overflows.
+        /// The expected length in bytes; `None` if it overflows.
         expected: Option<usize>,
-        /// The data's length.
+        /// The length of the data in bytes.
         found: usize,
     },
-    /// Another element type was asked for.
+    /// The elements have another type than the requested one.
     #[error("expected elements of {expected}, found {found}")]
     DType {
-        /// What was asked for.
+        /// The requested type.
         expected: DType,
-        /// What it holds.
+        /// The tensor's type.
         found: DType,
     },
-    /// Another number of axes was asked for.
+    /// The tensor has another number of axes than the requested one.
     #[error("expected {expected} axes, found shape {found:?}")]
     Axes {
-        /// What was asked for.
+        /// The requested number of axes.
         expected: usize,
-        /// Its shape.
+        /// The tensor's shape.
         found: Vec<usize>,
     },
 }
@@ -223,15 +223,15 @@ impl fmt::Debug for Tensor {
     }
 }
 
-/// Bytes an array of this type and shape takes; `None` where that overflows. As `ndarray` has it, also an
-/// empty array's other axes must fit.
+/// The size in bytes of an array of this type and shape; `None` if it overflows. As in `ndarray`, the product
+/// of the axes that are not 0 must fit even if the array is empty.
 pub(crate) fn byte_len(dtype: DType, shape: &[usize]) -> Option<usize> {
     let len = shape.iter().try_fold(dtype.size(), |len, &axis| len.checked_mul(axis.max(1)))?;
     let is_empty = shape.contains(&0);
     (len <= isize::MAX as usize).then_some(if is_empty { 0 } else { len })
 }
 
-/// A vector whose bytes are shared.
+/// Owns the vector whose bytes a [`Bytes`] shares.
 struct Owner<T>(Vec<T>);
 
 impl<T: Element> AsRef<[u8]> for Owner<T> {

@@ -1,4 +1,4 @@
-//! What carries frames between two peers.
+//! [`Transport`]: what carries frames between two peers. The implementations are in `chiral-transport`.
 
 use std::future::Future;
 
@@ -10,30 +10,30 @@ use crate::{
 
 /// One connection that carries whole frames to and from one peer.
 ///
-/// At most one `send` and one `recv` are under way at a time, and they run concurrently: a session is two
-/// loops, so that a large observation on its way out never delays an action on its way in. Both are
-/// cancel-safe at least in this sense: after one was dropped half done, the connection may only be closed or
-/// dropped.
+/// At most one `send` and one `recv` are in progress at a time. They run concurrently: a session is two
+/// loops, so that a large outgoing observation never delays an incoming action. If either future is dropped
+/// before it completes, the connection can only be closed or dropped.
 ///
-/// `send` returns once the link is ready for another frame, which need not have arrived.
+/// `send` returns once the link is ready for another frame; the peer need not have received this one.
 pub trait Transport: Send + Sync + 'static {
-    /// Sends one frame, its segments as they are.
+    /// Sends one frame, without joining its segments.
     fn send(&self, frame: Frame) -> impl Future<Output = Result<(), TransportError>> + Send;
 
-    /// The next frame; `None` once the peer closed cleanly.
+    /// Receives the next frame; `None` once the peer has closed the connection cleanly.
     fn recv(&self) -> impl Future<Output = Result<Option<Frame>, TransportError>> + Send;
 
-    /// Closes in an orderly way, as far as that takes little time. Dropping closes at once.
+    /// Closes the connection in an orderly way, within a short time. Dropping it closes it at once.
     fn close(&self) -> impl Future<Output = ()> + Send;
 
-    /// Closes, and says why, where the transport has words for it: for codecs that have none.
+    /// Closes the connection and sends the reason, if the transport can: for codecs that cannot encode
+    /// errors.
     fn refuse(&self, _fault: &Fault) -> impl Future<Output = ()> + Send {
         self.close()
     }
 
-    /// What was agreed with the peer.
+    /// The codec that was negotiated with the peer.
     fn codec(&self) -> Codec;
 
-    /// The peer's name for the log, such as its address.
+    /// The peer's name for logs, such as its address.
     fn peer(&self) -> &str;
 }

@@ -1,4 +1,4 @@
-//! Free-form values, as dynamic languages have them: metadata, `info` and `extra` are maps of these.
+//! Free-form values, as in dynamic languages. Metadata, `info` and `extra` are maps of them.
 
 use std::collections::BTreeMap;
 
@@ -7,7 +7,7 @@ use bytes::Bytes;
 /// A map of free-form values.
 pub type ValueMap = BTreeMap<String, Value>;
 
-/// The map of these entries.
+/// Creates a map from entries.
 ///
 /// ```
 /// let info = chiral_proto::value::map([("success", true.into()), ("joints", vec![0.1, 0.2].into())]);
@@ -21,27 +21,27 @@ pub fn map<const N: usize>(entries: [(&str, Value); N]) -> ValueMap {
 #[derive(Clone, Debug, Default, PartialEq)]
 #[non_exhaustive]
 pub enum Value {
-    /// Nothing.
+    /// No value.
     #[default]
     Null,
     /// True or false.
     Bool(bool),
-    /// A whole number.
+    /// An integer.
     Int(i64),
-    /// A number.
+    /// A floating-point number.
     Float(f64),
     /// Text.
     Str(String),
     /// Raw bytes.
     Bytes(Bytes),
-    /// Values in order.
+    /// A list of values.
     List(Vec<Value>),
     /// Values by name.
     Map(ValueMap),
 }
 
 impl Value {
-    /// How deep values may lie within values, so that no peer can exhaust a stack.
+    /// How deeply values may be nested, so that no peer can exhaust the stack.
     pub const MAX_DEPTH: usize = 24;
 
     /// The boolean, if it is one.
@@ -49,12 +49,12 @@ impl Value {
         if let Value::Bool(value) = self { Some(*value) } else { None }
     }
 
-    /// The whole number, if it is one.
+    /// The integer, if it is one.
     pub fn as_i64(&self) -> Option<i64> {
         if let Value::Int(value) = self { Some(*value) } else { None }
     }
 
-    /// The number, whole or not.
+    /// The number as `f64`, if it is an integer or a float.
     pub fn as_f64(&self) -> Option<f64> {
         match self {
             Value::Float(value) => Some(*value),
@@ -79,7 +79,7 @@ impl Value {
     }
 }
 
-macro_rules! from {
+macro_rules! from_variants {
     ($($rust:ty => $kind:ident),*) => {$(
         impl From<$rust> for Value {
             fn from(value: $rust) -> Value {
@@ -88,7 +88,7 @@ macro_rules! from {
         }
     )*};
 }
-from!(bool => Bool, i32 => Int, i64 => Int, u32 => Int, f32 => Float, f64 => Float, &str => Str, String => Str, Bytes => Bytes, ValueMap => Map);
+from_variants!(bool => Bool, i32 => Int, i64 => Int, u32 => Int, f32 => Float, f64 => Float, &str => Str, String => Str, Bytes => Bytes, ValueMap => Map);
 
 impl From<usize> for Value {
     fn from(value: usize) -> Value {

@@ -1,4 +1,5 @@
-//! Messages to frames and back. Each codec's own words stay in its own file.
+//! Encodes messages into frames and decodes them. Each codec is a module of its own; [`Codec`] chooses
+//! between them.
 
 pub mod msgpack;
 mod protobuf;
@@ -13,21 +14,21 @@ use crate::{
     value::ValueMap,
 };
 
-/// How messages are put into frames; agreed once for a connection.
+/// The encoding of messages, negotiated once per connection.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum Codec {
     /// The protocol of `proto/chiral/v1/chiral.proto`.
     Protobuf,
-    /// The wire of peers that were there before us: [`msgpack`] says what it can carry.
+    /// The legacy wire. [`msgpack`] describes what it can carry.
     Msgpack,
 }
 
 impl Codec {
-    /// The frame of `message`, which shares the memory of its tensors.
+    /// Encodes a message. The frame shares the memory of its tensors.
     ///
     /// # Errors
-    /// [`EncodeError`] if the codec has no words for it.
+    /// [`EncodeError`] if the codec cannot encode the message.
     pub fn encode(self, message: &Message) -> Result<Frame, EncodeError> {
         match self {
             Codec::Protobuf => protobuf::encode(message),
@@ -35,8 +36,7 @@ impl Codec {
         }
     }
 
-    /// The message in `frame`, whose tensors share the frame's memory. Everything that a peer can get wrong
-    /// is found here.
+    /// Decodes a message and validates it. Its tensors share the memory of `frame`.
     ///
     /// # Errors
     /// [`DecodeError`], which names the field, what was expected and what was found.

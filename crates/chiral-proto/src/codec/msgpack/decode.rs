@@ -1,5 +1,5 @@
-//! The wire's maps to our types. Everything that a peer can get wrong is found here, once; tensors are slices
-//! of what arrived.
+//! Decodes the maps of the legacy wire into messages, and validates everything that a peer sent. Tensors are
+//! slices of the received frame.
 
 use std::sync::Arc;
 
@@ -23,17 +23,18 @@ use crate::{
 
 type Result<T, E = DecodeError> = std::result::Result<T, E>;
 
-/// What a frame says.
+/// A decoded message, and the capture times that the legacy wire carries with it.
 #[derive(Clone, Debug, PartialEq)]
 pub struct TimedMessage {
-    /// As far as our own words go.
+    /// The message.
     pub message: Message,
-    /// When each camera's frame was captured, by the camera's name, as the peer put it: of the observation in
-    /// the message, or of the one that its actions came from. A time that an observation leaves out is 0.0.
+    /// The capture time of each camera, by the camera's name and exactly as the peer sent it: of the
+    /// observation in the message, or of the one from which its actions were chosen. A time that an
+    /// observation lacks is 0.0.
     pub capture_times: ValueMap,
 }
 
-/// The message in `frame`, whose tensors share the frame's memory.
+/// Decodes a message and validates it. Its tensors share the memory of `frame`.
 ///
 /// # Errors
 /// [`DecodeError`], which names the field, what was expected and what was found.
@@ -90,7 +91,7 @@ fn observation(fields: &mut Fields, payload: &Payload, times: &mut ValueMap) -> 
     Ok(Arc::new(Observation {
         timestamp: fields.number("timestamp")?,
         extra: fields.map("extra")?,
-        // In this order, which is the payload's.
+        // Decode in this order, the order of the payload.
         cameras: convert_each("cameras", fields.list("cameras")?, |fields| camera(fields, payload, times))?,
         proprios: match fields.has("proprios") {
             true => convert_each("proprios", fields.list("proprios")?, |fields| proprio(fields, payload))?,
@@ -148,17 +149,17 @@ fn proprio(fields: &mut Fields, payload: &Payload) -> Result<Arc<Proprio>> {
     check_f32(fields)?;
     let (offset, size) = (fields.size("offset")?, fields.size("size")?);
     if !size.is_multiple_of(DType::F32.size()) {
-        return Err(DecodeError::new("size", "whole float32 values", size));
+        return Err(DecodeError::new("size", "a multiple of 4 bytes", size));
     }
     let data = Tensor::new(DType::F32, [size / DType::F32.size()], payload.take(offset, size)?);
     Ok(Arc::new(Proprio {
         name,
         captured_at: Timestamp(0),
-        data: data.expect("the shape was made from the size"),
+        data: data.expect("the shape was computed from the size"),
     }))
 }
 
-/// The array of a camera whose fields begin with `prefix`.
+/// Decodes the array of a camera whose fields begin with `prefix`.
 fn array(fields: &mut Fields, prefix: &str, payload: &Payload) -> Result<Tensor> {
     let field = |name: &str| format!("{prefix}{name}");
     let dtype = dtype(fields, &field("dtype"))?;
@@ -176,7 +177,7 @@ fn array(fields: &mut Fields, prefix: &str, payload: &Payload) -> Result<Tensor>
     Ok(Tensor::new(dtype, shape, data).expect("the length was checked against the shape"))
 }
 
-/// The rows that the whole payload is.
+/// Decodes the rows of actions, which are the whole payload.
 fn chunk(fields: &mut Fields, payload: &Payload) -> Result<ActionChunk> {
     check_f32(fields)?;
     let (shape, len) = shape(fields, "shape", DType::F32)?;
@@ -190,18 +191,18 @@ fn chunk(fields: &mut Fields, payload: &Payload) -> Result<ActionChunk> {
     }
     let rows = Tensor::new(DType::F32, shape, payload.take(0, len)?)
         .expect("the length was checked against the shape");
-    let values = rows.values().expect("made as float32").into_owned();
-    ActionChunk::new(dimension, values).map_err(|error| DecodeError::new("shape", "whole rows", error))
+    let values = rows.values().expect("created as float32").into_owned();
+    ActionChunk::new(dimension, values).map_err(|error| DecodeError::new("shape", "complete rows", error))
 }
 
-/// A shape, and the bytes that an array of it takes.
+/// Decodes a shape. Returns it with the size in bytes of such an array.
 fn shape(fields: &mut Fields, field: &str, dtype: DType) -> Result<(Vec<usize>, usize)> {
     let axis = |value: &Value| value.as_i64().and_then(|axis| usize::try_from(axis).ok());
     let shape: Vec<usize> = fields.get(field, "a list of sizes", |value| {
         value.as_list().and_then(|axes| axes.iter().map(axis).collect()).ok_or(value)
     })?;
     let len = byte_len(dtype, &shape)
-        .ok_or_else(|| DecodeError::new(field, "an array that memory can hold", format_args!("{shape:?}")))?;
+        .ok_or_else(|| DecodeError::new(field, "an array that fits in memory", format_args!("{shape:?}")))?;
     Ok((shape, len))
 }
 
@@ -211,7 +212,7 @@ fn dtype(fields: &mut Fields, field: &str) -> Result<DType> {
     fields.get(field, "the name of an element type", |value| known(&value).ok_or(value))
 }
 
-/// What has no other element type on this wire.
+/// Checks the element type of a field that is always float32 on this wire.
 fn check_f32(fields: &mut Fields) -> Result<()> {
     match dtype(fields, "dtype")? {
         DType::F32 => Ok(()),
@@ -219,7 +220,7 @@ fn check_f32(fields: &mut Fields) -> Result<()> {
     }
 }
 
-/// Converts each map of a list; an error says which.
+/// Converts each map of a list. An error names the index of the map.
 fn convert_each<T>(
     field: &str,
     items: Vec<Value>,
@@ -242,7 +243,7 @@ fn as_map(value: Value) -> Result<ValueMap, Value> {
     if let Value::Map(map) = value { Ok(map) } else { Err(value) }
 }
 
-/// The fields of a map that have not been read yet, in whatever order they came.
+/// The fields of a map that have not been read yet.
 struct Fields(ValueMap);
 
 impl Fields {
@@ -254,7 +255,7 @@ impl Fields {
         self.0.remove(field).unwrap_or_default()
     }
 
-    /// What `convert` makes of a field's value; it gives back what is not `expected`.
+    /// Converts a field's value. `convert` returns the value as an error if it is not `expected`.
     fn get<T>(
         &mut self,
         field: &str,
@@ -288,12 +289,12 @@ impl Fields {
         self.get(field, "a list", |value| if let Value::List(items) = value { Ok(items) } else { Err(value) })
     }
 
-    /// A map, or none, which is an empty one.
+    /// A map; empty if the field is absent.
     fn map(&mut self, field: &str) -> Result<ValueMap> {
         if self.has(field) { self.get(field, "a map", as_map) } else { Ok(ValueMap::new()) }
     }
 
-    /// The same of times by camera.
+    /// Capture times by camera; empty if the field is absent.
     fn times(&mut self, field: &str) -> Result<ValueMap> {
         let times = self.map(field)?;
         match times.iter().find(|(_, time)| time.as_f64().is_none()) {

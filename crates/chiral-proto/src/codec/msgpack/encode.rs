@@ -1,5 +1,5 @@
-//! Our types to the wire's maps, their fields in the order in which the wire is described. Tensors go to the
-//! payload by reference.
+//! Encodes messages into the maps of the legacy wire, with fields in the order of the wire's description.
+//! Tensors are added to the payload by reference.
 
 use std::fmt::Debug;
 
@@ -18,12 +18,13 @@ use crate::{
 
 type Result<T, E = EncodeError> = std::result::Result<T, E>;
 
-/// The frame of `message`, which shares the memory of its tensors. `capture_times` are those of the
-/// observation that actions came from, as [`TimedMessage`](super::TimedMessage) has them; other messages do not use
-/// them.
+/// Encodes a message. The frame shares the memory of its tensors.
+///
+/// `capture_times` are those of the observation from which actions were chosen, as in
+/// [`TimedMessage`](super::TimedMessage). Messages without actions ignore them.
 ///
 /// # Errors
-/// [`EncodeError`] if this wire has no words for it.
+/// [`EncodeError`] if this wire cannot carry the message.
 pub fn encode(message: &Message, capture_times: &ValueMap) -> Result<Frame> {
     let mut writer = Writer { header: Vec::new(), payload: PayloadWriter::new(ALIGNMENT) };
     match message {
@@ -36,7 +37,7 @@ pub fn encode(message: &Message, capture_times: &ValueMap) -> Result<Frame> {
     payload.finish(header.len(), |head| head.extend_from_slice(&header))
 }
 
-/// A header under way, and the payload that it describes.
+/// The header and the payload of the frame that is being written.
 struct Writer {
     header: Vec<u8>,
     payload: PayloadWriter,
@@ -52,7 +53,7 @@ impl Writer {
             Request::Reset { .. } => return unsupported("a reset with a seed or options"),
             Request::Hello(_) => return unsupported("a hello"),
             Request::Subscribe(_) | Request::Unsubscribe => {
-                return unsupported("the subscription of a stream");
+                return unsupported("an observation stream");
             }
         };
         self.start(kind, 0);
@@ -83,8 +84,8 @@ impl Writer {
                 self.map_field("info", &result.info)
             }
             Reply::Welcome(_) => unsupported("a welcome"),
-            Reply::Subscribed { .. } => unsupported("the subscription of a stream"),
-            Reply::StreamEnd { .. } => unsupported("the end of a stream"),
+            Reply::Subscribed { .. } => unsupported("an observation stream"),
+            Reply::StreamEnd { .. } => unsupported("the end of an observation stream"),
             Reply::Error(_) => unsupported("an error"),
         }
     }
@@ -92,8 +93,8 @@ impl Writer {
     fn notice(&mut self, notice: &Notice, capture_times: &ValueMap) -> Result<()> {
         match notice {
             Notice::Action(action) => self.action("apply_action", &action.actions, capture_times),
-            Notice::Observation(_) => unsupported("an observation that answers no request"),
-            Notice::StreamEnd { .. } => unsupported("the end of a stream"),
+            Notice::Observation(_) => unsupported("an observation that is not a reply"),
+            Notice::StreamEnd { .. } => unsupported("the end of an observation stream"),
             Notice::Credit { .. } => unsupported("credit"),
             Notice::Ping { .. } | Notice::Pong { .. } => unsupported("a ping or pong"),
             Notice::Goodbye { .. } => unsupported("a goodbye"),
@@ -105,7 +106,7 @@ impl Writer {
         self.start(kind, 3);
         let (rows, dimension) = (actions.rows(), actions.dimension());
         let shape = if kind == "apply_action" && rows == 1 { &[dimension][..] } else { &[rows, dimension] };
-        let values = Tensor::from_vec(shape, actions.values().to_vec()).expect("a chunk holds whole rows");
+        let values = Tensor::from_vec(shape, actions.values().to_vec()).expect("a chunk holds complete rows");
         self.text("shape").sizes(shape);
         self.text("dtype").text(DType::F32.numpy_name());
         self.map_field("obs_timestamps", capture_times)?;
@@ -113,7 +114,7 @@ impl Writer {
         Ok(())
     }
 
-    /// As many fields as [`OBSERVATION_FIELDS`] says.
+    /// Writes [`OBSERVATION_FIELDS`] fields.
     fn observation(&mut self, obs: &Observation) -> Result<()> {
         self.text("timestamp").float(obs.timestamp);
         self.map_field("extra", &obs.extra)?;
@@ -128,7 +129,7 @@ impl Writer {
         self.map(if camera.depth.is_some() { 12 } else { 8 });
         self.text("name").text(&camera.name);
         self.text("timestamp").float(seconds(camera.captured_at));
-        // nalgebra stores columns, the wire rows.
+        // nalgebra stores matrices column-major, the wire row-major.
         self.text("intrinsics").numbers(camera.intrinsics.transpose().as_slice());
         self.text("extrinsics").numbers(camera.extrinsics.transpose().as_slice());
         self.array(["image_shape", "image_dtype", "image_offset", "image_size"], &camera.image);
@@ -154,7 +155,7 @@ impl Writer {
         self.text("size").size(proprio.data.data().len());
     }
 
-    /// Begins a header with its type and so many more fields.
+    /// Starts a header that has its type and `fields` more fields.
     fn start(&mut self, kind: &str, fields: usize) {
         self.map(1 + fields).text("type").text(kind);
     }
@@ -164,7 +165,7 @@ impl Writer {
         self.text(field).entries(map, Value::MAX_DEPTH).ok_or_else(too_deep)
     }
 
-    /// `None` if anything lies deeper than `depth` values.
+    /// `None` if values are nested deeper than `depth`.
     fn entries(&mut self, map: &ValueMap, depth: usize) -> Option<()> {
         self.map(map.len());
         map.iter().try_for_each(|(key, item)| self.text(key).value(item, depth))
@@ -199,8 +200,7 @@ impl Writer {
         numbers.iter().for_each(|&number| self.float(number));
     }
 
-    // Lengths are cast: what is longer than a length may say makes a header of more than 4 GiB, which is
-    // refused.
+    // Casting lengths to u32 is fine: a longer item makes the header exceed 4 GiB, which `finish` refuses.
 
     fn map(&mut self, len: usize) -> &mut Writer {
         infallible(encode::write_map_len(&mut self.header, len as u32));
@@ -230,7 +230,7 @@ impl Writer {
     }
 }
 
-/// Fields that an observation adds to a header.
+/// The number of fields that an observation adds to a header.
 const OBSERVATION_FIELDS: usize = 4;
 
 fn unsupported(what: &'static str) -> Result<()> {
@@ -238,5 +238,5 @@ fn unsupported(what: &'static str) -> Result<()> {
 }
 
 fn infallible<T, E: Debug>(result: Result<T, E>) {
-    drop(result.expect("memory takes what is written to it"));
+    drop(result.expect("writing to a Vec does not fail"));
 }

@@ -1,37 +1,35 @@
-//! The msgpack wire of Chiral peers that were there before us, in both of its generations: the only place
-//! that names msgpack.
+//! The codec of legacy peers, the msgpack wire, in both of its generations. Only this module names msgpack.
 //!
-//! A frame is `u32 LE header_len | one MessagePack map | payload`, like ours but without padding. Both
-//! generations are understood in one connection; which of them a peer speaks is for the session to find out.
-//! The wire knows less than [`Message`] does:
+//! A frame is `u32 LE header_len | one MessagePack map | payload`, as in the current protocol but without
+//! padding. Both generations are decoded on the same connection; the session finds out which of them a peer
+//! uses. The wire carries less than a [`Message`] does:
 //!
-//! | on the wire | as a message | what the wire does not say |
+//! | on the wire | as a message | what the wire lacks |
 //! |---|---|---|
 //! | `metadata` / `metadata_response` | [`Request::GetMetadata`] / [`Reply::Metadata`] | |
-//! | `reset` / `reset_response` | [`Request::Reset`] / [`Reply::Reset`] | seed and options: a reset that has them is [`EncodeError`] |
+//! | `reset` / `reset_response` | [`Request::Reset`] / [`Reply::Reset`] | seed and options: a reset that has them is an [`EncodeError`] |
 //! | `obs_request` / `obs_response` | [`Request::GetObs`] / [`Reply::Observation`] | |
 //! | `action` / `step_response` | [`Request::Step`] / [`Reply::Step`] | session and episode: 0 |
 //! | `apply_action` | [`Notice::Action`] | session, episode, `seq` and `observation_seq`: 0 |
 //! | any other type | [`Message::Unknown`] with id 0 | |
 //!
-//! - **Ids**: there are none; replies come in the order of the requests. Every request and reply decodes with
-//!   [`ID`], and whatever id a message has is not written. A [`DecodeError`]'s `id` is [`ID`] too, except for
-//!   0 where the frame was an `apply_action` or could not be told.
-//! - **Errors**: there are no words for them, nor for anything else that is not in the table:
-//!   [`EncodeError::Unsupported`]. A session that refuses a request closes the connection instead.
+//! - **Ids**: the wire has none; replies arrive in the order of the requests. Every request and reply decodes
+//!   with [`ID`], and the id of an encoded message is not written. The `id` of a [`DecodeError`] is [`ID`]
+//!   too, or 0 if the frame was an `apply_action` or its type is unknown.
+//! - **Errors** and everything else that is not in the table cannot be encoded: [`EncodeError::Unsupported`].
+//!   To refuse a request, a session closes the connection.
 //! - **Observations** have no session, episode or `seq`, cameras no `seq`, proprioception no `captured_at`:
 //!   all 0.
-//! - **Capture times** are seconds as f64, or nanoseconds where above [`MAX_SECONDS`]; in `captured_at` they
-//!   are nanoseconds. What was on the wire, bit for bit, is in [`TimedMessage::capture_times`]: of an
-//!   observation's cameras, or an action's `obs_timestamps`. A client's session keeps those of the
-//!   observation that the policy saw and gives them to [`encode`] with the action. [`Codec`](super::Codec)
-//!   does without: it drops them, and sends none.
-//! - **Values**: a whole number above `i64::MAX` becomes a float, text that is not UTF-8 and extension types
-//!   become bytes, keys that are numbers, booleans or nil become text. Nil in place of a field is as if the
-//!   field were absent.
+//! - **Capture times** are f64 seconds, or nanoseconds if greater than [`MAX_SECONDS`]. `captured_at` is in
+//!   nanoseconds. The value on the wire is preserved bit for bit in [`TimedMessage::capture_times`], both for
+//!   the cameras of an observation and for the `obs_timestamps` of an action. A client's session stores those
+//!   of the observation from which the policy chose an action, and passes them to [`encode`] with the action.
+//!   [`Codec`](super::Codec) drops capture times when it decodes and sends none.
+//! - **Values**: an integer above `i64::MAX` becomes a float; text that is not UTF-8 and extension types
+//!   become bytes; keys that are numbers, booleans or nil become text. A field that is nil counts as absent.
 //!
-//! One row is written with shape `[D]` in an `apply_action`, and with `[1, D]` in an `action`: what each
-//! generation expects first.
+//! A single row is written with shape `[D]` in an `apply_action`, and with `[1, D]` in an `action`: the shape
+//! that each generation tries first.
 //!
 //! [`Message`]: crate::Message
 //! [`Message::Unknown`]: crate::Message::Unknown
@@ -44,9 +42,9 @@
 //! [`Reply::Observation`]: crate::Reply::Observation
 //! [`Reply::Step`]: crate::Reply::Step
 //! [`Notice::Action`]: crate::Notice::Action
-//! [`EncodeError`]: crate::EncodeError
-//! [`EncodeError::Unsupported`]: crate::EncodeError::Unsupported
-//! [`DecodeError`]: crate::DecodeError
+//! [`EncodeError`]: crate::error::EncodeError
+//! [`EncodeError::Unsupported`]: crate::error::EncodeError::Unsupported
+//! [`DecodeError`]: crate::error::DecodeError
 
 mod decode;
 mod encode;
@@ -57,12 +55,12 @@ pub use decode::{TimedMessage, decode};
 pub use encode::encode;
 pub use seconds::MAX_SECONDS;
 
-/// The id of every request and reply that is decoded: the wire has none, and 0 would mean that none is
+/// The id of every decoded request and reply. The wire has no ids, and 0 would mean that no reply is
 /// expected.
 pub const ID: u64 = 1;
 
 /// The name of this wire in error texts.
 pub const NAME: &str = "legacy msgpack";
 
-/// Parts of a payload follow each other without padding.
+/// The parts of a payload have no padding between them.
 const ALIGNMENT: usize = 1;

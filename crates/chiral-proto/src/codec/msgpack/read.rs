@@ -1,5 +1,5 @@
-//! A header's bytes to values: bounded in depth and number, and without trust in any length that the header
-//! says.
+//! Decodes the MessagePack of a header into values. Depth and number of values are bounded, and no length in
+//! the header is trusted.
 
 use bytes::{Buf, Bytes};
 use rmp::Marker;
@@ -11,13 +11,15 @@ use crate::{
 
 type Result<T> = std::result::Result<T, DecodeError>;
 
-/// How many values a header may hold, so that its values take no more than about 100 MB: a byte of the header
-/// may stand for a value.
+/// The greatest number of values in a header. One byte can encode a value, so this bounds their memory, to
+/// about 100 MB.
 const MAX_VALUES: usize = 1 << 20;
-/// A map that is not empty has room for several entries, so that it counts as so many values more.
+/// A map that is not empty counts as this many additional values, because it allocates room for several
+/// entries.
 const MAP_COST: usize = 8;
 
-/// The one map that a header is. Its values may lie as deep as is allowed in the free-form maps among them.
+/// Decodes a header, which is one map. Its values may be nested as deeply as the free-form maps in it
+/// require.
 pub(super) fn header(bytes: Bytes) -> Result<ValueMap> {
     let mut reader = Reader { rest: bytes, values: MAX_VALUES };
     let map = match reader.value(Value::MAX_DEPTH + 2)? {
@@ -30,7 +32,7 @@ pub(super) fn header(bytes: Bytes) -> Result<ValueMap> {
     }
 }
 
-/// What kind of value it is, in few words, however large.
+/// Describes a value in an error text, which stays short however large the value is.
 pub(super) fn describe(value: &Value) -> String {
     match value {
         Value::Null => "nothing".to_owned(),
@@ -47,18 +49,18 @@ pub(super) fn describe(value: &Value) -> String {
 
 struct Reader {
     rest: Bytes,
-    /// How many more there may be.
+    /// How many more values there may be.
     values: usize,
 }
 
 impl Reader {
-    /// The next value, in which values may lie `depth` deep, itself included.
+    /// Decodes the next value, in which values may be nested `depth` deep, itself included.
     fn value(&mut self, depth: usize) -> Result<Value> {
         let too_deep = || {
             DecodeError::new(
                 "header",
-                format_args!("values at most {} within each other", Value::MAX_DEPTH),
-                "more",
+                format_args!("values nested at most {} deep", Value::MAX_DEPTH),
+                "deeper nesting",
             )
         };
         let depth = depth.checked_sub(1).ok_or_else(too_deep)?;
@@ -105,11 +107,7 @@ impl Reader {
             Marker::Map16 => self.len16().and_then(|len| self.map(len, depth))?,
             Marker::Map32 => self.len32().and_then(|len| self.map(len, depth))?,
             Marker::Reserved => {
-                return Err(DecodeError::new(
-                    "header",
-                    "MessagePack",
-                    "the byte 0xc1, which begins no value",
-                ));
+                return Err(DecodeError::new("header", "MessagePack", "the reserved byte 0xc1"));
             }
         })
     }
@@ -167,7 +165,7 @@ impl Reader {
     }
 
     fn list(&mut self, len: usize, depth: usize) -> Result<Value> {
-        // A value takes a byte at least: what is said to be longer than the header makes no room for itself.
+        // A value takes at least one byte, so a list cannot be longer than the rest of the header.
         if len > self.rest.len() {
             return Err(DecodeError::new(
                 "header",
@@ -175,7 +173,7 @@ impl Reader {
                 len,
             ));
         }
-        // Room as it is needed: the number of values is bounded one by one.
+        // Collecting does not allocate for `len` values in advance; each value is counted as it is decoded.
         (0..len).map(|_| self.value(depth)).collect::<Result<_>>().map(Value::List)
     }
 
@@ -187,8 +185,8 @@ impl Reader {
             .map(Value::Map)
     }
 
-    /// Python's keys may be more than text. One that is a map has keys itself: they are as deep as its
-    /// values.
+    /// Decodes a key. In Python keys need not be text. A key is decoded with a depth of at most 1: maps as
+    /// keys cannot nest.
     fn key(&mut self, depth: usize) -> Result<String> {
         match self.value(depth.min(1))? {
             Value::Str(text) => Ok(text),

@@ -1,20 +1,20 @@
-//! Times of capture: f64 seconds on the wire, whole nanoseconds with us.
+//! Converts capture times: f64 seconds on the legacy wire, integer nanoseconds in this crate.
 
 use crate::{clock::Timestamp, value::Value};
 
-/// Above this a time of capture is in nanoseconds: as seconds it would be 30 million years.
+/// A capture time greater than this is in nanoseconds: as seconds it would be 30 million years.
 pub const MAX_SECONDS: f64 = 1e15;
 
 const NANOS: i64 = 1_000_000_000;
 
-/// `None` if it is no number.
+/// Converts a capture time from the wire; `None` if it is not a number.
 pub(super) fn timestamp(value: &Value) -> Option<Timestamp> {
     let seconds = value.as_f64()?;
     Some(Timestamp(match value {
         Value::Int(nanos) if seconds > MAX_SECONDS => *nanos,
         _ if seconds > MAX_SECONDS => seconds as i64,
-        // Whole seconds and the rest apart, since their product with 1e9 would be rounded. Casts of floats
-        // saturate.
+        // Integer and fractional seconds are converted separately, because the product with 1e9 would be
+        // rounded. Casts of floats saturate.
         _ => {
             let rest = (seconds.fract() * NANOS as f64).round() as i64;
             (seconds.trunc() as i64).saturating_mul(NANOS).saturating_add(rest)
@@ -22,7 +22,7 @@ pub(super) fn timestamp(value: &Value) -> Option<Timestamp> {
     }))
 }
 
-/// The f64 that other peers make of the same time: the quotient, rounded once.
+/// Converts a time to the same f64 that legacy peers compute: the quotient, rounded once.
 pub(super) fn seconds(time: Timestamp) -> f64 {
     let Timestamp(nanos) = time;
     if nanos.unsigned_abs() <= 1 << 53 {
@@ -42,7 +42,7 @@ mod tests {
     }
 
     #[test]
-    fn seconds_or_nanoseconds_by_their_size() {
+    fn large_times_are_nanoseconds_others_are_seconds() {
         check(0.0, 0);
         check(12, 12_000_000_000);
         check(12.5_f32, 12_500_000_000);
@@ -61,15 +61,15 @@ mod tests {
     proptest::proptest! {
         #![proptest_config(proptest::prelude::ProptestConfig { failure_persistence: None, ..Default::default() })]
 
-        /// For as long as a host is up 48 days, the nanosecond comes back.
+        /// Nanoseconds are exact while a host has been up for at most 48 days.
         #[test]
-        fn nanoseconds_come_back(nanos in -(1_i64 << 22) * NANOS..(1_i64 << 22) * NANOS) {
+        fn nanoseconds_survive_a_round_trip(nanos in -(1_i64 << 22) * NANOS..(1_i64 << 22) * NANOS) {
             proptest::prop_assert_eq!(timestamp(&seconds(Timestamp(nanos)).into()), Some(Timestamp(nanos)));
         }
 
-        /// Above, and so for Unix times, seconds do, bit for bit.
+        /// Larger times, such as Unix times, are exact as seconds, bit for bit.
         #[test]
-        fn seconds_come_back(original in (1_u64 << 23) as f64..9.2e9) {
+        fn seconds_survive_a_round_trip(original in (1_u64 << 23) as f64..9.2e9) {
             let time = timestamp(&original.into()).map(seconds);
             proptest::prop_assert_eq!(time.map(f64::to_bits), Some(original.to_bits()));
         }

@@ -1,5 +1,5 @@
-//! The wire's types to ours. Everything that a peer can get wrong is found here, once; tensors are slices of
-//! what arrived.
+//! Decodes the schema's types into this crate's, and validates everything that a peer sent. Tensors are
+//! slices of the received frame.
 
 use std::{fmt, sync::Arc};
 
@@ -234,7 +234,7 @@ fn chunk(tensor: Option<wire::Tensor>, payload: &Payload) -> Result<ActionChunk>
     let [_, dimension] = fixed_array("actions.shape", rows.shape())?;
     let values = rows.values().expect("f32_tensor checked the dtype").into_owned();
     ActionChunk::new(dimension, values)
-        .map_err(|error| DecodeError::new("actions.shape", "whole rows", error))
+        .map_err(|error| DecodeError::new("actions.shape", "complete rows", error))
 }
 
 fn f32_tensor(field: &str, descriptor: Option<wire::Tensor>, payload: &Payload) -> Result<Tensor> {
@@ -253,7 +253,7 @@ fn tensor(field: &str, descriptor: Option<wire::Tensor>, payload: &Payload) -> R
         }
         let shape = shape("shape", &descriptor.shape)?;
         let len = byte_len(dtype, &shape)
-            .ok_or_else(|| DecodeError::new("shape", "an array that memory can hold", debug(&shape)))?;
+            .ok_or_else(|| DecodeError::new("shape", "an array that fits in memory", debug(&shape)))?;
         if descriptor.size != len as u64 {
             return Err(DecodeError::new(
                 "size",
@@ -277,7 +277,7 @@ fn shape(field: &str, axes: &[u64]) -> Result<Vec<usize>> {
 }
 
 fn size(field: &str, size: u64) -> Result<usize> {
-    usize::try_from(size).map_err(|_| DecodeError::new(field, "a size that memory can hold", size))
+    usize::try_from(size).map_err(|_| DecodeError::new(field, "a size that fits in memory", size))
 }
 
 fn fault(error: wire::Error) -> Fault {
@@ -293,11 +293,15 @@ fn fault(error: wire::Error) -> Fault {
 
 fn value_map(map: Option<wire::ValueMap>) -> Result<ValueMap> {
     entries(map.unwrap_or_default(), Value::MAX_DEPTH).ok_or_else(|| {
-        DecodeError::new("values", format_args!("at most {} within each other", Value::MAX_DEPTH), "more")
+        DecodeError::new(
+            "values",
+            format_args!("values nested at most {} deep", Value::MAX_DEPTH),
+            "deeper nesting",
+        )
     })
 }
 
-/// `None` if anything lies deeper than `depth` values.
+/// `None` if values are nested deeper than `depth`.
 fn entries(map: wire::ValueMap, depth: usize) -> Option<ValueMap> {
     map.entries.into_iter().map(|(key, item)| Some((key, value(item, depth)?))).collect()
 }
@@ -319,7 +323,7 @@ fn value(encoded: wire::Value, depth: usize) -> Option<Value> {
     })
 }
 
-/// Converts each item; an error says which.
+/// Converts each item. An error names the index of the item.
 fn convert_each<T, U>(field: &str, items: Vec<T>, convert: impl Fn(T) -> Result<U>) -> Result<Vec<U>> {
     let convert =
         |(i, item)| convert(item).map_err(|error: DecodeError| error.in_field(format_args!("{field}[{i}]")));

@@ -1,4 +1,4 @@
-//! Our types to the wire's. Tensors go to the payload by reference.
+//! Encodes this crate's types into the schema's. Tensors are added to the payload by reference.
 
 use prost::Message as _;
 
@@ -181,7 +181,7 @@ fn camera(camera: &Camera, payload: &mut PayloadWriter) -> wire::Camera {
         captured_at_ns: camera.captured_at.0,
         image: Some(tensor(&camera.image, payload)),
         depth: camera.depth.as_ref().map(|depth| tensor(depth, payload)),
-        // nalgebra stores columns, the wire rows.
+        // nalgebra stores matrices column-major, the wire row-major.
         intrinsics: camera.intrinsics.transpose().as_slice().to_vec(),
         extrinsics: camera.extrinsics.transpose().as_slice().to_vec(),
     }
@@ -197,7 +197,7 @@ fn proprio(proprio: &Proprio, payload: &mut PayloadWriter) -> wire::Proprio {
 
 fn chunk(chunk: &ActionChunk, payload: &mut PayloadWriter) -> wire::Tensor {
     let rows = Tensor::from_vec([chunk.rows(), chunk.dimension()], chunk.values().to_vec())
-        .expect("a chunk holds whole rows");
+        .expect("a chunk holds complete rows");
     tensor(&rows, payload)
 }
 
@@ -238,7 +238,7 @@ fn value_map(map: &ValueMap, field: &'static str) -> Result<wire::ValueMap, Enco
     entries(map, Value::MAX_DEPTH).ok_or(EncodeError::TooDeep { field, limit: Value::MAX_DEPTH })
 }
 
-/// `None` if anything lies deeper than `depth` values.
+/// `None` if values are nested deeper than `depth`.
 fn entries(map: &ValueMap, depth: usize) -> Option<wire::ValueMap> {
     let entries =
         map.iter().map(|(key, item)| Some((key.clone(), value(item, depth)?))).collect::<Option<_>>()?;

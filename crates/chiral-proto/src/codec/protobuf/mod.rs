@@ -1,5 +1,5 @@
-//! The codec of `proto/chiral/v1/chiral.proto`: the only place that names its generated types. Protobuf sees
-//! headers, never pixels.
+//! The codec of `proto/chiral/v1/chiral.proto`. Only this module names the generated types. Protobuf encodes
+//! the header; pixels never pass through it.
 
 mod decode;
 mod encode;
@@ -10,7 +10,7 @@ pub(super) use encode::encode;
 use super::wire;
 use crate::{error::Code, tensor::DType};
 
-/// Pairs of our word and the wire's, for enums that are the same on both sides.
+/// This crate's element types and the schema's.
 const DTYPES: [(DType, wire::DType); 10] = [
     (DType::U8, wire::DType::U8),
     (DType::I8, wire::DType::I8),
@@ -24,6 +24,7 @@ const DTYPES: [(DType, wire::DType); 10] = [
     (DType::F64, wire::DType::F64),
 ];
 
+/// This crate's error codes and the schema's.
 const CODES: [(Code, wire::Code); 16] = [
     (Code::Unspecified, wire::Code::Unspecified),
     (Code::Malformed, wire::Code::Malformed),
