@@ -1,18 +1,18 @@
-//! What the fuzzers do with their bytes: nothing may panic, and what is understood must be said again without
-//! loss. The fuzzers and the plain test `crates/chiral-proto/tests/seeds.rs` share this file.
+//! The functions of the fuzz targets. No input may cause a panic, and every message that is decoded must
+//! survive a round trip. The fuzzers and the plain test `crates/chiral-proto/tests/seeds.rs` share this file.
 
 use bytes::Bytes;
 use chiral_proto::codec::msgpack::{self, TimedMessage};
 use chiral_proto::error::EncodeError;
 use chiral_proto::{Codec, DType, Frame, Message, Notice, Observation, Reply, Tensor, error::DecodeError};
 
-/// Takes the bytes for a frame.
+/// Decodes the bytes as a frame.
 pub(crate) fn frame(data: &[u8]) {
     drop(check(Frame::from(Bytes::copy_from_slice(data))));
 }
 
-/// Takes the bytes for a frame's header, before a payload that is there already: a frame's own lengths are
-/// hard to guess.
+/// Decodes the bytes as the header of a frame with a valid prefix and a payload, since a fuzzer rarely
+/// guesses the lengths of a frame.
 pub(crate) fn header(data: &[u8]) {
     let mut frame = (data.len() as u32).to_le_bytes().to_vec();
     frame.extend_from_slice(data);
@@ -21,8 +21,8 @@ pub(crate) fn header(data: &[u8]) {
     drop(check(Frame::from(Bytes::from(frame))));
 }
 
-/// Takes the first byte for a number of cuts, as many pairs of bytes for where they are, and the rest for a
-/// frame: in pieces it must say what it says in one.
+/// Decodes a frame in one segment and in several, which must give the same message. The first byte is the
+/// number of cuts, followed by a pair of bytes for the position of each cut, followed by the frame.
 pub(crate) fn segments(data: &[u8]) {
     let Some((&count, rest)) = data.split_first() else { return };
     let Some((cuts, frame)) = rest.split_at_checked(2 * usize::from(count)) else { return };
@@ -46,9 +46,9 @@ pub(crate) fn segments(data: &[u8]) {
     }
 }
 
-/// Takes the bytes for a frame of the msgpack wire: in pieces it must say what it says in one. That is
-/// written in bytes that are read and written again as they are: only the first reading may round a camera's
-/// time.
+/// Decodes the bytes as a frame of the legacy msgpack wire, in one segment and in several, which must give
+/// the same message. Encoding that message, decoding it and encoding it again must give the same bytes: only
+/// the first decoding may round the capture time of a camera.
 pub(crate) fn msgpack(data: &[u8]) {
     let decoded = msgpack::decode(Frame::from(Bytes::copy_from_slice(data)));
     let pieces: Vec<Bytes> = data.chunks(7).map(Bytes::copy_from_slice).collect();
@@ -60,36 +60,36 @@ pub(crate) fn msgpack(data: &[u8]) {
     }
     let write = |decoded: &TimedMessage| {
         msgpack::encode(&decoded.message, &decoded.capture_times)
-            .expect("what was decoded is encoded")
+            .expect("a decoded message can be encoded")
             .into_bytes()
     };
-    let ours = write(&decoded);
-    let again = msgpack::decode(Frame::from(ours.clone())).expect("what was encoded is decoded");
-    assert_eq!(write(&again), ours);
+    let encoded = write(&decoded);
+    let again = msgpack::decode(Frame::from(encoded.clone())).expect("an encoded message can be decoded");
+    assert_eq!(write(&again), encoded);
     if let Message::Notice(_) | Message::Request { .. } = decoded.message {
         assert_eq!(format!("{again:?}"), format!("{decoded:?}"));
     }
 }
 
-/// Decodes the frame, and what is understood must come back from a frame of our own.
+/// Decodes the frame. A decoded message must survive encoding and decoding.
 fn check(frame: Frame) -> Result<Message, DecodeError> {
     let message = Codec::Protobuf.decode(frame)?;
     view_tensors(&message);
     match Codec::Protobuf.encode(&message) {
         Ok(frame) => {
-            let again = Codec::Protobuf.decode(frame).expect("what was encoded is decoded");
+            let again = Codec::Protobuf.decode(frame).expect("an encoded message can be decoded");
             assert_same(&message, &again);
         }
         Err(error) => {
             let unknown = matches!(message, Message::Unknown { .. });
-            assert!(unknown && error == EncodeError::Unknown, "decoded, but not encoded: {error}");
+            assert!(unknown && error == EncodeError::Unknown, "a decoded message cannot be encoded: {error}");
         }
     }
     Ok(message)
 }
 
-/// What is written of both is the same bit for bit, NaN and all, and what is read of both is the same: only
-/// the sign of a zero may be lost, since proto3 may leave out -0 as if it were 0.
+/// Asserts that both messages encode to the same bytes, NaNs included, and have the same content, except for
+/// the sign of zeros: proto3 may omit -0 like 0.
 fn assert_same(one: &Message, other: &Message) {
     let written = |message| Codec::Protobuf.encode(message).map(Frame::into_bytes);
     assert_eq!(written(one), written(other));
@@ -127,8 +127,8 @@ fn view_tensor(tensor: &Tensor) {
         DType::I64 => tensor.view::<i64, IxDyn>().map(|view| view.len()),
         DType::F32 => tensor.view::<f32, IxDyn>().map(|view| view.len()),
         DType::F64 => tensor.view::<f64, IxDyn>().map(|view| view.len()),
-        other => panic!("no decoder should know {other}"),
+        other => panic!("expected a known element type, found {other}"),
     };
-    let elements = elements.expect("a view of the tensor's own element type, of any number of axes");
+    let elements = elements.expect("the view has the tensor's element type and any number of axes");
     assert_eq!(elements * tensor.dtype().size(), tensor.data().len());
 }

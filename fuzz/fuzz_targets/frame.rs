@@ -1,7 +1,7 @@
-//! Arbitrary bytes, taken for a frame.
+//! Fuzzes the protobuf codec with arbitrary frames.
 #![no_main]
 
-#[allow(dead_code, reason = "each fuzzer runs one of them")]
+#[allow(dead_code, reason = "each fuzzer uses one of the functions")]
 #[path = "../targets.rs"]
 mod targets;
 

@@ -1,5 +1,5 @@
-//! Encoding and decoding observations, and slicing what arrived in pieces: what every frame costs whatever
-//! carries it. `cargo bench -p chiral-proto`.
+//! Benchmarks of encoding and decoding observations and actions, and of the buffer pool: what every frame
+//! costs on any transport. Run with `cargo bench -p chiral-proto`.
 
 use std::hint::black_box;
 use std::sync::Arc;
@@ -17,7 +17,7 @@ fn camera(i: usize) -> Arc<Camera> {
     let [height, width] = [480, 640];
     let tensor = |dtype: DType, shape: &[usize]| {
         let len = shape.iter().product::<usize>() * dtype.size();
-        Tensor::new(dtype, shape, Bytes::from(vec![7; len])).expect("as long as its shape says")
+        Tensor::new(dtype, shape, Bytes::from(vec![7; len])).expect("the length matches the shape")
     };
     Arc::new(Camera {
         name: format!("cam_{i}").into(),
@@ -31,7 +31,7 @@ fn camera(i: usize) -> Arc<Camera> {
 }
 
 fn observation(cameras: usize) -> Message {
-    let data = Tensor::from_vec([7], vec![0.5_f32; 7]).expect("seven values");
+    let data = Tensor::from_vec([7], vec![0.5_f32; 7]).expect("the length matches the shape");
     let proprio = Arc::new(Proprio { name: "joint_pos".into(), captured_at: Timestamp(1), data });
     let cameras = (0..cameras).map(camera).collect();
     Message::Notice(Notice::Observation(Arc::new(Observation {
@@ -55,7 +55,7 @@ fn action() -> Message {
 fn codec(criterion: &mut Criterion) {
     let messages = [("8 cameras", observation(8)), ("no camera", observation(0)), ("action", action())];
     for (name, message) in &messages {
-        let frame = Codec::Protobuf.encode(message).expect("it can be said");
+        let frame = Codec::Protobuf.encode(message).expect("protobuf encodes every message");
         let whole = frame.into_bytes();
         criterion.bench_function(&format!("encode {name}"), |bencher| {
             bencher.iter(|| Codec::Protobuf.encode(black_box(message)));
@@ -68,7 +68,7 @@ fn codec(criterion: &mut Criterion) {
 
 fn pool(criterion: &mut Criterion) {
     let pool = Pool::new(4);
-    criterion.bench_function("lend and return 17 MB", |bencher| {
+    criterion.bench_function("take and return 17 MB", |bencher| {
         bencher.iter(|| drop(black_box(pool.take(17_203_200))))
     });
 }

@@ -20,7 +20,10 @@ pub fn chain(error: &(dyn Error + 'static)) -> String {
 
 /// An unknown camera or proprio name.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-#[error("no {kind} named {name:?}, expected one of: {}", if known.is_empty() { "none".to_owned() } else { known.join(", ") })]
+#[error(
+    "no {kind} named {name:?}, expected one of: {}",
+    if known.is_empty() { "none".to_owned() } else { known.join(", ") }
+)]
 pub struct UnknownName {
     /// `camera` or `proprio`.
     pub kind: &'static str,
@@ -208,7 +211,10 @@ pub enum TransportError {
     #[error("connection lost")]
     Lost(#[source] Arc<dyn Error + Send + Sync>),
     /// The peer closed the connection with an error code.
-    #[error("the peer closed the connection with {code}{}{reason}", if reason.is_empty() { "" } else { ": " })]
+    #[error(
+        "the peer closed the connection with {code}{}{reason}",
+        if reason.is_empty() { "" } else { ": " }
+    )]
     Closed {
         /// A WebSocket close code, such as 1011.
         code: u16,

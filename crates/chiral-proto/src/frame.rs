@@ -1,5 +1,5 @@
-//! [`Frame`]: one encoded message, `u32 LE header_len | header | padding | payload`. In memory it is a list of
-//! segments, which are sent without being joined.
+//! [`Frame`]: one encoded message, `u32 LE header_len | header | padding | payload`. In memory it is a list
+//! of segments, which are sent without being joined.
 //!
 //! The layout of frames is defined here for all codecs; the content of the header is up to the codec.
 

@@ -2,12 +2,13 @@
 //! here: what is sent under them is in `chiral-transport`.
 //!
 //! ```text
-//! chiral/v1/<robot>/alive/<server>        liveliness token of the robot's server; <server> is `<Zenoh id>@<host>`
-//! chiral/v1/<robot>/open                  queryable: opens a connection; the reply is the connection's name
-//! chiral/v1/<robot>/info                  queryable: a welcome without a session, which describes the robot and its controller
+//! chiral/v1/<robot>/alive/<server>        liveliness token of the robot's server, `<Zenoh id>@<host>`
+//! chiral/v1/<robot>/open                  queryable: opens a connection; the reply is its name
+//! chiral/v1/<robot>/info                  queryable: a welcome without a session, which describes the robot
+//!                                         and names its controller
 //! chiral/v1/<robot>/c/<connection>/c2s    frames that the client sends
 //! chiral/v1/<robot>/c/<connection>/s2c    frames that the server sends
-//! chiral/v1/<robot>/c/<connection>/client, .../server    liveliness tokens of the two ends of the connection
+//! chiral/v1/<robot>/c/<connection>/client, .../server    liveliness tokens of the connection's two ends
 //!
 //! chiral/c2s, chiral/s2c                  frames of all legacy peers
 //! ```

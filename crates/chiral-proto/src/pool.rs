@@ -1,5 +1,5 @@
-//! [`Pool`]: reuses the memory of large buffers. Allocating 17 MB for every frame would cost more in page faults
-//! than the network does.
+//! [`Pool`]: reuses the memory of large buffers. Allocating 17 MB for every frame would cost more in page
+//! faults than the network does.
 
 use std::{
     fmt,

@@ -1,4 +1,5 @@
-//! [`Tensor`]: an n-dimensional array over shared memory. Images, depth, proprioception and actions are tensors.
+//! [`Tensor`]: an n-dimensional array over shared memory. Images, depth, proprioception and actions are
+//! tensors.
 
 use std::{borrow::Cow, fmt};
 
@@ -98,7 +99,10 @@ macro_rules! elements {
         }
     )*};
 }
-elements!(u8 => U8, i8 => I8, u16 => U16, i16 => I16, u32 => U32, i32 => I32, u64 => U64, i64 => I64, f32 => F32, f64 => F64);
+elements!(
+    u8 => U8, i8 => I8, u16 => U16, i16 => I16, u32 => U32, i32 => I32, u64 => U64, i64 => I64,
+    f32 => F32, f64 => F64
+);
 
 /// An n-dimensional array, row-major, over reference-counted memory. Cloning it copies no data.
 #[derive(Clone, PartialEq)]
@@ -188,7 +192,10 @@ impl Tensor {
 #[non_exhaustive]
 pub enum TensorError {
     /// The length of the data does not match the shape.
-    #[error("expected {} bytes for {dtype} of shape {shape:?}, found {found}", expected.map_or("2^63 or more".to_owned(), |len| len.to_string()))]
+    #[error(
+        "expected {} bytes for {dtype} of shape {shape:?}, found {found}",
+        expected.map_or("2^63 or more".to_owned(), |len| len.to_string())
+    )]
     Length {
         /// The element type.
         dtype: DType,

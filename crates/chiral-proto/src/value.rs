@@ -88,7 +88,10 @@ macro_rules! from_variants {
         }
     )*};
 }
-from_variants!(bool => Bool, i32 => Int, i64 => Int, u32 => Int, f32 => Float, f64 => Float, &str => Str, String => Str, Bytes => Bytes, ValueMap => Map);
+from_variants!(
+    bool => Bool, i32 => Int, i64 => Int, u32 => Int, f32 => Float, f64 => Float, &str => Str, String => Str,
+    Bytes => Bytes, ValueMap => Map
+);
 
 impl From<usize> for Value {
     fn from(value: usize) -> Value {

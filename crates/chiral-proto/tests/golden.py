@@ -1,10 +1,11 @@
-"""The golden frames as another language sees them, through nothing but the descriptor set of the schema.
+"""Checks the golden frames in Python, with nothing but the descriptor set of the schema.
 
 Usage: golden.py SCHEMA GOLDEN FRAMES
 
-Reads every frame of the directory GOLDEN, checks that nothing in it is unknown to the schema and that its tensors lie where they should, and writes
-frames of every kind, made from scratch, to the directory FRAMES, which the test `golden` of chiral-proto then reads. What they say is written down a
-second time in frames/python.rs: keep the two in step.
+Reads every frame in the directory GOLDEN and checks that it has no field that is unknown to the schema and
+that its tensors lie where they should. Then encodes frames of every kind from scratch into the directory
+FRAMES, which the test `golden` of chiral-proto reads. The messages of these frames are also in
+frames/python.rs: keep the two files in step.
 """
 
 import pathlib
@@ -18,7 +19,7 @@ ELEMENT_SIZE = {"U8": 1, "I8": 1, "U16": 2, "I16": 2, "U32": 4, "I32": 4, "U64":
 
 
 def load(schema):
-    """The message classes of the schema, by their short names."""
+    """Returns the message classes of the schema by their short names."""
     pool = descriptor_pool.DescriptorPool()
     files = descriptor_pb2.FileDescriptorSet.FromString(schema.read_bytes())
     for file in files.file:
@@ -31,22 +32,22 @@ def padded(length):
     return -(-length // ALIGNMENT) * ALIGNMENT
 
 
-# ---- Reading -------------------------------------------------------------------------------------------------------------------------------
+# ---- Decoding ----------------------------------------------------------------------------------------------
 
 
 def split(frame):
-    """A frame's header and payload, as the schema's first comment lays them out."""
+    """Returns the header and the payload of a frame, whose layout the first comment of the schema specifies."""
     (length,) = struct.unpack_from("<I", frame)
     end = 4 + length
-    assert end <= len(frame), f"header_len {length} in a frame of {len(frame)} bytes"
+    assert end <= len(frame), f"header_len: expected at most {len(frame) - 4}, found {length}"
     begin = padded(end)
-    assert len(frame) >= begin, f"a frame of {len(frame)} bytes, expected padding to {begin}"
-    assert not any(frame[end:begin]), "padding that is not zero"
+    assert len(frame) >= begin, f"expected padding to {begin} bytes, found a frame of {len(frame)}"
+    assert not any(frame[end:begin]), "expected zeros as padding after the header"
     return frame[4:end], frame[begin:]
 
 
 def messages(message):
-    """The message and all within it."""
+    """Yields the message and all messages in it."""
     yield message
     for field, value in message.ListFields():
         if field.message_type is None:
@@ -68,15 +69,15 @@ def check_tensors(header, payload):
         size = ELEMENT_SIZE[name.removeprefix("D_TYPE_")]
         for axis in tensor.shape:
             size *= axis
-        assert tensor.size == size, f"a tensor of {tensor.size} bytes, expected {size}: {tensor}"
+        assert tensor.size == size, f"expected a tensor of {size} bytes, found {tensor.size}: {tensor}"
         if size == 0:
-            assert tensor.offset == 0, f"an empty tensor at {tensor.offset}"
+            assert tensor.offset == 0, f"expected an empty tensor at offset 0, found {tensor.offset}"
             continue
-        assert tensor.offset % ALIGNMENT == 0, f"a tensor that begins at {tensor.offset}"
-        assert tensor.offset >= end, f"a tensor at {tensor.offset}, where another ends at {end}"
-        assert not any(payload[end : tensor.offset]), "padding between tensors that is not zero"
+        assert tensor.offset % ALIGNMENT == 0, f"expected an offset that is a multiple of {ALIGNMENT}, found {tensor.offset}"
+        assert tensor.offset >= end, f"expected an offset of at least {end}, found {tensor.offset}"
+        assert not any(payload[end : tensor.offset]), "expected zeros as padding between tensors"
         end = tensor.offset + size
-    assert end == len(payload), f"a payload of {len(payload)} bytes whose last tensor ends at {end}"
+    assert end == len(payload), f"expected a payload of {end} bytes, found {len(payload)}"
 
 
 def check_golden(types, path):
@@ -84,11 +85,11 @@ def check_golden(types, path):
     header = types["Header"].FromString(header_bytes)
     for message in messages(header):
         unknown = unknown_fields.UnknownFieldSet(message)
-        assert len(unknown) == 0, f"{message.DESCRIPTOR.name} has fields that the schema has not"
+        assert len(unknown) == 0, f"{message.DESCRIPTOR.name} has fields that are not in the schema"
     again = header.SerializeToString(deterministic=True)
-    assert types["Header"].FromString(again) == header, "the header says something else after a round trip"
+    assert types["Header"].FromString(again) == header, "the header changed in a round trip"
     kind = header.WhichOneof("kind")
-    assert kind == path.stem.split("-")[0], f"the kind is {kind}"
+    assert kind == path.stem.split("-")[0], f"expected the kind in the file's name, found {kind}"
     check_tensors(header, payload)
     return kind, header, payload
 
@@ -98,7 +99,7 @@ def floats(payload, tensor):
 
 
 def check_known_values(golden):
-    """A few values by their names, against an encoder and a decoder that agree on the wrong field."""
+    """Checks a few values by field name, in case the encoder and the decoder agree on a wrong field."""
     hello = golden["hello"][0].hello
     assert (hello.protocol, hello.role, hello.client_name, hello.auth) == (1, 1, "Ada's laptop", b"secret"), hello
     assert golden["unsubscribe"][0].id == 2**64 - 1
@@ -132,11 +133,11 @@ def check_known_values(golden):
     assert (pong.t1_ns, pong.t2_ns, pong.t3_ns) == (-1, 2_000_000_000, 2**63 - 1), pong
 
 
-# ---- Writing -------------------------------------------------------------------------------------------------------------------------------
+# ---- Encoding ----------------------------------------------------------------------------------------------
 
 
 class Payload:
-    """Lays out tensors while the header that describes them is made."""
+    """Lays out tensors while their header is built."""
 
     def __init__(self):
         self.bytes = bytearray()
@@ -161,7 +162,7 @@ def frame(header, payload):
 
 
 def varint_field(number, value):
-    """One field of a number that the schema has not, as bytes."""
+    """Encodes a varint field whose number is not in the schema."""
     encoded = bytearray()
     for word in (number << 3, value):
         while word > 0x7F:
@@ -234,7 +235,7 @@ def metadata(types):
 
 
 def known_frames(types):
-    """Frames of every kind: name, header, payload."""
+    """Yields frames of every kind: name, header, payload."""
 
     def simple(name, id=0, **kind):
         return name, types["Header"](id=id, **kind), Payload()
@@ -284,13 +285,13 @@ def known_frames(types):
 
 
 def newer_frames(types):
-    """What a later version may say: name, header bytes."""
-    # A field of Credit, and one of Header, that nobody has yet.
+    """Yields frames that a later version may send: name, header bytes."""
+    # A field of Credit and a field of Header that do not exist yet.
     credit = types["Credit"](received=9, window=4).SerializeToString() + varint_field(99, 5)
     newer = types["Header"](credit=types["Credit"].FromString(credit)).SerializeToString()
     yield "credit-unknown_fields", newer + varint_field(9, 2**63)
     yield "error-unknown_code", types["Header"](error={"code": 4242, "text": "new"}).SerializeToString()
-    # A kind: field 200, of an empty message.
+    # A kind that does not exist yet: field 200 of Header, an empty message.
     kind = b"\xc2\x0c\x00"
     yield "unknown_kind", types["Header"](id=77).SerializeToString() + kind
     yield "unknown_kind-notice", kind
@@ -315,12 +316,12 @@ def main(schema, golden, frames):
         check_tensors(header, bytes(payload.bytes))
         written[name] = frame(header.SerializeToString(), payload)
     missing = kinds - {name.split("-")[0] for name in written}
-    assert not missing, f"kinds that are not written: {missing}"
+    assert not missing, f"kinds that this script does not write: {missing}"
     for name, header in newer_frames(types):
         written[name] = frame(header, Payload())
     for name, content in written.items():
         (frames / f"{name}.bin").write_bytes(content)
-    print(f"Python read {len(read)} golden frames and wrote {len(written)} of its own, of all {len(kinds)} kinds")
+    print(f"Python decoded {len(read)} golden frames and encoded {len(written)} frames, of all {len(kinds)} kinds")
 
 
 if __name__ == "__main__":

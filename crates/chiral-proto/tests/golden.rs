@@ -1,7 +1,7 @@
-//! The protocol's bytes, held fast: a golden frame of every kind that we must go on writing and reading, and
-//! frames that another language's protobuf wrote from the schema alone. `cargo xtask codegen --bless`
-//! rewrites the golden frames, and nothing else does.
-#![allow(clippy::unwrap_used, reason = "helpers of tests, too, fail by panicking")]
+//! Compatibility of the protocol: golden frames of every kind, whose bytes must not change, and frames that
+//! Python's protobuf encoded from the schema alone. Only `cargo xtask codegen --bless` rewrites the golden
+//! frames.
+#![allow(clippy::unwrap_used, reason = "test helpers may panic")]
 
 mod frames;
 
@@ -22,7 +22,7 @@ fn golden() -> PathBuf {
     repository().join("crates/chiral-proto/tests/golden")
 }
 
-/// The names of the frames in a directory.
+/// Returns the names of the frames in a directory.
 fn names(directory: &Path) -> BTreeSet<String> {
     let files = fs::read_dir(directory).unwrap().map(|entry| entry.unwrap().path());
     files.map(|path| path.file_stem().unwrap().to_str().unwrap().to_owned()).collect()
@@ -40,7 +40,7 @@ fn check_decodes(name: &str, bytes: Bytes, expected: &Message) {
 }
 
 #[test]
-fn golden_frames_are_what_we_write_and_read() {
+fn golden_frames_are_encoded_and_decoded() {
     let messages = frames::golden::all();
     let directory = golden();
     if std::env::var_os("CHIRAL_BLESS").is_some_and(|value| value == "1") {
@@ -51,16 +51,17 @@ fn golden_frames_are_what_we_write_and_read() {
         let golden = read(&directory, name);
         assert!(
             frame == golden,
-            "{name} is written in other bytes than the golden frame: old peers would notice; see `cargo xtask codegen --help`"
+            "{name}: expected the bytes of the golden frame, found others, which old peers may not decode; \
+             see `cargo xtask codegen --help`"
         );
         check_decodes(name, golden, message);
     }
     let known: BTreeSet<String> = messages.iter().map(|(name, _)| (*name).to_owned()).collect();
-    assert_eq!(known.len(), messages.len(), "two golden frames of one name");
-    assert_eq!(names(&directory), known, "the golden frames and the files there are");
+    assert_eq!(known.len(), messages.len(), "two golden frames have the same name");
+    assert_eq!(names(&directory), known, "expected one file per golden frame");
 }
 
-/// Writes the golden frames, and the seeds that the fuzzers grow from.
+/// Writes the golden frames, and the seeds of the fuzzers.
 fn bless(directory: &Path, messages: &[(&str, Message)]) {
     let seeds = repository().join("fuzz/seeds");
     for stale in names(directory) {
@@ -76,18 +77,18 @@ fn bless(directory: &Path, messages: &[(&str, Message)]) {
             fs::write(seeds.join(target).join(&file), bytes).unwrap();
         };
         seed("frame", &frame);
-        // Two cuts: within the header, and within the first bytes of the payload where there is one.
+        // Two cuts: within the header, and within the first bytes of the payload if there is one.
         seed("segments", &[&[2, 7, 0, 65, 0][..], &frame].concat());
         seed("header", &frame[4..4 + header_len]);
     }
 }
 
-/// `cargo xtask test` has Python write the frames and sets the variable.
+/// `cargo xtask test` runs Python, which writes the frames, and sets the variable.
 #[test]
-fn frames_that_python_wrote_are_understood() {
+fn frames_encoded_by_python_are_decoded() {
     let Some(directory) = std::env::var_os("CHIRAL_PYTHON_FRAMES").map(PathBuf::from) else {
         println!(
-            "CHIRAL_PYTHON_FRAMES is not set: there are no frames of Python's to read; `cargo xtask test python` makes some"
+            "skipped: CHIRAL_PYTHON_FRAMES is not set; run `cargo xtask test python` to create the frames"
         );
         return;
     };
@@ -96,5 +97,5 @@ fn frames_that_python_wrote_are_understood() {
         check_decodes(name, read(&directory, name), message);
     }
     let known: BTreeSet<String> = messages.iter().map(|(name, _)| (*name).to_owned()).collect();
-    assert_eq!(names(&directory), known, "the frames expected of Python and the files there are");
+    assert_eq!(names(&directory), known, "expected one file per frame of Python");
 }

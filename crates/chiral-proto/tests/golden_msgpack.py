@@ -1,10 +1,12 @@
-"""Frames of the msgpack wire as another implementation writes them: the package `msgpack`, and the description of the wire, nothing of ours.
+"""Writes frames of the legacy msgpack wire with the package `msgpack` and the description of the wire, independently of
+the Rust code.
 
 Usage: golden_msgpack.py FRAMES SEEDS, which are crates/chiral-proto/tests/msgpack and fuzz/seeds/msgpack
 
-Writes to the directory FRAMES what peers say, which the test `msgpack` of chiral-proto reads, and must write in the same bytes but for those named
-`varied-...`: they say the same things in the ways in which peers differ. Writes to the directory SEEDS the same and what no honest peer says, as
-`hostile-...`, for the fuzzers and the same test. What they say is written down a second time in msgpack.rs: keep the two in step.
+Writes valid frames to the directory FRAMES. The test `msgpack` of chiral-proto decodes them and must encode the same
+bytes, except for frames named `varied-...`: they encode the same content in the various ways in which legacy peers do.
+Writes the same frames to the directory SEEDS, together with invalid ones named `hostile-...`, for the fuzzers and
+the same test. The content of the frames is also in msgpack.rs: keep the two files in step.
 """
 
 import pathlib
@@ -75,7 +77,7 @@ def action(kind, shape, *values, **more):
 
 
 def backwards(value):
-    """The same, with the keys of every map in the opposite order."""
+    """Returns the value with the keys of every map in reverse order."""
     if isinstance(value, dict):
         return {key: backwards(inner) for key, inner in reversed(value.items())}
     return [backwards(inner) for inner in value] if isinstance(value, list) else value
@@ -189,8 +191,9 @@ def hostile():
 
 
 def main(frames, seeds):
-    honest = dict(canonical()) | dict(varied())
-    for directory, files in (frames, honest), (seeds, honest | {f"hostile-{name}": content for name, content in hostile()}):
+    valid = dict(canonical()) | dict(varied())
+    invalid = {f"hostile-{name}": content for name, content in hostile()}
+    for directory, files in (frames, valid), (seeds, valid | invalid):
         directory.mkdir(parents=True, exist_ok=True)
         for stale in directory.glob("*.bin"):
             stale.unlink()

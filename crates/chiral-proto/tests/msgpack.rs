@@ -1,8 +1,8 @@
-//! The msgpack wire: frames that another implementation wrote (`golden_msgpack.py`, to `tests/msgpack`),
-//! frames that no honest peer sends, and round trips.
-#![allow(clippy::unwrap_used, reason = "helpers of tests, too, fail by panicking")]
+//! The legacy msgpack wire: frames that another implementation wrote (`golden_msgpack.py`, to
+//! `tests/msgpack`), invalid frames, and round trips.
+#![allow(clippy::unwrap_used, reason = "test helpers may panic")]
 
-#[allow(dead_code, reason = "the messages in it are protobuf's; its helpers serve both")]
+#[allow(dead_code, reason = "only its helpers are used here; its messages are those of the protobuf tests")]
 mod frames;
 
 use std::{collections::BTreeSet, fs, path::Path, sync::Arc};
@@ -29,7 +29,7 @@ fn directory(path: &str) -> std::path::PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join(path)
 }
 
-/// The files of a directory whose names pass.
+/// Reads the files of a directory whose names `pass` accepts.
 fn read(path: &str, pass: impl Fn(&str) -> bool) -> Vec<(String, Bytes)> {
     let files = fs::read_dir(directory(path)).unwrap().map(|entry| entry.unwrap().path());
     let named = files.map(|path| {
@@ -42,7 +42,7 @@ fn decode(bytes: Bytes) -> Result<TimedMessage, chiral_proto::error::DecodeError
     msgpack::decode(Frame::from(bytes))
 }
 
-// ---- What another implementation wrote --------------------------------------------------------------------
+// ---- Frames of another implementation ---------------------------------------------------------------------
 
 fn times() -> ValueMap {
     map([("wrist_cam", WRIST_TIME.into()), ("head_cam", HEAD_TIME.into())])
@@ -71,7 +71,7 @@ fn observation() -> Arc<Observation> {
     })
 }
 
-/// A camera that says what it must and no more.
+/// A camera with only the required fields.
 fn bare(intrinsics: [f64; 9], extrinsics: [f64; 16]) -> Arc<Camera> {
     let bare = camera("a", 0, 0, 0.0, counting(DType::U8, &[2, 3, 3], 1), None);
     let (intrinsics, extrinsics) =
@@ -79,7 +79,7 @@ fn bare(intrinsics: [f64; 9], extrinsics: [f64; 16]) -> Arc<Camera> {
     Arc::new(Camera { intrinsics, extrinsics, ..(*bare).clone() })
 }
 
-fn bare_in_whole_numbers() -> Arc<Camera> {
+fn bare_with_integers() -> Arc<Camera> {
     let mut extrinsics = [0.5; 16];
     extrinsics[15] = 1.0;
     bare([0.0, 1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0, 8.0], extrinsics)
@@ -129,7 +129,7 @@ fn written_by_python() -> Vec<(&'static str, Message, ValueMap)> {
         info: map([("success", true.into())]),
     };
     let singles = StepResult {
-        obs: Arc::new(Observation { timestamp: 7.0, ..observed(vec![bare_in_whole_numbers()]) }),
+        obs: Arc::new(Observation { timestamp: 7.0, ..observed(vec![bare_with_integers()]) }),
         reward: 0.1_f32.into(),
         terminated: false,
         truncated: true,
@@ -170,7 +170,7 @@ fn written_by_python() -> Vec<(&'static str, Message, ValueMap)> {
         ("step_response", reply(ID, Reply::Step(step_result(observation()))), times()),
         ("varied-backwards", of(observation()), times()),
         ("varied-singles", reply(ID, Reply::Step(singles)), absent()),
-        ("varied-nil", of(observed(vec![bare_in_whole_numbers()]).into()), absent()),
+        ("varied-nil", of(observed(vec![bare_with_integers()]).into()), absent()),
         (
             "varied-nanos",
             of(nanos.into()),
@@ -191,14 +191,14 @@ fn written_by_python() -> Vec<(&'static str, Message, ValueMap)> {
 }
 
 #[test]
-fn frames_of_another_implementation_are_what_we_read_and_write() {
+fn frames_of_another_implementation_are_decoded_and_encoded() {
     let expected = written_by_python();
     let files = read("tests/msgpack", |_| true);
     for (name, message, capture_times) in &expected {
         let bytes = files
             .iter()
             .find(|(file, _)| file == name)
-            .unwrap_or_else(|| panic!("no frame {name}"))
+            .unwrap_or_else(|| panic!("no file of the frame {name}"))
             .1
             .clone();
         let decoded = decode(bytes.clone()).unwrap_or_else(|error| panic!("{name}: {error}"));
@@ -206,14 +206,14 @@ fn frames_of_another_implementation_are_what_we_read_and_write() {
         assert_eq!(&decoded.capture_times, capture_times, "{name}");
         if !name.starts_with("varied-") {
             let ours = msgpack::encode(message, capture_times).unwrap().into_bytes();
-            assert!(ours == bytes, "{name} is written in other bytes: {ours:?}, expected {bytes:?}");
+            assert!(ours == bytes, "{name}: expected {bytes:?}, found {ours:?}");
         }
     }
     let known: BTreeSet<&str> = expected.iter().map(|(name, ..)| *name).collect();
     assert_eq!(
         files.iter().map(|(name, _)| &**name).collect::<BTreeSet<_>>(),
         known,
-        "the messages and the files there are"
+        "expected one file per message"
     );
 }
 
@@ -229,7 +229,7 @@ fn pixels_are_not_copied() {
 
     let whole = frame.into_bytes();
     let Message::Reply { reply: Reply::Observation(obs), .. } = decode(whole.clone()).unwrap().message else {
-        panic!("a reply")
+        panic!("expected a reply with an observation")
     };
     let mut place = whole.len() - (18 + 24 + 75 + 8);
     for data in [
@@ -243,17 +243,17 @@ fn pixels_are_not_copied() {
     }
 }
 
-// ---- What no honest peer says -----------------------------------------------------------------------------
+// ---- Invalid frames ---------------------------------------------------------------------------------------
 
-/// The hostile frames of the fuzzers' seeds, and what is decoded of them.
+/// The hostile frames among the fuzzers' seeds, and the error of each.
 const HOSTILE: &[(&str, &str)] = &[
     ("billion_cameras", "header: expected a list of at most 50 values, found 1000000000"),
     ("billion_fields", "header: expected 1 more bytes, found 0"),
     ("camera_is_text", "obs_response.cameras[0]: expected a map, found \"wrist_cam\""),
     ("cube_action", "apply_action.shape: expected [D] or [N, D], found [1, 1, 1]"),
-    ("deep_keys", "header: expected values at most 24 within each other, found more"),
-    ("deep_list", "header: expected values at most 24 within each other, found more"),
-    ("deep_map", "header: expected values at most 24 within each other, found more"),
+    ("deep_keys", "header: expected values nested at most 24 deep, found deeper nesting"),
+    ("deep_list", "header: expected values nested at most 24 deep, found deeper nesting"),
+    ("deep_map", "header: expected values nested at most 24 deep, found deeper nesting"),
     ("depth_dtype", "obs_response.cameras[0].depth_dtype: expected float32, found int32"),
     ("depth_shape", "obs_response.cameras[0].depth_shape: expected [2, 3], found [3, 2]"),
     ("double_action", "action.dtype: expected float32, found float64"),
@@ -262,14 +262,16 @@ const HOSTILE: &[(&str, &str)] = &[
     ("empty", "frame: expected at least 4 bytes, found 0"),
     (
         "far_end",
-        "obs_response.cameras[0].depth_offset: expected a part of the 42 bytes of payload, found 24 bytes at 19",
+        "obs_response.cameras[0].depth_offset: expected a range within the 42 bytes of payload, \
+         found 24 bytes at 19",
     ),
     (
         "far_offset",
-        "obs_response.cameras[0].image_offset: expected a part of the 42 bytes of payload, found 18 bytes at 1000",
+        "obs_response.cameras[0].image_offset: expected a range within the 42 bytes of payload, \
+         found 18 bytes at 1000",
     ),
     ("half_depth", "obs_response.cameras[0].depth_offset: expected a number of bytes, found nothing"),
-    ("header_len", "header_len: expected at most the 12 bytes that follow, found 4294967295"),
+    ("header_len", "header_len: expected at most the 12 bytes that follow it, found 4294967295"),
     (
         "huge_offset",
         "obs_response.cameras[0].image_offset: expected a number of bytes, found 1.8446744073709552e19",
@@ -280,7 +282,8 @@ const HOSTILE: &[(&str, &str)] = &[
     ),
     (
         "large_image",
-        "obs_response.cameras[0].image_offset: expected a part of the 42 bytes of payload, found 3000000000000 bytes at 0",
+        "obs_response.cameras[0].image_offset: expected a range within the 42 bytes of payload, \
+         found 3000000000000 bytes at 0",
     ),
     ("list_key", "header: expected keys that are text or numbers, found a list of 0"),
     ("long_action", "apply_action.payload: expected 8 bytes for float32 of shape [2], found 12"),
@@ -295,17 +298,22 @@ const HOSTILE: &[(&str, &str)] = &[
     ("no_timestamp", "obs_response.timestamp: expected a number, found nothing"),
     ("no_type", "type: expected text, found nothing"),
     ("number_type", "type: expected text, found 3"),
-    ("odd_proprio", "obs_response.proprios[0].size: expected whole float32 values, found 7"),
+    ("odd_proprio", "obs_response.proprios[0].size: expected a multiple of 4 bytes, found 7"),
     (
         "overflowing_empty",
-        "obs_response.cameras[0].image_shape: expected an array that memory can hold, found [4611686018427387904, 0, 4]",
+        "obs_response.cameras[0].image_shape: expected an array that fits in memory, \
+         found [4611686018427387904, 0, 4]",
     ),
     (
         "overflowing_shape",
-        "obs_response.cameras[0].image_shape: expected an array that memory can hold, found [4611686018427387904, 4, 4]",
+        "obs_response.cameras[0].image_shape: expected an array that fits in memory, \
+         found [4611686018427387904, 4, 4]",
     ),
-    ("overlap", "obs_response.cameras[1].image_offset: expected a multiple of 1, 42 or more, found 0"),
-    ("reserved", "header: expected MessagePack, found the byte 0xc1, which begins no value"),
+    (
+        "overlap",
+        "obs_response.cameras[1].image_offset: expected a multiple of 1 that is at least 42, found 0",
+    ),
+    ("reserved", "header: expected MessagePack, found the reserved byte 0xc1"),
     ("short", "frame: expected at least 4 bytes, found 2"),
     ("short_action", "action.payload: expected 16 bytes for float32 of shape [2, 2], found 12"),
     ("text_numbers", "obs_response.cameras[0].extrinsics: expected a list of numbers, found a list of 16"),
@@ -314,16 +322,18 @@ const HOSTILE: &[(&str, &str)] = &[
         "obs_response.cameras[0].timestamp: expected a number of seconds or nanoseconds, found \"now\"",
     ),
     ("text_times", "apply_action.obs_timestamps[\"a\"]: expected a number, found \"now\""),
-    ("too_deep_by_one", "header: expected values at most 24 within each other, found more"),
+    ("too_deep_by_one", "header: expected values nested at most 24 deep, found deeper nesting"),
     ("two_axes", "obs_response.cameras[0].image_shape: expected 3 values, found 2"),
     ("two_maps", "header: expected one map, found 12 bytes after it"),
     (
         "wide_action",
-        "action.shape: expected an array that memory can hold, found [2305843009213693952, 2305843009213693952]",
+        "action.shape: expected an array that fits in memory, \
+         found [2305843009213693952, 2305843009213693952]",
     ),
     (
         "wrapped_offset",
-        "obs_response.cameras[0].image_offset: expected a part of the 42 bytes of payload, found 18 bytes at 9223372036854775807",
+        "obs_response.cameras[0].image_offset: expected a range within the 42 bytes of payload, \
+         found 18 bytes at 9223372036854775807",
     ),
     (
         "wrong_size",
@@ -332,12 +342,14 @@ const HOSTILE: &[(&str, &str)] = &[
 ];
 
 #[test]
-fn hostile_frames_are_refused_by_name() {
+fn the_error_of_a_hostile_frame_names_the_field() {
     let files = read("../../fuzz/seeds/msgpack", |name| name.starts_with("hostile-"));
     let mut found = Vec::new();
     for (name, bytes) in files {
-        let error = decode(bytes)
-            .map_or_else(|error| error.to_string(), |decoded| panic!("{name} is understood as {decoded:?}"));
+        let error = decode(bytes).map_or_else(
+            |error| error.to_string(),
+            |decoded| panic!("{name}: expected an error, found {decoded:?}"),
+        );
         found.push((name.trim_start_matches("hostile-").to_owned(), error));
     }
     found.sort();
@@ -347,12 +359,12 @@ fn hostile_frames_are_refused_by_name() {
 }
 
 #[test]
-fn a_frame_cut_short_anywhere_is_refused() {
+fn truncated_frames_are_refused() {
     for (name, bytes) in read("tests/msgpack", |name| name != "varied-unix") {
         for len in 0..bytes.len() {
             assert!(
                 decode(bytes.slice(..len)).is_err(),
-                "{name} is understood in its first {len} of {} bytes",
+                "{name}: expected an error for the first {len} of {} bytes",
                 bytes.len()
             );
         }
@@ -360,7 +372,7 @@ fn a_frame_cut_short_anywhere_is_refused() {
 }
 
 #[test]
-fn an_error_says_whether_somebody_waits_for_an_answer() {
+fn a_decode_error_has_an_id_if_the_peer_expects_a_reply() {
     let id = |name: &str| {
         let (_, bytes) = read("../../fuzz/seeds/msgpack", |file| file == name).remove(0);
         decode(bytes).unwrap_err().id
@@ -372,7 +384,7 @@ fn an_error_says_whether_somebody_waits_for_an_answer() {
 }
 
 #[test]
-fn a_header_of_very_many_values_is_refused() {
+fn a_header_with_too_many_values_is_refused() {
     let values = (1 << 20) + 1_usize;
     let mut header = b"\x82\xa4type\xb1metadata_response\xa4data\x81\xa1x\xdd".to_vec();
     header.extend_from_slice(&(values as u32).to_be_bytes());
@@ -384,10 +396,10 @@ fn a_header_of_very_many_values_is_refused() {
     );
 }
 
-// ---- What this wire has no words for ----------------------------------------------------------------------
+// ---- Messages this wire cannot carry ----------------------------------------------------------------------
 
 #[test]
-fn what_peers_would_not_understand_is_not_sent() {
+fn messages_that_the_wire_cannot_carry_are_not_encoded() {
     let fault = || Fault::new(chiral_proto::Code::Busy, "held");
     let subscribe = Subscribe { rate: Rate::new(30.0).unwrap(), cameras: Vec::new(), depth: true, window: 1 };
     for message in [
@@ -402,14 +414,17 @@ fn what_peers_would_not_understand_is_not_sent() {
         notice(Notice::Goodbye { reason: "done".to_owned() }),
     ] {
         let found = Codec::Msgpack.encode(&message);
-        assert!(matches!(found, Err(EncodeError::Unsupported { .. })), "{message:?} is written as {found:?}");
+        assert!(
+            matches!(found, Err(EncodeError::Unsupported { .. })),
+            "{message:?}: expected Unsupported, found {found:?}"
+        );
     }
     assert_eq!(Codec::Msgpack.encode(&Message::Unknown { id: 0 }), Err(EncodeError::Unknown));
 }
 
 // ---- Round trips ------------------------------------------------------------------------------------------
 
-/// Encodes, cuts the frame into pieces, and decodes.
+/// Encodes a message, cuts the frame into pieces, and decodes them.
 fn roundtrip(message: &Message, capture_times: &ValueMap, cuts: &[Index]) -> TimedMessage {
     let mut rest = msgpack::encode(message, capture_times).unwrap().into_bytes();
     let mut cuts: Vec<usize> = cuts.iter().map(|cut| cut.index(rest.len() + 1)).collect();
@@ -421,19 +436,19 @@ fn roundtrip(message: &Message, capture_times: &ValueMap, cuts: &[Index]) -> Tim
 }
 
 proptest! {
-    // A case that failed becomes a test of its own here, rather than a line in a file of seeds.
+    // Failing cases are not persisted: add a test for them here.
     #![proptest_config(ProptestConfig { failure_persistence: None, ..ProptestConfig::default() })]
 
     #[test]
-    fn every_message_comes_back(message in messages(), cuts in vec(any::<Index>(), 0..5)) {
+    fn every_message_survives_a_round_trip(message in messages(), cuts in vec(any::<Index>(), 0..5)) {
         let back = roundtrip(&message, &ValueMap::new(), &cuts).message;
         prop_assert_eq!(&back, &message);
-        // Equality takes 0 for -0; this does not.
+        // `==` does not distinguish 0 from -0; the debug output does.
         prop_assert_eq!(format!("{back:?}"), format!("{message:?}"));
     }
 
     #[test]
-    fn capture_times_are_carried_bit_for_bit(bits in any::<u64>(), nanos in any::<i64>()) {
+    fn capture_times_are_preserved_bit_for_bit(bits in any::<u64>(), nanos in any::<i64>()) {
         let times = map([("a", f64::from_bits(bits).into()), ("b", nanos.into())]);
         let back = roundtrip(&apply([1.0]), &times, &[]).capture_times;
         prop_assert_eq!(back["a"].as_f64().map(f64::to_bits), Some(bits));
@@ -441,17 +456,19 @@ proptest! {
     }
 
     #[test]
-    fn a_timestamp_is_carried_bit_for_bit(bits in any::<u64>()) {
+    fn timestamps_are_preserved_bit_for_bit(bits in any::<u64>()) {
         let obs = Observation { timestamp: f64::from_bits(bits), ..Observation::default() };
         match roundtrip(&reply(ID, Reply::Observation(Arc::new(obs))), &ValueMap::new(), &[]).message {
-            Message::Reply { reply: Reply::Observation(back), .. } => prop_assert_eq!(back.timestamp.to_bits(), bits),
-            other => panic!("an observation came back as {other:?}"),
+            Message::Reply { reply: Reply::Observation(back), .. } => {
+                prop_assert_eq!(back.timestamp.to_bits(), bits);
+            }
+            other => panic!("expected an observation, found {other:?}"),
         }
     }
 
     #[test]
-    fn values_are_nested_as_deep_as_allowed_and_no_deeper(maps in vec(any::<bool>(), 1..2 * Value::MAX_DEPTH)) {
-        // Each `true` wraps the value in a map, each `false` in a list; the innermost is one more.
+    fn values_are_nested_up_to_the_limit(maps in vec(any::<bool>(), 1..2 * Value::MAX_DEPTH)) {
+        // Each `true` wraps the value in a map, each `false` in a list; the innermost value adds one level.
         let value = maps.iter().skip(1).fold(Value::Int(1), |inner, &map| match map {
             true => Value::Map(ValueMap::from([("inner".to_owned(), inner)])),
             false => Value::List(vec![inner]),
@@ -504,7 +521,7 @@ fn cameras() -> impl Strategy<Value = Arc<Camera>> {
             (tensors(dtype, vec![height, width, channels]), depth)
         },
     );
-    // As long as a host may be up for nanoseconds to be exact in f64 seconds.
+    // Within the uptime for which nanoseconds are exact in f64 seconds.
     let times = (0..1_i64 << 51).prop_map(Timestamp);
     ("\\PC{0,8}", times, pictures, any::<[f64; 9]>(), any::<[f64; 16]>()).prop_map(
         |(name, captured_at, (image, depth), intrinsics, extrinsics)| {

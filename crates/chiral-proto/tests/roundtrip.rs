@@ -1,5 +1,5 @@
-//! Whatever can be said comes back as it was said, in however many pieces the frame arrives.
-#![allow(clippy::unwrap_used, reason = "helpers of tests, too, fail by panicking")]
+//! Property tests: every message survives encoding and decoding, however many segments the frame arrives in.
+#![allow(clippy::unwrap_used, reason = "test helpers may panic")]
 
 use std::sync::Arc;
 
@@ -13,10 +13,14 @@ use chiral_proto::{
     message::{ActionMessage, Hello, RobotInfo, Role, Subscribe, Welcome},
 };
 use nalgebra::{Matrix3, Matrix4};
-use proptest::{collection::vec, prelude::*, sample::select};
+use proptest::{
+    collection::vec,
+    prelude::*,
+    sample::{Index, select},
+};
 
-/// Encodes, cuts the frame into pieces, and decodes.
-fn roundtrip(message: &Message, cuts: &[prop::sample::Index]) -> Message {
+/// Encodes a message, cuts the frame into pieces, and decodes them.
+fn roundtrip(message: &Message, cuts: &[Index]) -> Message {
     let frame = Codec::Protobuf.encode(message).unwrap();
     let mut rest = frame.into_bytes();
     let mut cuts: Vec<usize> = cuts.iter().map(|cut| cut.index(rest.len() + 1)).collect();
@@ -28,19 +32,19 @@ fn roundtrip(message: &Message, cuts: &[prop::sample::Index]) -> Message {
 }
 
 proptest! {
-    // A case that failed becomes a test of its own here, rather than a line in a file of seeds.
+    // Failing cases are not persisted: add a test for them here.
     #![proptest_config(ProptestConfig { failure_persistence: None, ..ProptestConfig::default() })]
 
     #[test]
-    fn every_message_comes_back(message in messages(), cuts in vec(any::<prop::sample::Index>(), 0..5)) {
+    fn every_message_survives_a_round_trip(message in messages(), cuts in vec(any::<Index>(), 0..5)) {
         let back = roundtrip(&message, &cuts);
         prop_assert_eq!(&back, &message);
-        // Equality takes 0 for -0; this does not.
+        // `==` does not distinguish 0 from -0; the debug output does.
         prop_assert_eq!(format!("{back:?}"), format!("{message:?}"));
     }
 
     #[test]
-    fn what_we_send_is_what_we_wrote(message in messages()) {
+    fn a_frame_equals_its_joined_segments(message in messages()) {
         let frame = Codec::Protobuf.encode(&message).unwrap();
         let joined = Frame::from(frame.clone().into_bytes());
         prop_assert!(frame == joined);
@@ -48,18 +52,19 @@ proptest! {
     }
 
     #[test]
-    fn any_timestamp_is_carried_bit_for_bit(bits in any::<u64>()) {
+    fn timestamps_are_preserved_bit_for_bit(bits in any::<u64>()) {
         check_timestamp(bits);
     }
 
     #[test]
-    fn values_are_nested_as_deep_as_allowed_and_no_deeper(maps in vec(any::<bool>(), 1..2 * Value::MAX_DEPTH)) {
-        // Each `true` wraps the value in a map, each `false` in a list; the innermost is one more.
+    fn values_are_nested_up_to_the_limit(maps in vec(any::<bool>(), 1..2 * Value::MAX_DEPTH)) {
+        // Each `true` wraps the value in a map, each `false` in a list; the innermost value adds one level.
         let value = maps.iter().skip(1).fold(Value::Int(1), |inner, &map| match map {
             true => Value::Map(ValueMap::from([("inner".to_owned(), inner)])),
             false => Value::List(vec![inner]),
         });
-        let message = Message::Reply { id: 1, reply: Reply::Metadata(ValueMap::from([("outer".to_owned(), value)])) };
+        let metadata = ValueMap::from([("outer".to_owned(), value)]);
+        let message = Message::Reply { id: 1, reply: Reply::Metadata(metadata) };
         if maps.len() <= Value::MAX_DEPTH {
             prop_assert_eq!(roundtrip(&message, &[]), message);
         } else {
@@ -74,23 +79,23 @@ fn check_timestamp(bits: u64) {
     let obs = Observation { timestamp: f64::from_bits(bits), ..Observation::default() };
     match roundtrip(&Message::Notice(Notice::Observation(Arc::new(obs))), &[]) {
         Message::Notice(Notice::Observation(back)) => assert_eq!(back.timestamp.to_bits(), bits),
-        other => panic!("an observation came back as {other:?}"),
+        other => panic!("expected an observation, found {other:?}"),
     }
 }
 
-/// What proto3 leaves out where it can: the sign of zero must not be lost with it.
+/// proto3 omits zeros, and with them the sign of -0, unless the field is optional.
 #[test]
-fn a_timestamp_of_either_zero_is_carried_bit_for_bit() {
+fn zero_timestamps_keep_their_sign() {
     check_timestamp((0.0_f64).to_bits());
     check_timestamp((-0.0_f64).to_bits());
 }
 
 #[test]
-fn an_unknown_message_is_not_sent() {
+fn unknown_messages_are_not_encoded() {
     assert_eq!(Codec::Protobuf.encode(&Message::Unknown { id: 3 }), Err(EncodeError::Unknown));
 }
 
-// ---- Strategies, from the whole to its parts --------------------------------------------------------------
+// ---- Strategies, from messages to their parts -------------------------------------------------------------
 
 fn messages() -> impl Strategy<Value = Message> {
     prop_oneof![
@@ -211,7 +216,7 @@ fn action_specs() -> impl Strategy<Value = ActionSpec> {
         Just(ActionMeaning::EndEffectorDelta),
         text().prop_map(ActionMeaning::Other),
     ];
-    // As many of each as there are values in an action, or none.
+    // One of each per value of an action, or none.
     let lists = (1_usize..4).prop_flat_map(|dimension| {
         let limits = || prop_oneof![Just(Vec::new()), vec(any::<f32>(), dimension)];
         (Just(dimension), prop_oneof![Just(Vec::new()), vec(text(), dimension)], limits(), limits())
@@ -329,7 +334,7 @@ fn dtypes() -> impl Strategy<Value = DType> {
     select(DType::ALL.to_vec())
 }
 
-/// Without -0, which proto3 may leave out as if it were 0.
+/// Without -0, which proto3 may omit like 0.
 fn numbers() -> impl Strategy<Value = f64> {
     any::<f64>().prop_map(|number| number + 0.0)
 }

@@ -1,6 +1,6 @@
-//! What the fuzzers start from and what they once found, as a plain test: every file of `fuzz/seeds/<target>`
-//! goes through that target's own function.
-#![allow(clippy::unwrap_used, reason = "helpers of tests, too, fail by panicking")]
+//! Runs the seeds of the fuzzers, which include what they once found, as a plain test: every file of
+//! `fuzz/seeds/<target>` is passed to that target's function.
+#![allow(clippy::unwrap_used, reason = "test helpers may panic")]
 
 #[path = "../../../fuzz/targets.rs"]
 mod targets;
@@ -17,14 +17,17 @@ fn check(target: &str, run: fn(&[u8])) {
         let file = file.unwrap();
         let seed = fs::read(file.path()).unwrap();
         let name = file.file_name().into_string().unwrap();
-        assert!(seed.len() <= 4096, "{name} has {} bytes: seeds are small", seed.len());
+        assert!(seed.len() <= 4096, "{name}: expected at most 4096 bytes, found {}", seed.len());
         if panic::catch_unwind(|| run(&seed)).is_err() {
             failed.push(name);
         }
         count += 1;
     }
-    assert!(failed.is_empty(), "the fuzz target {target} fails, as said above, on its seeds {failed:?}");
-    assert!(count >= 20, "expected a seed of every kind of message for {target}, found {count} seeds");
+    assert!(
+        failed.is_empty(),
+        "the fuzz target {target} panicked, as printed above, on the seeds {failed:?}"
+    );
+    assert!(count >= 20, "expected at least 20 seeds for {target}, found {count}");
 }
 
 #[test]

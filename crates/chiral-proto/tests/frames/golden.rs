@@ -1,4 +1,4 @@
-//! The messages of the golden frames. Their tensors are tiny, so that the frames make good seeds for the
+//! The messages of the golden frames. Their tensors are tiny, because the frames are also seeds of the
 //! fuzzers.
 
 use std::sync::Arc;
@@ -133,7 +133,7 @@ fn notices() -> Vec<Named> {
     ]
 }
 
-/// Two cameras, one with depth, whose data ends off the 64 bytes that the next begins at.
+/// Two cameras, one with depth. Their data does not end at multiples of 64, so that padding is needed.
 fn with_depth() -> Arc<Observation> {
     let depth = tensor(&[2, 3], &[0.5, 1.0, 1.5, 0.0, f32::NAN, 3.0_f32]);
     Arc::new(Observation {
@@ -150,7 +150,7 @@ fn with_depth() -> Arc<Observation> {
     })
 }
 
-/// A camera of every element type, the last without a single pixel.
+/// A camera for every element type, and one without pixels.
 fn of_every_dtype() -> Arc<Observation> {
     let cameras =
         DType::ALL.map(|dtype| camera(dtype.numpy_name(), 1, 2, 1.0, counting(dtype, &[1, 2, 1], 0), None));

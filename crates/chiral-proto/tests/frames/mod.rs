@@ -1,6 +1,6 @@
-//! The messages behind the frames: `ours` are the golden ones, `pythons` what `golden.py` says in other
-//! values. Frames are named for their kind in the schema's `Header`, variants of a kind with a word after a
-//! hyphen.
+//! The messages of the test frames: `golden` has those of the golden frames, `python` those of the frames
+//! that `golden.py` writes, with other values. A frame is named after its kind in the schema's `Header`;
+//! variants of a kind add a suffix after a hyphen.
 
 pub(crate) mod golden;
 pub(crate) mod python;
@@ -34,7 +34,7 @@ pub(crate) fn tensor<T: Element>(shape: &[usize], values: &[T]) -> Tensor {
     Tensor::from_vec(shape, values.to_vec()).unwrap()
 }
 
-/// Bytes that count up from `first`.
+/// A tensor whose bytes count up from `first`.
 pub(crate) fn counting(dtype: DType, shape: &[usize], first: u8) -> Tensor {
     let len = shape.iter().product::<usize>() * dtype.size();
     let bytes: Vec<u8> = (0..len).map(|i| first.wrapping_add(i as u8)).collect();

@@ -1,4 +1,4 @@
-//! What `golden.py` says, frame by frame: keep the two in step.
+//! The messages of the frames that `golden.py` writes. Keep the two files in step.
 
 use std::sync::Arc;
 
@@ -88,7 +88,7 @@ fn replies() -> Vec<Named> {
         ("int", Value::Int(i64::MAX)),
         ("list", Value::List(vec![Value::Int(0), Value::Str("x".to_owned())])),
         ("map", Value::Map(map([("null", Value::Null)]))),
-        // A kind of value that is newer than this reader.
+        // A kind of value that this version does not know.
         ("newer", Value::Null),
         ("null", Value::Null),
         ("str", Value::Str("λ".to_owned())),
@@ -136,7 +136,7 @@ fn notices() -> Vec<Named> {
     ]
 }
 
-/// What a peer of a later version may say: kinds, fields and enum values that this one has never heard of.
+/// Frames of a later version, with kinds, fields and enum values that this version does not know.
 fn newer() -> Vec<Named> {
     vec![
         ("credit-unknown_fields", notice(Notice::Credit { received: 9, window: 4 })),

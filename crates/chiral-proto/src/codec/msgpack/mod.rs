@@ -7,7 +7,7 @@
 //! | on the wire | as a message | what the wire lacks |
 //! |---|---|---|
 //! | `metadata` / `metadata_response` | [`Request::GetMetadata`] / [`Reply::Metadata`] | |
-//! | `reset` / `reset_response` | [`Request::Reset`] / [`Reply::Reset`] | seed and options: a reset that has them is an [`EncodeError`] |
+//! | `reset` / `reset_response` | [`Request::Reset`] / [`Reply::Reset`] | seed and options: [`EncodeError`] |
 //! | `obs_request` / `obs_response` | [`Request::GetObs`] / [`Reply::Observation`] | |
 //! | `action` / `step_response` | [`Request::Step`] / [`Reply::Step`] | session and episode: 0 |
 //! | `apply_action` | [`Notice::Action`] | session, episode, `seq` and `observation_seq`: 0 |
