@@ -15,7 +15,18 @@ import sys
 from google.protobuf import descriptor_pb2, descriptor_pool, message_factory, unknown_fields
 
 ALIGNMENT = 64
-ELEMENT_SIZE = {"U8": 1, "I8": 1, "U16": 2, "I16": 2, "U32": 4, "I32": 4, "U64": 8, "I64": 8, "F32": 4, "F64": 8}
+ELEMENT_SIZE = {
+    "U8": 1,
+    "I8": 1,
+    "U16": 2,
+    "I16": 2,
+    "U32": 4,
+    "I32": 4,
+    "U64": 8,
+    "I64": 8,
+    "F32": 4,
+    "F64": 8,
+}
 
 
 def load(schema):
@@ -25,7 +36,10 @@ def load(schema):
     for file in files.file:
         pool.Add(file)
     names = [(file.package, message.name) for file in files.file for message in file.message_type]
-    return {name: message_factory.GetMessageClass(pool.FindMessageTypeByName(f"{package}.{name}")) for package, name in names}
+    return {
+        name: message_factory.GetMessageClass(pool.FindMessageTypeByName(f"{package}.{name}"))
+        for package, name in names
+    }
 
 
 def padded(length):
@@ -36,7 +50,7 @@ def padded(length):
 
 
 def split(frame):
-    """Returns the header and the payload of a frame, whose layout the first comment of the schema specifies."""
+    """Splits a frame into header and payload. The first comment of the schema specifies the layout."""
     (length,) = struct.unpack_from("<I", frame)
     end = 4 + length
     assert end <= len(frame), f"header_len: expected at most {len(frame) - 4}, found {length}"
@@ -73,7 +87,9 @@ def check_tensors(header, payload):
         if size == 0:
             assert tensor.offset == 0, f"expected an empty tensor at offset 0, found {tensor.offset}"
             continue
-        assert tensor.offset % ALIGNMENT == 0, f"expected an offset that is a multiple of {ALIGNMENT}, found {tensor.offset}"
+        assert (
+            tensor.offset % ALIGNMENT == 0
+        ), f"expected an offset that is a multiple of {ALIGNMENT}, found {tensor.offset}"
         assert tensor.offset >= end, f"expected an offset of at least {end}, found {tensor.offset}"
         assert not any(payload[end : tensor.offset]), "expected zeros as padding between tensors"
         end = tensor.offset + size
@@ -101,7 +117,12 @@ def floats(payload, tensor):
 def check_known_values(golden):
     """Checks a few values by field name, in case the encoder and the decoder agree on a wrong field."""
     hello = golden["hello"][0].hello
-    assert (hello.protocol, hello.role, hello.client_name, hello.auth) == (1, 1, "Ada's laptop", b"secret"), hello
+    assert (hello.protocol, hello.role, hello.client_name, hello.auth) == (
+        1,
+        1,
+        "Ada's laptop",
+        b"secret",
+    ), hello
     assert golden["unsubscribe"][0].id == 2**64 - 1
     assert golden["reset"][0].reset.HasField("seed") and golden["reset"][0].reset.seed == 0
     assert not golden["reset-plain"][0].reset.HasField("seed")
@@ -112,7 +133,12 @@ def check_known_values(golden):
 
     header, payload = golden["observation"]
     wrist, head = header.observation.cameras
-    assert (wrist.name, wrist.seq, wrist.captured_at_ns, head.captured_at_ns) == ("wrist_cam", 17, 1_000_000_007, -5), header
+    assert (wrist.name, wrist.seq, wrist.captured_at_ns, head.captured_at_ns) == (
+        "wrist_cam",
+        17,
+        1_000_000_007,
+        -5,
+    ), header
     assert list(wrist.intrinsics) == [1 + 0.5 * i for i in range(9)], "K is not row-major"
     assert list(wrist.extrinsics) == [101 + 0.5 * i for i in range(16)], "T is not row-major"
     assert payload[wrist.image.offset :][:18] == bytes(range(1, 19))
@@ -122,11 +148,18 @@ def check_known_values(golden):
     assert header.observation.extra.entries["phase"].str == "approach"
 
     entries = golden["metadata"][0].metadata.data.entries
-    assert {key: value.WhichOneof("kind") for key, value in entries.items() if key} == {key: key for key in entries if key}
+    assert {key: value.WhichOneof("kind") for key, value in entries.items() if key} == {
+        key: key for key in entries if key
+    }
     assert [item.WhichOneof("kind") for item in entries["list"].list.items] == ["null", "bool", "int", "list"]
 
     spec = golden["welcome"][0].welcome.action_spec
-    assert (spec.dimension, list(spec.names), list(spec.low), spec.control_hz) == (2, ["shoulder", "elbow"], [-2.5, -1.5], 20.0), spec
+    assert (spec.dimension, list(spec.names), list(spec.low), spec.control_hz) == (
+        2,
+        ["shoulder", "elbow"],
+        [-2.5, -1.5],
+        20.0,
+    ), spec
     error = golden["error"][0].error
     assert (error.code, error.field, error.action_seq) == (8, "action.episode", 300), error
     pong = golden["pong"][0].pong
@@ -188,7 +221,9 @@ def observation(types, payload):
     }
     coil = {"name": "coil", "captured_at_ns": 88, "data": payload.f32([3], [1.0, 2.0, 4.0])}
     extra = value_map(types, note={"str": "hi"})
-    return types["Observation"](session=5, episode=6, seq=8, timestamp=99.5, cameras=[camera], proprios=[coil], extra=extra)
+    return types["Observation"](
+        session=5, episode=6, seq=8, timestamp=99.5, cameras=[camera], proprios=[coil], extra=extra
+    )
 
 
 def welcome():
@@ -264,14 +299,26 @@ def known_frames(types):
     yield simple("ping", ping={"t1_ns": -123})
     yield simple("pong", pong={"t1_ns": -(2**63), "t2_ns": 0, "t3_ns": 456})
     yield simple("goodbye", goodbye={"reason": "bye"})
-    refused = {"code": "CODE_QUEUE_FULL", "text": "16 rows wait", "field": "action", "retryable": True, "action_seq": 7}
+    refused = {
+        "code": "CODE_QUEUE_FULL",
+        "text": "16 rows wait",
+        "field": "action",
+        "retryable": True,
+        "action_seq": 7,
+    }
     yield simple("error", error=refused)
 
     payload = Payload()
     actions = payload.f32([2, 3], [1.0, 2.0, 3.0, -1.0, -2.0, -3.0])
     yield "step", types["Header"](id=15, step={"session": 5, "episode": 6, "actions": actions}), payload
     payload = Payload()
-    action = {"session": 5, "episode": 6, "seq": 7, "actions": payload.f32([1, 2], [0.25, 0.75]), "observation_seq": 8}
+    action = {
+        "session": 5,
+        "episode": 6,
+        "seq": 7,
+        "actions": payload.f32([1, 2], [0.25, 0.75]),
+        "observation_seq": 8,
+    }
     yield "action", types["Header"](action=action), payload
     payload = Payload()
     yield "observation", types["Header"](id=14, observation=observation(types, payload)), payload
@@ -280,7 +327,9 @@ def known_frames(types):
     yield "reset_result", types["Header"](id=13, reset_result=result), payload
     payload = Payload()
     info = value_map(types, rows={"int": 2})
-    result = types["StepResult"](observation=observation(types, payload), reward=0.5, truncated=True, info=info)
+    result = types["StepResult"](
+        observation=observation(types, payload), reward=0.5, truncated=True, info=info
+    )
     yield "step_result", types["Header"](id=15, step_result=result), payload
 
 
@@ -321,7 +370,9 @@ def main(schema, golden, frames):
         written[name] = frame(header, Payload())
     for name, content in written.items():
         (frames / f"{name}.bin").write_bytes(content)
-    print(f"Python decoded {len(read)} golden frames and encoded {len(written)} frames, of all {len(kinds)} kinds")
+    print(
+        f"Python decoded {len(read)} golden frames and encoded {len(written)} frames of {len(kinds)} kinds"
+    )
 
 
 if __name__ == "__main__":

@@ -1,12 +1,11 @@
-"""Writes frames of the legacy msgpack wire with the package `msgpack` and the description of the wire, independently of
-the Rust code.
+"""Writes frames of the legacy msgpack wire with Python's `msgpack`, from the wire's description alone.
 
 Usage: golden_msgpack.py FRAMES SEEDS, which are crates/chiral-proto/tests/msgpack and fuzz/seeds/msgpack
 
-Writes valid frames to the directory FRAMES. The test `msgpack` of chiral-proto decodes them and must encode the same
-bytes, except for frames named `varied-...`: they encode the same content in the various ways in which legacy peers do.
-Writes the same frames to the directory SEEDS, together with invalid ones named `hostile-...`, for the fuzzers and
-the same test. The content of the frames is also in msgpack.rs: keep the two files in step.
+Writes valid frames to the directory FRAMES. The test `msgpack` of chiral-proto decodes them and must encode
+the same bytes, except for frames named `varied-...`: they encode content in the various ways in which legacy
+peers do. Writes the same frames to the directory SEEDS, and invalid ones named `hostile-...`, for the fuzzers
+and the same test. The content of the frames is also in msgpack.rs: keep the two files in step.
 """
 
 import pathlib
@@ -36,7 +35,12 @@ TIMES = {"head_cam": 123456.789012345, "wrist_cam": WRIST_TIME}
 
 
 def array(prefix, shape, dtype, offset, size):
-    return {f"{prefix}_shape": shape, f"{prefix}_dtype": dtype, f"{prefix}_offset": offset, f"{prefix}_size": size}
+    return {
+        f"{prefix}_shape": shape,
+        f"{prefix}_dtype": dtype,
+        f"{prefix}_offset": offset,
+        f"{prefix}_size": size,
+    }
 
 
 def camera(name, timestamp, *arrays):
@@ -61,7 +65,13 @@ def observed(kind, **more):
         {"name": "joint_pos", "dtype": "float32", "offset": 117, "size": 8},
         {"name": "nothing", "dtype": "float32", "offset": 0, "size": 0},
     ]
-    return {"type": kind, "timestamp": 12.1, "extra": {"phase": "approach"}, "cameras": cameras, "proprios": proprios} | more
+    return {
+        "type": kind,
+        "timestamp": 12.1,
+        "extra": {"phase": "approach"},
+        "cameras": cameras,
+        "proprios": proprios,
+    } | more
 
 
 def observation(kind, **more):
@@ -100,28 +110,47 @@ def canonical():
     yield "reset", frame({"type": "reset"})
     yield "obs_request", frame({"type": "obs_request"})
     yield "apply_action", action("apply_action", [3], 0.5, -0.25, 3.0, obs_timestamps=TIMES)
-    yield "apply_action-rows", action("apply_action", [2, 2], 0.5, -0.25, 3.0, 4.0, obs_timestamps={"nanos": 1_700_000_000_123_456_789})
+    yield "apply_action-rows", action(
+        "apply_action", [2, 2], 0.5, -0.25, 3.0, 4.0, obs_timestamps={"nanos": 1_700_000_000_123_456_789}
+    )
     yield "action", action("action", [1, 2], 0.5, -0.25, obs_timestamps=TIMES)
     yield "metadata_response", frame({"type": "metadata_response", "data": values})
     yield "reset_response", observation("reset_response", info={"seed": 0})
     yield "obs_response", observation("obs_response")
-    yield "step_response", observation("step_response", reward=-1.25, terminated=True, truncated=False, info={"success": True})
+    yield "step_response", observation(
+        "step_response", reward=-1.25, terminated=True, truncated=False, info={"success": True}
+    )
 
 
 def varied():
     bare = array("image", [2, 3, 3], "uint8", 0, 18)
     whole = {"intrinsics": list(range(9)), "extrinsics": [0.5] * 15 + [1]}
-    singles = {"type": "step_response", "timestamp": 7, "cameras": [{"name": "a"} | whole | bare], "reward": 0.1}
+    singles = {
+        "type": "step_response",
+        "timestamp": 7,
+        "cameras": [{"name": "a"} | whole | bare],
+        "reward": 0.1,
+    }
     singles |= {"terminated": False, "truncated": True, "info": {"x": 0.5}}
     yield "varied-backwards", frame(backwards(observed("obs_response")), IMAGE + DEPTH + HEAD + JOINTS)
     yield "varied-singles", frame(backwards(singles), IMAGE, use_single_float=True)
     nil = dict.fromkeys(["depth_shape", "depth_dtype", "depth_offset", "depth_size"])
-    yield "varied-nil", of_cameras({"name": "a", "timestamp": None} | whole | bare | nil, payload=IMAGE, extra=None, proprios=None)
-    yield "varied-nanos", of_cameras(wrist(timestamp=1_700_000_000_123_456_789), head(42, timestamp=1.5e18), payload=IMAGE + DEPTH + HEAD)
-    yield "varied-unix", of_cameras(wrist(timestamp=1_700_000_000), payload=IMAGE + DEPTH + b"more than the header says")
+    yield "varied-nil", of_cameras(
+        {"name": "a", "timestamp": None} | whole | bare | nil, payload=IMAGE, extra=None, proprios=None
+    )
+    yield "varied-nanos", of_cameras(
+        wrist(timestamp=1_700_000_000_123_456_789), head(42, timestamp=1.5e18), payload=IMAGE + DEPTH + HEAD
+    )
+    yield "varied-unix", of_cameras(
+        wrist(timestamp=1_700_000_000), payload=IMAGE + DEPTH + b"more than the header says"
+    )
     yield "varied-one_action", action("action", [2], 0.5, -0.25)
     yield "varied-chunk", action("action", [2, 1], 0.5, -0.25, obs_timestamps={"a": 3}, newer=[1])
-    values = {"big": 2**64 - 1, "ext": msgpack.ExtType(5, b"five"), "keys": {None: "nil", 7: "int", 0.5: "float", True: "bool"}}
+    values = {
+        "big": 2**64 - 1,
+        "ext": msgpack.ExtType(5, b"five"),
+        "keys": {None: "nil", 7: "int", 0.5: "float", True: "bool"},
+    }
     yield "varied-values", frame({"type": "metadata_response", "data": values})
     raw = b"\x82\xa4type\xb1metadata_response\xa4data\x81\xa3raw\xa2\xff\xfe"
     yield "varied-raw", frame(raw)
