@@ -197,11 +197,11 @@ def frame(header, payload):
 def varint_field(number, value):
     """Encodes a varint field whose number is not in the schema."""
     encoded = bytearray()
-    for word in (number << 3, value):
-        while word > 0x7F:
-            encoded.append(word & 0x7F | 0x80)
-            word >>= 7
-        encoded.append(word)
+    for part in (number << 3, value):
+        while part > 0x7F:
+            encoded.append(part & 0x7F | 0x80)
+            part >>= 7
+        encoded.append(part)
     return bytes(encoded)
 
 

@@ -205,8 +205,8 @@ fn frames_of_another_implementation_are_decoded_and_encoded() {
         assert_eq!(&decoded.message, message, "{name}");
         assert_eq!(&decoded.capture_times, capture_times, "{name}");
         if !name.starts_with("varied-") {
-            let ours = msgpack::encode(message, capture_times).unwrap().into_bytes();
-            assert!(ours == bytes, "{name}: expected {bytes:?}, found {ours:?}");
+            let encoded = msgpack::encode(message, capture_times).unwrap().into_bytes();
+            assert!(encoded == bytes, "{name}: expected {bytes:?}, found {encoded:?}");
         }
     }
     let known: BTreeSet<&str> = expected.iter().map(|(name, ..)| *name).collect();

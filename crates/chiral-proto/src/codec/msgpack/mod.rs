@@ -15,7 +15,7 @@
 //!
 //! - **Ids**: the wire has none; replies arrive in the order of the requests. Every request and reply decodes
 //!   with [`ID`], and the id of an encoded message is not written. The `id` of a [`DecodeError`] is [`ID`]
-//!   too, or 0 if the frame was an `apply_action` or its type is unknown.
+//!   too, or 0 if the frame was an `apply_action` or its type could not be read.
 //! - **Errors** and everything else that is not in the table cannot be encoded: [`EncodeError::Unsupported`].
 //!   To refuse a request, a session closes the connection.
 //! - **Observations** have no session, episode or `seq`, cameras no `seq`, proprioception no `captured_at`:
