@@ -112,7 +112,7 @@ impl Connection {
 
     /// Actions are about to be sent: large messages that arrive meanwhile leave the core to them.
     pub(crate) fn note_action(&self) {
-        self.pacing.ask();
+        self.pacing.note_action();
     }
 
     /// Marks the connection as closed. Sends that still wait for the link fail.

@@ -30,7 +30,7 @@ pub(crate) async fn discover(
     duration: Duration,
 ) -> Result<Vec<DiscoveredRobot>, Error> {
     let options = ZenohSessionOptions { config, ..ZenohSessionOptions::default() };
-    let mut scout = Scout::begin(&options, duration).await.map_err(failed)?;
+    let mut scout = Scout::start(&options, duration).await.map_err(failed)?;
     let mut scouted = Vec::new();
     while let Some(robot) = scout.next().await {
         scouted.push(robot);
@@ -41,11 +41,11 @@ pub(crate) async fn discover(
 /// Lists each robot once, with the addresses of its own server or, if there are none, those of the routers
 /// that lead to it.
 fn merge(mut scouted: Vec<ScoutedRobot>) -> Vec<DiscoveredRobot> {
-    scouted.sort_by(|a, b| (&a.robot, !a.is_own, &a.locator).cmp(&(&b.robot, !b.is_own, &b.locator)));
+    scouted.sort_by(|a, b| (&a.robot, !a.is_direct, &a.locator).cmp(&(&b.robot, !b.is_direct, &b.locator)));
     let mut robots: Vec<DiscoveredRobot> = Vec::new();
     for same in scouted.chunk_by(|a, b| a.robot == b.robot) {
         let [first, ..] = same else { continue };
-        let of_its_kind = same.iter().filter(|robot| robot.is_own == first.is_own);
+        let of_its_kind = same.iter().filter(|robot| robot.is_direct == first.is_direct);
         let mut addresses: Vec<String> = of_its_kind.map(|robot| robot.locator.clone()).collect();
         addresses.dedup();
         // Without a valid welcome it is not a robot of this protocol.

@@ -202,7 +202,7 @@ impl Endpoint {
     /// Searches for the robot by multicast. Returns a locator by which it is reached, and its name.
     async fn scout(&self) -> Result<(String, String), ConnectError> {
         let mut scout =
-            Scout::begin(&self.options, SCOUT_TIMEOUT).await.map_err(|error| self.judge(error))?;
+            Scout::start(&self.options, SCOUT_TIMEOUT).await.map_err(|error| self.judge(error))?;
         let mut scouted = Vec::new();
         while let Some(robot) = scout.next().await {
             let is_wanted = self.robot.as_ref() == Some(&robot.robot);
@@ -219,7 +219,7 @@ impl Endpoint {
         }
         let name = choose(names, self.robot.as_deref(), &self.uri)?;
         // Rather its own server than a router.
-        scouted.sort_by_key(|robot| !robot.is_own);
+        scouted.sort_by_key(|robot| !robot.is_direct);
         let robot = scouted.into_iter().find(|robot| robot.robot == name);
         let robot = robot.expect("the names are those of the robots");
         Ok((robot.locator, name))
@@ -230,7 +230,7 @@ impl Endpoint {
         match error {
             // A server that is just stopping or starting looks like one that refuses. Two refusals in a row
             // count.
-            ZenohError::NotLetIn { .. } if !self.was_refused.swap(true, Ordering::Relaxed) => {
+            ZenohError::HandshakeFailed { .. } if !self.was_refused.swap(true, Ordering::Relaxed) => {
                 ConnectError::Unavailable(error.to_string())
             }
             ZenohError::Locator { .. } | ZenohError::NoLocator => {
@@ -240,7 +240,7 @@ impl Endpoint {
                 self.was_refused.store(false, Ordering::Relaxed);
                 ConnectError::Unavailable(source.to_string())
             }
-            ZenohError::NoWord | ZenohError::NoAnswer { .. } => ConnectError::Unavailable(error.to_string()),
+            ZenohError::LivelinessTimeout { .. } | ZenohError::NoAnswer { .. } => ConnectError::Unavailable(error.to_string()),
             error => ConnectError::Failed(failed(error)),
         }
     }

@@ -12,7 +12,7 @@ use std::{
 use chiral_proto::{
     ActionChunk, Code, EncodeError, Fault, Frame, Message, Notice, Observation, Reply, Request, StepResult,
     TransportError, ValueMap,
-    codec::msgpack::{self, Decoded},
+    codec::msgpack::{self, TimedMessage},
     message::{ActionMessage, Subscribe},
 };
 use tokio::{
@@ -130,12 +130,12 @@ impl Wire for LegacyWire {
 
     fn receive(&self, _connection: &Connection, frame: Frame) -> Result<()> {
         let (kind, outcome) = match msgpack::decode(frame) {
-            Ok(Decoded { message: Message::Reply { mut reply, .. }, capture_times }) => {
+            Ok(TimedMessage { message: Message::Reply { mut reply, .. }, capture_times }) => {
                 let episode = self.core.state().episode;
                 lock(&self.known).number(&mut reply, episode, capture_times);
                 (Kind::of_reply(&reply), Ok(reply))
             }
-            Ok(Decoded { message: Message::Unknown { .. }, .. }) => {
+            Ok(TimedMessage { message: Message::Unknown { .. }, .. }) => {
                 tracing::debug!("ignored a message of a type that is unknown to this client");
                 return Ok(());
             }
@@ -248,7 +248,7 @@ impl LegacyWire {
                 let reason = "unsubscribed".to_owned();
                 self.complete_locally(RequestKind::Unsubscribe, Reply::StreamEnd { reason })
             }
-            Request::Hello(_) => Err(EncodeError::NoWords { what: "a hello" }.into()),
+            Request::Hello(_) => Err(EncodeError::Unsupported { wire: msgpack::NAME, what: "a hello" }.into()),
         }
     }
 
