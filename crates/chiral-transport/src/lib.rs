@@ -8,6 +8,7 @@
 mod clock;
 mod host_name;
 mod liveness;
+mod lock;
 mod pacing;
 mod runtime;
 #[cfg(feature = "websocket")]
@@ -20,6 +21,7 @@ pub mod zenoh;
 pub use clock::monotonic;
 pub use host_name::host_name;
 pub use liveness::IdleTimeout;
+pub use lock::lock;
 pub use pacing::Pacing;
 pub use runtime::Runtime;
 #[cfg(feature = "websocket")]
@@ -27,9 +29,3 @@ pub use websocket::{Role, WebSocketOptions, WebSocketTransport};
 
 /// The subprotocol that means the protobuf codec.
 pub const SUBPROTOCOL: &str = "chiral.v1";
-
-/// Locks a mutex. A panic of another holder does not poison it: nothing that is kept behind a lock here is
-/// inconsistent between two statements.
-pub fn lock<T>(mutex: &std::sync::Mutex<T>) -> std::sync::MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
-}

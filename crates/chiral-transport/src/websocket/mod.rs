@@ -1,7 +1,9 @@
 //! A WebSocket after its opening handshake, as a transport.
 
+mod frame;
 mod reader;
 mod transport;
 mod writer;
 
-pub use transport::{Role, WebSocketOptions, WebSocketTransport};
+pub use frame::{Role, WebSocketOptions};
+pub use transport::WebSocketTransport;

@@ -7,10 +7,7 @@ use bytes::Bytes;
 use chiral_proto::{Frame, TransportError, pool::Pool};
 use tokio::io::{AsyncRead, AsyncReadExt};
 
-use super::{
-    transport::{Opcode, Role, WebSocketOptions},
-    writer::apply_mask,
-};
+use super::frame::{MAX_CONTROL, Opcode, Role, WebSocketOptions, apply_mask};
 use crate::{liveness::IdleTimeout, pacing::Pacing};
 
 /// Read ahead at most so much, so that small messages take one read and large ones little copying.
@@ -19,12 +16,9 @@ const READ_AHEAD: usize = 8 * 1024;
 const SMALL: usize = 4 * 1024;
 /// A message of at most so many fragments is taken: 64 MB of 4 KiB each.
 const MAX_FRAGMENTS: usize = 16 * 1024;
-/// The longest control frame (section 5.5).
-const MAX_CONTROL: usize = 125;
-
 /// What the other side said.
 #[derive(Debug)]
-pub(crate) enum Event {
+pub(super) enum Event {
     /// A binary message: one segment for each of its fragments.
     Message(Frame),
     Ping(Bytes),
@@ -34,7 +28,7 @@ pub(crate) enum Event {
 
 /// The reading half of a socket. Whoever drops a read half done may only close the stream afterwards.
 #[derive(Debug)]
-pub(crate) struct Reader<R> {
+pub(super) struct Reader<R> {
     stream: R,
     role: Role,
     max_message: usize,
@@ -59,7 +53,7 @@ struct Header {
 
 impl<R: AsyncRead + Unpin> Reader<R> {
     /// A reader whose first bytes are those that the handshake has read too many.
-    pub(crate) fn new(
+    pub(super) fn new(
         stream: R,
         read_already: &[u8],
         options: &WebSocketOptions,
@@ -83,7 +77,7 @@ impl<R: AsyncRead + Unpin> Reader<R> {
     }
 
     /// The next message or control frame, which may lie between the fragments of a message.
-    pub(crate) async fn next(&mut self) -> Result<Event, TransportError> {
+    pub(super) async fn next(&mut self) -> Result<Event, TransportError> {
         loop {
             let header = self.header().await?;
             let payload = self.payload(&header).await.map_err(TransportError::lost)?;
@@ -110,7 +104,7 @@ impl<R: AsyncRead + Unpin> Reader<R> {
     }
 
     /// Reads to the end of the stream, whatever comes.
-    pub(crate) async fn drain(&mut self) {
+    pub(super) async fn drain(&mut self) {
         while self.stream.read(&mut self.ahead).await.is_ok_and(|read| read > 0) {}
     }
 

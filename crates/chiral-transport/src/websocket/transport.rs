@@ -1,14 +1,10 @@
 //! A WebSocket after its handshake, as a transport: one task reads, one writes, and neither waits for the
 //! other.
 
-use std::{
-    pin::pin,
-    sync::{Mutex as StdMutex, PoisonError},
-    time::Duration,
-};
+use std::{pin::pin, sync::Mutex as StdMutex, time::Duration};
 
 use bytes::{BufMut, Bytes, BytesMut};
-use chiral_proto::{Code, Codec, Fault, Frame, Transport, TransportError, pool::Pool};
+use chiral_proto::{Code, Codec, Fault, Frame, Transport, TransportError};
 use tokio::{
     io::{AsyncRead, AsyncWrite, ReadHalf, WriteHalf},
     sync::Mutex,
@@ -16,66 +12,20 @@ use tokio::{
 };
 
 use super::{
+    frame::{MAX_CONTROL, Opcode, WebSocketOptions},
     reader::{Event, Reader},
     writer::Writer,
 };
-use crate::{liveness::IdleTimeout, pacing::Pacing};
+use crate::{liveness::IdleTimeout, lock::lock};
 
 /// "Normal closure" (RFC 6455, section 7.4.1).
 const NORMAL_CLOSURE: u16 = 1000;
 /// "Going away".
 const GOING_AWAY: u16 = 1001;
 /// The longest reason that a close frame has room for, beside its code (section 5.5).
-const MAX_REASON: usize = 123;
+const MAX_REASON: usize = MAX_CONTROL - 2;
 /// How long nothing arrives before a ping, unless a quarter of the idle timeout is shorter.
 const PING_PERIOD: Duration = Duration::from_secs(1);
-
-/// Which end of the connection this is.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Role {
-    /// Masks what it says.
-    Client,
-    /// Takes only what is masked.
-    Server,
-}
-
-/// Kinds of frames (RFC 6455, section 5.2).
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Opcode {
-    Continuation = 0x0,
-    Binary = 0x2,
-    Close = 0x8,
-    Ping = 0x9,
-    Pong = 0xa,
-}
-
-impl Opcode {
-    pub(crate) fn is_control(self) -> bool {
-        matches!(self, Opcode::Close | Opcode::Ping | Opcode::Pong)
-    }
-}
-
-/// What a connection is, as its handshake left it.
-#[derive(Clone, Debug)]
-pub struct WebSocketOptions {
-    /// Which end this is.
-    pub role: Role,
-    /// Larger messages are refused, in bytes.
-    pub max_message: usize,
-    /// Where the memory of large messages comes from.
-    pub pool: Pool,
-    /// Whether its large messages give way to actions.
-    pub pacing: Pacing,
-    /// What was agreed with the peer.
-    pub codec: Codec,
-    /// The peer's name for the log, such as its address.
-    pub peer: String,
-    /// For how long nothing may arrive: the limit of [`WebSocketTransport::idle_timeout`].
-    pub idle_timeout: Duration,
-    /// Whether to ping a peer from which nothing arrives, for peers that may rightly have nothing to send.
-    /// What such a peer takes of a large message counts as an arrival, since no ping can overtake it.
-    pub pings: bool,
-}
 
 /// Frames as binary messages over one byte stream, whose opening handshake is done.
 #[derive(Debug)]
@@ -145,7 +95,7 @@ impl<S: AsyncRead + AsyncWrite> WebSocketTransport<S> {
     }
 
     fn next_owed(&self) -> Option<(Opcode, Bytes)> {
-        let mut owed = self.owed.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut owed = lock(&self.owed);
         if let Some(payload) = owed.pong.take() {
             return Some((Opcode::Pong, payload));
         }
@@ -156,7 +106,7 @@ impl<S: AsyncRead + AsyncWrite> WebSocketTransport<S> {
     }
 
     fn owe(&self, change: impl FnOnce(&mut PendingRequests)) {
-        change(&mut self.owed.lock().unwrap_or_else(PoisonError::into_inner));
+        change(&mut lock(&self.owed));
     }
 
     /// Writes what is owed, unless somebody else holds the writer, who then does it.
@@ -174,7 +124,7 @@ impl<S: AsyncRead + AsyncWrite> WebSocketTransport<S> {
     }
 
     fn owes(&self) -> bool {
-        let owed = self.owed.lock().unwrap_or_else(PoisonError::into_inner);
+        let owed = lock(&self.owed);
         owed.pong.is_some() || owed.ping || owed.close.is_some()
     }
 }

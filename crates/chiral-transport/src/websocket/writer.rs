@@ -11,23 +11,19 @@ use std::{
 use bytes::Bytes;
 use tokio::io::{AsyncWrite, AsyncWriteExt};
 
-use super::transport::{Opcode, Role};
+use super::frame::{Opcode, Role, apply_mask, encode_header};
 use crate::{
     liveness::IdleTimeout,
     pacing::{Pacing, Pieces},
 };
 
-const FIN: u8 = 0x80;
-const MASKED: u8 = 0x80;
-/// The longest header there is: two bytes, a length of eight, a mask of four.
-const MAX_HEADER: usize = 14;
 /// A write is handed to the kernel in as many segments at once.
 const MAX_SLICES: usize = 32;
 
 /// The writing half of a socket. After a write was dropped half done nothing more is written, since nobody
 /// could make sense of it.
 #[derive(Debug)]
-pub(crate) struct Writer<W> {
+pub(super) struct Writer<W> {
     stream: W,
     masks: Option<Masks>,
     pacing: Pacing,
@@ -45,7 +41,7 @@ struct Masks {
 }
 
 impl<W: AsyncWrite + Unpin> Writer<W> {
-    pub(crate) fn new(stream: W, role: Role, pacing: Pacing, progress: Option<IdleTimeout>) -> Writer<W> {
+    pub(super) fn new(stream: W, role: Role, pacing: Pacing, progress: Option<IdleTimeout>) -> Writer<W> {
         let masks = match role {
             Role::Client => Some(Masks { secret: RandomState::new(), count: 0 }),
             Role::Server => None,
@@ -54,7 +50,7 @@ impl<W: AsyncWrite + Unpin> Writer<W> {
     }
 
     /// Writes one binary message, unfragmented.
-    pub(crate) async fn message(&mut self, segments: &[Bytes]) -> io::Result<()> {
+    pub(super) async fn message(&mut self, segments: &[Bytes]) -> io::Result<()> {
         self.begin()?;
         let len = segments.iter().map(Bytes::len).sum();
         match &mut self.masks {
@@ -64,7 +60,7 @@ impl<W: AsyncWrite + Unpin> Writer<W> {
                 self.stream.write_all(&frame).await?;
             }
             None => {
-                let (header, header_len) = header(Opcode::Binary, len, 0);
+                let (header, header_len) = encode_header(Opcode::Binary, len, false);
                 let mut slices = Vec::with_capacity(1 + segments.len());
                 slices.push(IoSlice::new(&header[..header_len]));
                 slices.extend(segments.iter().map(|segment| IoSlice::new(segment)));
@@ -81,13 +77,13 @@ impl<W: AsyncWrite + Unpin> Writer<W> {
     }
 
     /// Writes a ping, pong or close; `payload` is at most 125 bytes.
-    pub(crate) async fn control(&mut self, opcode: Opcode, payload: &Bytes) -> io::Result<()> {
+    pub(super) async fn control(&mut self, opcode: Opcode, payload: &Bytes) -> io::Result<()> {
         self.begin()?;
         let mask = self.masks.as_mut().map(Masks::next);
         let frame = match mask {
             Some(mask) => masked(opcode, payload.len(), std::slice::from_ref(payload), mask),
             None => {
-                let (header, header_len) = header(opcode, payload.len(), 0);
+                let (header, header_len) = encode_header(opcode, payload.len(), false);
                 [&header[..header_len], payload].concat()
             }
         };
@@ -113,7 +109,7 @@ impl<W: AsyncWrite + Unpin> Writer<W> {
     }
 
     /// Ends the stream.
-    pub(crate) async fn shutdown(&mut self) -> io::Result<()> {
+    pub(super) async fn shutdown(&mut self) -> io::Result<()> {
         self.stream.shutdown().await
     }
 }
@@ -126,32 +122,8 @@ impl Masks {
     }
 }
 
-/// The header of a final frame, and its length.
-fn header(opcode: Opcode, len: usize, masked: u8) -> ([u8; MAX_HEADER], usize) {
-    let mut header = [0; MAX_HEADER];
-    header[0] = FIN | opcode as u8;
-    let end = match len {
-        0..=125 => {
-            header[1] = len as u8;
-            2
-        }
-        126..=0xffff => {
-            header[1] = 126;
-            header[2..4].copy_from_slice(&(len as u16).to_be_bytes());
-            4
-        }
-        _ => {
-            header[1] = 127;
-            header[2..10].copy_from_slice(&(len as u64).to_be_bytes());
-            10
-        }
-    };
-    header[1] |= masked;
-    (header, end)
-}
-
 fn masked(opcode: Opcode, len: usize, segments: &[Bytes], mask: [u8; 4]) -> Vec<u8> {
-    let (header, header_len) = header(opcode, len, MASKED);
+    let (header, header_len) = encode_header(opcode, len, true);
     let mut frame = Vec::with_capacity(header_len + mask.len() + len);
     frame.extend_from_slice(&header[..header_len]);
     frame.extend_from_slice(&mask);
@@ -161,18 +133,6 @@ fn masked(opcode: Opcode, len: usize, segments: &[Bytes], mask: [u8; 4]) -> Vec<
     }
     apply_mask(&mut frame[begin..], mask);
     frame
-}
-
-/// Masks, and unmasks (section 5.3).
-pub(crate) fn apply_mask(data: &mut [u8], mask: [u8; 4]) {
-    let (words, rest) = data.as_chunks_mut::<8>();
-    let wide = u64::from_ne_bytes([mask[0], mask[1], mask[2], mask[3], mask[0], mask[1], mask[2], mask[3]]);
-    for word in words {
-        *word = (u64::from_ne_bytes(*word) ^ wide).to_ne_bytes();
-    }
-    for (byte, key) in rest.iter_mut().zip(mask.into_iter().cycle()) {
-        *byte ^= key;
-    }
 }
 
 async fn write_all_vectored(

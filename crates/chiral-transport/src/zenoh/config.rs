@@ -1,14 +1,17 @@
 //! What a Zenoh session is told: what its configuration file says, if there is one; else Zenoh's defaults,
 //! but for those that would not do.
 
-use std::{fs, path::Path};
+use std::{
+    fs,
+    path::{Path, PathBuf},
+};
 
 use serde_json::Value;
 use zenoh::Config;
 
 use super::{
+    error::{ZenohError, cause, failed},
     reassembly::WINDOW,
-    session::{ZenohError, ZenohSessionOptions, cause, failed},
 };
 
 /// A neighbour from which nothing comes for so long is lost, in milliseconds; a sign of life is sent four
@@ -34,6 +37,36 @@ pub(super) const OPEN_MS: u32 = 3_000;
 const LISTEN: &str = "listen/endpoints";
 const CONNECT: &str = "connect/endpoints";
 const MULTICAST: &str = "scouting/multicast/enabled";
+
+/// How a network is joined: by Zenoh locators such as `tcp/0.0.0.0:7447`.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ZenohSessionOptions {
+    /// Where others are let in. Without any this is a client of the network, which passes on nothing for
+    /// others.
+    pub listen: Vec<String>,
+    /// Whom to connect to: all of them, or at least one for a client.
+    pub connect: Vec<String>,
+    /// A configuration file of Zenoh's. What it says stands, and the locators are added to its own.
+    pub config: Option<PathBuf>,
+    /// Whether those who search by multicast are answered, by one who listens. The file's word on multicast
+    /// goes before it.
+    pub discovery: bool,
+    /// Whether memory is shared with other processes of this host, if the file does not forbid it.
+    pub shared_memory: bool,
+}
+
+impl Default for ZenohSessionOptions {
+    /// Nowhere yet, not to be found, with shared memory.
+    fn default() -> ZenohSessionOptions {
+        ZenohSessionOptions {
+            listen: Vec::new(),
+            connect: Vec::new(),
+            config: None,
+            discovery: false,
+            shared_memory: true,
+        }
+    }
+}
 
 /// What a configuration is for.
 #[derive(Clone, Copy, Debug)]
@@ -226,7 +259,7 @@ fn line(said: &str) -> Option<u32> {
 
 #[cfg(test)]
 mod tests {
-    use std::{env, path::PathBuf, process};
+    use std::{env, process};
 
     use super::*;
 

@@ -28,9 +28,10 @@ use zenoh::{
 };
 
 use super::{
+    error::{ZenohError, cause, failed},
     reassembly::{SMALL, cost, gathered},
-    session::{ZenohError, ZenohSession, cause, failed},
-    transport::give_way,
+    session::ZenohSession,
+    thread::give_way,
 };
 
 /// What was dropped is told so often at most.

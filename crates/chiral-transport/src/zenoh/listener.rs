@@ -11,10 +11,11 @@ use zenoh::{
     query::{Query, Queryable},
 };
 
-use crate::host_name;
+use crate::host_name::host_name;
 
 use super::{
-    session::{LOOK_LIMIT, ZenohError, ZenohSession, failed},
+    error::{ZenohError, failed},
+    session::{LOOK_LIMIT, ZenohSession},
     transport::{LaneKind, ZenohOptions, ZenohTransport},
 };
 

@@ -5,19 +5,25 @@
 //! where Zenoh panics on a runtime of one thread.
 
 mod config;
+mod error;
 mod legacy;
 mod listener;
+mod on_sample;
 mod packet;
+mod publisher;
 mod reassembly;
 mod scout;
 mod send_queue;
 mod session;
 mod shm;
+mod thread;
 mod transport;
 
+pub use config::ZenohSessionOptions;
+pub use error::ZenohError;
 pub use legacy::LegacyTransport;
 pub use listener::ZenohListener;
 pub use scout::{Scout, ScoutedRobot};
-pub use session::{ZenohError, ZenohSession, ZenohSessionOptions};
+pub use session::ZenohSession;
 pub use shm::{SharedMemory, SharedMemoryCounts};
 pub use transport::{LaneKind, ZenohOptions, ZenohTransport};

@@ -10,8 +10,10 @@ use tokio::{
 use zenoh::{Wait, config::WhatAmI, scouting::Hello};
 
 use super::{
-    config::{Purpose, configure},
-    session::{ZenohError, ZenohSession, ZenohSessionOptions, failed, on_thread},
+    config::{Purpose, ZenohSessionOptions, configure},
+    error::{ZenohError, failed},
+    session::ZenohSession,
+    thread::on_thread,
 };
 
 /// Where a robot of this very host lets others in unless it was told otherwise; found even where there is no

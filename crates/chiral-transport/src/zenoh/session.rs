@@ -2,23 +2,22 @@
 //! tokio runtime of one thread.
 
 use std::{
-    error::Error,
-    io,
     mem::ManuallyDrop,
     net::{TcpStream, ToSocketAddrs},
-    path::PathBuf,
     sync::{Arc, Once},
     thread,
     time::{Duration, Instant},
 };
 
 use chiral_proto::keys;
-use tokio::{sync::oneshot, time::timeout};
+use tokio::time::timeout;
 use zenoh::{Session, Wait, shm::ShmClientStorage};
 
 use super::{
-    config::{Configured, OPEN_MS, Purpose, configure},
+    config::{Configured, OPEN_MS, Purpose, ZenohSessionOptions, configure},
+    error::{Cause, ZenohError, cause, failed},
     shm::is_to_be_had,
+    thread::on_thread,
 };
 
 /// For all of opening: names, connection, handshake.
@@ -35,118 +34,6 @@ const GLANCE_LIMIT: Duration = Duration::from_millis(500);
 const UNSOUND: &str = "tls/";
 /// It was said, since attempts to connect are many.
 static WARNED: Once = Once::new();
-
-/// How a network is joined: by Zenoh locators such as `tcp/0.0.0.0:7447`.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct ZenohSessionOptions {
-    /// Where others are let in. Without any this is a client of the network, which passes on nothing for
-    /// others.
-    pub listen: Vec<String>,
-    /// Whom to connect to: all of them, or at least one for a client.
-    pub connect: Vec<String>,
-    /// A configuration file of Zenoh's. What it says stands, and the locators are added to its own.
-    pub config: Option<PathBuf>,
-    /// Whether those who search by multicast are answered, by one who listens. The file's word on multicast
-    /// goes before it.
-    pub discovery: bool,
-    /// Whether memory is shared with other processes of this host, if the file does not forbid it.
-    pub shared_memory: bool,
-}
-
-impl Default for ZenohSessionOptions {
-    /// Nowhere yet, not to be found, with shared memory.
-    fn default() -> ZenohSessionOptions {
-        ZenohSessionOptions {
-            listen: Vec::new(),
-            connect: Vec::new(),
-            config: None,
-            discovery: false,
-            shared_memory: true,
-        }
-    }
-}
-
-/// Why nobody can be met on a network.
-#[derive(Debug, thiserror::Error)]
-#[non_exhaustive]
-pub enum ZenohError {
-    /// The locators are none.
-    #[error("expected Zenoh locators such as tcp/localhost:7447, found {locators:?}")]
-    Locator {
-        /// All of them.
-        locators: Vec<String>,
-        /// What Zenoh says of them.
-        #[source]
-        source: Cause,
-    },
-    /// The configuration file cannot be used.
-    #[error("the Zenoh configuration {}: {problem}", file.display())]
-    Config {
-        /// The file.
-        file: PathBuf,
-        /// What is wrong with it.
-        problem: String,
-    },
-    /// There is nothing by which a network could be reached.
-    #[error("expected a Zenoh locator to listen at or to connect to, found none")]
-    NoLocator,
-    /// Somebody listens, but there is no Zenoh session with him.
-    #[error(
-        "not let into the Zenoh network at {locators:?}: expected who listens there to take our user and password, our certificate and our kind of \
-         connection, and us to trust his; he does not say what it fails at, but a log of Zenoh's may"
-    )]
-    NotLetIn {
-        /// All of them.
-        locators: Vec<String>,
-    },
-    /// Nobody is there to connect to, or the address to listen on cannot be had.
-    #[error("no Zenoh network at {locators:?}")]
-    Open {
-        /// All of them.
-        locators: Vec<String>,
-        /// What Zenoh says of it.
-        #[source]
-        source: Cause,
-    },
-    /// There is no thread to be had.
-    #[error("cannot start a thread")]
-    Thread(#[source] io::Error),
-    /// A robot of this name is on the network.
-    #[error(
-        "a robot named {robot:?} is alive on this network (server {server}): expected a name of its own for every robot"
-    )]
-    NameTaken {
-        /// The name.
-        robot: String,
-        /// Its server: the Zenoh id, and the host.
-        server: String,
-    },
-    /// The network did not say in time who is alive on it.
-    #[error("no word on who is alive on the network within {} s: it is busy, or lost, or does not let us ask", LOOK_LIMIT.as_secs_f64())]
-    NoWord,
-    /// The robot's server did not answer.
-    #[error("no answer from robot {robot:?} within {} s", waited.as_secs_f64())]
-    NoAnswer {
-        /// The robot's name.
-        robot: String,
-        /// How long was waited.
-        waited: Duration,
-    },
-    /// The robot's server takes no connection.
-    #[error("robot {robot:?} takes no connection: {reason}")]
-    Refused {
-        /// The robot's name.
-        robot: String,
-        /// What it says.
-        reason: String,
-    },
-    /// Zenoh does not do what it should.
-    #[error("the Zenoh session failed")]
-    Failed(#[source] Cause),
-}
-
-/// Whatever Zenoh says.
-type Cause = Box<dyn Error + Send + Sync>;
 
 /// A member of a Zenoh network. A clone is the same member; it leaves when the last one is dropped.
 #[derive(Clone, Debug)]
@@ -244,7 +131,7 @@ impl ZenohSession {
         let mut robots = Vec::new();
         while let Ok(reply) = replies.recv_async().await {
             // A time-out's: who was heard so far may not be all.
-            let sample = reply.result().map_err(|_| ZenohError::NoWord)?;
+            let sample = reply.result().map_err(|_| ZenohError::NoWord { waited: LOOK_LIMIT })?;
             let found = keys::robot_and_server(sample.key_expr().as_str());
             robots.extend(found.map(|(robot, server)| (robot.to_owned(), server.to_owned())));
         }
@@ -282,53 +169,5 @@ fn is_heard(locator: &str) -> bool {
         #[cfg(unix)]
         "unixsock-stream" => std::os::unix::net::UnixStream::connect(address).is_ok(),
         _ => false,
-    }
-}
-
-/// Runs what Zenoh does not do within a runtime.
-pub(super) fn on_thread<T: Send + 'static>(
-    call: impl FnOnce() -> T + Send + 'static,
-) -> Result<oneshot::Receiver<T>, ZenohError> {
-    let (done, waiting) = oneshot::channel();
-    let run = move || drop(done.send(call()));
-    thread::Builder::new().name("chiral-zenoh".to_owned()).spawn(run).map_err(ZenohError::Thread)?;
-    Ok(waiting)
-}
-
-pub(super) fn failed(error: zenoh::Error) -> ZenohError {
-    ZenohError::Failed(cause(&error))
-}
-
-/// What Zenoh says, without the places in its sources, which are paths of the machine that it was built on.
-pub(super) fn cause(error: &zenoh::Error) -> Cause {
-    let text = error.to_string();
-    let mut parts = text.split(" at ");
-    let mut plain = parts.next().unwrap_or_default().trim_end().to_owned();
-    for part in parts {
-        let (place, rest) = part.split_at(part.find(' ').unwrap_or(part.len()));
-        if !place.contains(".rs:") {
-            plain.push_str(" at ");
-            plain.push_str(place);
-        }
-        plain.push_str(rest);
-    }
-    plain.into()
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn places_in_sources_are_left_out() {
-        let cases = [
-            ("no link", "no link"),
-            ("no link!  at /a/b.rs:44.", "no link!"),
-            ("no link: [refused at /a/b.rs:1.] at /c.rs:3. at /d.rs:2.", "no link: [refused"),
-            ("looked at length at noon", "looked at length at noon"),
-        ];
-        for (text, expected) in cases {
-            assert_eq!(cause(&text.into()).to_string(), expected);
-        }
     }
 }

@@ -26,8 +26,8 @@ use zenoh::{
     shm::{AllocAlignment, PosixShmProviderBackend, ShmProvider, ShmProviderBuilder, ZShm, ZShmMut},
 };
 
-use super::session::cause;
-use crate::lock;
+use super::error::cause;
+use crate::lock::lock;
 
 /// Segments up to this size are copied, wherever they lie.
 const SMALL: usize = 4 * 1024;
