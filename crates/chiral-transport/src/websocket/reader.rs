@@ -81,7 +81,6 @@ impl<R: AsyncRead + Unpin> Reader<R> {
         loop {
             let header = self.header().await?;
             let payload = self.payload(&header).await.map_err(TransportError::lost)?;
-            self.idle.record();
             match header.opcode {
                 Opcode::Ping => return Ok(Event::Ping(payload)),
                 Opcode::Pong => return Ok(Event::Pong),
@@ -105,7 +104,7 @@ impl<R: AsyncRead + Unpin> Reader<R> {
 
     /// Reads to the end of the stream, whatever comes.
     pub(super) async fn drain(&mut self) {
-        while self.stream.read(&mut self.ahead).await.is_ok_and(|read| read > 0) {}
+        while read(&mut self.stream, &mut self.ahead, &self.idle).await.is_ok_and(|read| read > 0) {}
     }
 
     async fn header(&mut self) -> Result<Header, TransportError> {
@@ -178,12 +177,10 @@ impl<R: AsyncRead + Unpin> Reader<R> {
             }
             let mut rest = piece;
             while !rest.is_empty() {
-                let read = self.stream.read(rest).await?;
+                let read = read(&mut self.stream, rest, &self.idle).await?;
                 if read == 0 {
                     return Err(io::ErrorKind::UnexpectedEof.into());
                 }
-                // However slowly it comes.
-                self.idle.record();
                 rest = &mut rest[read..];
             }
         }
@@ -198,7 +195,8 @@ impl<R: AsyncRead + Unpin> Reader<R> {
         while self.end - self.begin < N {
             self.ahead.copy_within(self.begin..self.end, 0);
             (self.begin, self.end) = (0, self.end - self.begin);
-            match self.stream.read(&mut self.ahead[self.end..]).await.map_err(TransportError::lost)? {
+            let read = read(&mut self.stream, &mut self.ahead[self.end..], &self.idle).await;
+            match read.map_err(TransportError::lost)? {
                 0 => return Err(TransportError::lost("the other side closed the connection without a word")),
                 read => self.end += read,
             }
@@ -208,6 +206,19 @@ impl<R: AsyncRead + Unpin> Reader<R> {
         self.begin += N;
         Ok(bytes)
     }
+}
+
+/// Reads some bytes, and records that they arrived, however few. Returns 0 at the end of the stream.
+async fn read(
+    stream: &mut (impl AsyncRead + Unpin),
+    buffer: &mut [u8],
+    idle: &IdleTimeout,
+) -> io::Result<usize> {
+    let read = stream.read(buffer).await?;
+    if read > 0 {
+        idle.record();
+    }
+    Ok(read)
 }
 
 fn violation(expected: &'static str, found: impl Into<String>) -> TransportError {
