@@ -19,54 +19,58 @@ use std::{
 /// whoever waits for it. While nobody acts there is nobody to wait, and pieces only cost.
 #[derive(Clone, Debug)]
 pub struct Pacing {
-    began: Instant,
+    started: Instant,
     /// Nanoseconds from then until it is not asked for any more.
-    until: Arc<AtomicU64>,
+    until_ns: Arc<AtomicU64>,
 }
 
 impl Default for Pacing {
     fn default() -> Pacing {
-        Pacing { began: Instant::now(), until: Arc::default() }
+        Pacing { started: Instant::now(), until_ns: Arc::default() }
     }
 }
 
 impl Pacing {
     /// For so long it is granted each time.
-    const PERIOD: Duration = Duration::from_secs(1);
+    const ACTIVE_PERIOD: Duration = Duration::from_secs(1);
     /// Bytes that are copied in one call.
-    const PIECE: usize = 1024 * 1024;
+    const MAX_COPY_BYTES: usize = 1024 * 1024;
     /// To programs that compute without end a message gives way only once or twice, or it would hardly ever
     /// arrive.
-    const MOST: Duration = Duration::from_millis(2);
+    const MAX_YIELD: Duration = Duration::from_millis(2);
 
     /// An action is on its way.
-    pub fn ask(&self) {
-        self.until.store((self.began.elapsed() + Self::PERIOD).as_nanos() as u64, Ordering::Relaxed);
+    pub fn note_action(&self) {
+        self.until_ns
+            .store((self.started.elapsed() + Self::ACTIVE_PERIOD).as_nanos() as u64, Ordering::Relaxed);
     }
 
     /// How the next message is to be copied.
-    pub(crate) fn pieces(&self) -> Pieces {
-        let is_asked_for = self.began.elapsed().as_nanos() < u128::from(self.until.load(Ordering::Relaxed));
-        Pieces { size: if is_asked_for { Self::PIECE } else { usize::MAX }, left: Self::MOST }
+    pub(crate) fn for_message(&self) -> MessagePacing {
+        let is_active = self.started.elapsed().as_nanos() < u128::from(self.until_ns.load(Ordering::Relaxed));
+        MessagePacing {
+            max_copy: if is_active { Self::MAX_COPY_BYTES } else { usize::MAX },
+            yield_left: Self::MAX_YIELD,
+        }
     }
 }
 
 /// One message's pieces.
 #[derive(Debug)]
-pub(crate) struct Pieces {
+pub(crate) struct MessagePacing {
     /// In bytes.
-    pub(crate) size: usize,
+    pub(crate) max_copy: usize,
     /// What is left of the time that the message gives to others.
-    left: Duration,
+    yield_left: Duration,
 }
 
-impl Pieces {
+impl MessagePacing {
     /// Between two pieces.
-    pub(crate) fn give_way(&mut self) {
-        if !self.left.is_zero() {
+    pub(crate) fn yield_core(&mut self) {
+        if !self.yield_left.is_zero() {
             let began = Instant::now();
             thread::yield_now();
-            self.left = self.left.saturating_sub(began.elapsed());
+            self.yield_left = self.yield_left.saturating_sub(began.elapsed());
         }
     }
 }
@@ -76,10 +80,10 @@ mod tests {
     use super::*;
 
     #[test]
-    fn messages_come_in_pieces_while_it_is_asked_for() {
+    fn copies_are_limited_while_actions_flow() {
         let pacing = Pacing::default();
-        assert_eq!(pacing.pieces().size, usize::MAX);
-        pacing.clone().ask();
-        assert_eq!(pacing.pieces().size, Pacing::PIECE);
+        assert_eq!(pacing.for_message().max_copy, usize::MAX);
+        pacing.clone().note_action();
+        assert_eq!(pacing.for_message().max_copy, Pacing::MAX_COPY_BYTES);
     }
 }

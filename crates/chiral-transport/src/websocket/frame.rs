@@ -7,7 +7,7 @@ use chiral_proto::{Codec, pool::Pool};
 use crate::pacing::Pacing;
 
 /// The longest control frame (section 5.5).
-pub(super) const MAX_CONTROL: usize = 125;
+pub(super) const MAX_CONTROL_PAYLOAD: usize = 125;
 
 const FIN: u8 = 0x80;
 const MASKED: u8 = 0x80;

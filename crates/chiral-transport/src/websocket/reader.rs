@@ -7,13 +7,13 @@ use bytes::Bytes;
 use chiral_proto::{Frame, TransportError, pool::Pool};
 use tokio::io::{AsyncRead, AsyncReadExt};
 
-use super::frame::{MAX_CONTROL, Opcode, Role, WebSocketOptions, apply_mask};
+use super::frame::{MAX_CONTROL_PAYLOAD, Opcode, Role, WebSocketOptions, apply_mask};
 use crate::{liveness::IdleTimeout, pacing::Pacing};
 
 /// Read ahead at most so much, so that small messages take one read and large ones little copying.
-const READ_AHEAD: usize = 8 * 1024;
+const READ_AHEAD_BYTES: usize = 8 * 1024;
 /// Messages up to this size are not worth the pool's memory.
-const SMALL: usize = 4 * 1024;
+const MAX_UNPOOLED: usize = 4 * 1024;
 /// A message of at most so many fragments is taken: 64 MB of 4 KiB each.
 const MAX_FRAGMENTS: usize = 16 * 1024;
 /// What the other side said.
@@ -37,8 +37,8 @@ pub(super) struct Reader<R> {
     idle: IdleTimeout,
     ahead: Box<[u8]>,
     /// What was read ahead and not yet taken.
-    begin: usize,
-    end: usize,
+    ahead_start: usize,
+    ahead_end: usize,
     /// The fragments of a message whose last has not come.
     fragments: Option<Vec<Bytes>>,
 }
@@ -60,7 +60,7 @@ impl<R: AsyncRead + Unpin> Reader<R> {
         idle: IdleTimeout,
     ) -> Reader<R> {
         let WebSocketOptions { role, max_message, pool, pacing, .. } = options.clone();
-        let mut ahead = vec![0; READ_AHEAD.max(read_already.len())];
+        let mut ahead = vec![0; READ_AHEAD_BYTES.max(read_already.len())];
         ahead[..read_already.len()].copy_from_slice(read_already);
         Reader {
             stream,
@@ -70,8 +70,8 @@ impl<R: AsyncRead + Unpin> Reader<R> {
             pacing,
             idle,
             ahead: ahead.into(),
-            begin: 0,
-            end: read_already.len(),
+            ahead_start: 0,
+            ahead_end: read_already.len(),
             fragments: None,
         }
     }
@@ -108,22 +108,25 @@ impl<R: AsyncRead + Unpin> Reader<R> {
     }
 
     async fn header(&mut self) -> Result<Header, TransportError> {
-        let [first, second] = self.take().await?;
+        let [first, second] = self.header_bytes().await?;
         if first & 0x70 != 0 {
             return Err(violation("no extension", "reserved bits"));
         }
         let is_final = first & 0x80 != 0;
         let opcode = self.opcode(first & 0x0f, is_final)?;
         let len = match second & 0x7f {
-            126 => u64::from(u16::from_be_bytes(self.take().await?)),
-            127 => u64::from_be_bytes(self.take().await?),
+            126 => u64::from(u16::from_be_bytes(self.header_bytes().await?)),
+            127 => u64::from_be_bytes(self.header_bytes().await?),
             len => u64::from(len),
         };
-        let so_far: usize = self.fragments.iter().flatten().map(Bytes::len).sum();
-        let limit =
-            if opcode.is_control() { MAX_CONTROL } else { self.max_message - so_far.min(self.max_message) };
+        let received: usize = self.fragments.iter().flatten().map(Bytes::len).sum();
+        let limit = if opcode.is_control() {
+            MAX_CONTROL_PAYLOAD
+        } else {
+            self.max_message - received.min(self.max_message)
+        };
         let len = usize::try_from(len).ok().filter(|len| *len <= limit).ok_or_else(|| {
-            let found = format!("{} bytes", len.saturating_add(so_far as u64));
+            let found = format!("{} bytes", len.saturating_add(received as u64));
             let expected = if opcode.is_control() {
                 "control frames of at most 125 bytes"
             } else {
@@ -132,7 +135,7 @@ impl<R: AsyncRead + Unpin> Reader<R> {
             violation(expected, found)
         })?;
         let mask = match (self.role, second & 0x80 != 0) {
-            (Role::Server, true) => Some(self.take().await?),
+            (Role::Server, true) => Some(self.header_bytes().await?),
             (Role::Client, false) => None,
             (Role::Server, false) => return Err(violation("masked frames from a client", "one that is not")),
             (Role::Client, true) => return Err(violation("unmasked frames from a server", "a masked one")),
@@ -156,7 +159,7 @@ impl<R: AsyncRead + Unpin> Reader<R> {
     }
 
     async fn payload(&mut self, header: &Header) -> io::Result<Bytes> {
-        if header.len <= SMALL {
+        if header.len <= MAX_UNPOOLED {
             let mut payload = vec![0; header.len];
             self.fill(&mut payload, header.mask).await?;
             return Ok(payload.into());
@@ -167,13 +170,13 @@ impl<R: AsyncRead + Unpin> Reader<R> {
     }
 
     async fn fill(&mut self, payload: &mut [u8], mask: Option<[u8; 4]>) -> io::Result<()> {
-        let at_hand = payload.len().min(self.end - self.begin);
-        payload[..at_hand].copy_from_slice(&self.ahead[self.begin..self.begin + at_hand]);
-        self.begin += at_hand;
-        let mut pieces = self.pacing.pieces();
-        for (i, piece) in payload[at_hand..].chunks_mut(pieces.size).enumerate() {
+        let buffered = payload.len().min(self.ahead_end - self.ahead_start);
+        payload[..buffered].copy_from_slice(&self.ahead[self.ahead_start..self.ahead_start + buffered]);
+        self.ahead_start += buffered;
+        let mut pacing = self.pacing.for_message();
+        for (i, piece) in payload[buffered..].chunks_mut(pacing.max_copy).enumerate() {
             if i > 0 {
-                pieces.give_way();
+                pacing.yield_core();
             }
             let mut rest = piece;
             while !rest.is_empty() {
@@ -191,19 +194,19 @@ impl<R: AsyncRead + Unpin> Reader<R> {
     }
 
     /// The next bytes of a header.
-    async fn take<const N: usize>(&mut self) -> Result<[u8; N], TransportError> {
-        while self.end - self.begin < N {
-            self.ahead.copy_within(self.begin..self.end, 0);
-            (self.begin, self.end) = (0, self.end - self.begin);
-            let read = read(&mut self.stream, &mut self.ahead[self.end..], &self.idle).await;
+    async fn header_bytes<const N: usize>(&mut self) -> Result<[u8; N], TransportError> {
+        while self.ahead_end - self.ahead_start < N {
+            self.ahead.copy_within(self.ahead_start..self.ahead_end, 0);
+            (self.ahead_start, self.ahead_end) = (0, self.ahead_end - self.ahead_start);
+            let read = read(&mut self.stream, &mut self.ahead[self.ahead_end..], &self.idle).await;
             match read.map_err(TransportError::lost)? {
                 0 => return Err(TransportError::lost("the other side closed the connection without a word")),
-                read => self.end += read,
+                read => self.ahead_end += read,
             }
         }
         let mut bytes = [0; N];
-        bytes.copy_from_slice(&self.ahead[self.begin..self.begin + N]);
-        self.begin += N;
+        bytes.copy_from_slice(&self.ahead[self.ahead_start..self.ahead_start + N]);
+        self.ahead_start += N;
         Ok(bytes)
     }
 }

@@ -12,7 +12,7 @@ use tokio::{
 };
 
 use super::{
-    frame::{MAX_CONTROL, Opcode, WebSocketOptions},
+    frame::{MAX_CONTROL_PAYLOAD, Opcode, WebSocketOptions},
     reader::{Event, Reader},
     writer::Writer,
 };
@@ -23,7 +23,7 @@ const NORMAL_CLOSURE: u16 = 1000;
 /// "Going away".
 const GOING_AWAY: u16 = 1001;
 /// The longest reason that a close frame has room for, beside its code (section 5.5).
-const MAX_REASON: usize = MAX_CONTROL - 2;
+const MAX_REASON: usize = MAX_CONTROL_PAYLOAD - 2;
 /// How long nothing arrives before a ping, unless a quarter of the idle timeout is shorter.
 const PING_PERIOD: Duration = Duration::from_secs(1);
 
@@ -34,7 +34,7 @@ pub struct WebSocketTransport<S> {
     writer: Mutex<Writer<WriteHalf<S>>>,
     /// What is owed to the other side: written by whoever holds the writer, between two messages and never
     /// within one.
-    owed: StdMutex<PendingRequests>,
+    pending_control: StdMutex<PendingControl>,
     idle_timeout: IdleTimeout,
     pings: bool,
     codec: Codec,
@@ -43,7 +43,7 @@ pub struct WebSocketTransport<S> {
 
 /// The newest ping needs an answer, older ones do not (section 5.5.3).
 #[derive(Debug, Default)]
-struct PendingRequests {
+struct PendingControl {
     pong: Option<Bytes>,
     ping: bool,
     close: Option<Bytes>,
@@ -58,7 +58,7 @@ impl<S: AsyncRead + AsyncWrite> WebSocketTransport<S> {
         WebSocketTransport {
             reader: Mutex::new(Reader::new(read, read_already, &options, idle_timeout.clone())),
             writer: Mutex::new(Writer::new(write, options.role, options.pacing, progress)),
-            owed: StdMutex::default(),
+            pending_control: StdMutex::default(),
             idle_timeout,
             pings: options.pings,
             codec: options.codec,
@@ -80,8 +80,8 @@ impl<S: AsyncRead + AsyncWrite> WebSocketTransport<S> {
                 event = &mut next => return event,
                 () = sleep(PING_PERIOD.min(self.idle_timeout.limit() / 4)), if self.pings => {}
             }
-            self.owe(|owed| owed.ping = true);
-            self.pay().await?;
+            self.queue_control(|pending| pending.ping = true);
+            self.flush_control().await?;
         }
     }
 
@@ -94,38 +94,38 @@ impl<S: AsyncRead + AsyncWrite> WebSocketTransport<S> {
         let _ = writer.shutdown().await;
     }
 
-    fn next_owed(&self) -> Option<(Opcode, Bytes)> {
-        let mut owed = lock(&self.owed);
-        if let Some(payload) = owed.pong.take() {
+    fn next_control(&self) -> Option<(Opcode, Bytes)> {
+        let mut pending = lock(&self.pending_control);
+        if let Some(payload) = pending.pong.take() {
             return Some((Opcode::Pong, payload));
         }
-        if std::mem::take(&mut owed.ping) {
+        if std::mem::take(&mut pending.ping) {
             return Some((Opcode::Ping, Bytes::new()));
         }
-        owed.close.take().map(|payload| (Opcode::Close, payload))
+        pending.close.take().map(|payload| (Opcode::Close, payload))
     }
 
-    fn owe(&self, change: impl FnOnce(&mut PendingRequests)) {
-        change(&mut lock(&self.owed));
+    fn queue_control(&self, change: impl FnOnce(&mut PendingControl)) {
+        change(&mut lock(&self.pending_control));
     }
 
     /// Writes what is owed, unless somebody else holds the writer, who then does it.
-    async fn pay(&self) -> Result<(), TransportError> {
+    async fn flush_control(&self) -> Result<(), TransportError> {
         // Looked at again after the writer is free: a ping may have come between its holder's last look and
         // its letting go.
-        while self.owes()
+        while self.has_pending_control()
             && let Ok(mut writer) = self.writer.try_lock()
         {
-            while let Some((opcode, payload)) = self.next_owed() {
+            while let Some((opcode, payload)) = self.next_control() {
                 writer.control(opcode, &payload).await.map_err(TransportError::lost)?;
             }
         }
         Ok(())
     }
 
-    fn owes(&self) -> bool {
-        let owed = lock(&self.owed);
-        owed.pong.is_some() || owed.ping || owed.close.is_some()
+    fn has_pending_control(&self) -> bool {
+        let pending = lock(&self.pending_control);
+        pending.pong.is_some() || pending.ping || pending.close.is_some()
     }
 }
 
@@ -134,7 +134,7 @@ impl<S: AsyncRead + AsyncWrite + Send + 'static> Transport for WebSocketTranspor
         let mut writer = self.writer.lock().await;
         writer.message(frame.segments()).await.map_err(TransportError::lost)?;
         drop(writer);
-        self.pay().await
+        self.flush_control().await
     }
 
     async fn recv(&self) -> Result<Option<Frame>, TransportError> {
@@ -142,16 +142,16 @@ impl<S: AsyncRead + AsyncWrite + Send + 'static> Transport for WebSocketTranspor
         loop {
             match self.next(&mut reader).await? {
                 Event::Message(frame) => return Ok(Some(frame)),
-                Event::Ping(payload) => self.owe(|owed| owed.pong = Some(payload)),
+                Event::Ping(payload) => self.queue_control(|pending| pending.pong = Some(payload)),
                 Event::Pong => {}
                 Event::Close(payload) => {
                     // Its code is sent back (section 5.5.1).
-                    self.owe(|owed| owed.close = Some(payload.slice(..payload.len().min(2))));
-                    let _ = self.pay().await;
-                    return closed(&payload);
+                    self.queue_control(|pending| pending.close = Some(payload.slice(..payload.len().min(2))));
+                    let _ = self.flush_control().await;
+                    return close_result(&payload);
                 }
             }
-            self.pay().await?;
+            self.flush_control().await?;
         }
     }
 
@@ -175,7 +175,7 @@ impl<S: AsyncRead + AsyncWrite + Send + 'static> Transport for WebSocketTranspor
 }
 
 /// What a close frame says: an orderly end, or why not.
-fn closed(payload: &Bytes) -> Result<Option<Frame>, TransportError> {
+fn close_result(payload: &Bytes) -> Result<Option<Frame>, TransportError> {
     let Some((code, reason)) = payload.split_first_chunk() else { return Ok(None) };
     match u16::from_be_bytes(*code) {
         NORMAL_CLOSURE => Ok(None),

@@ -14,7 +14,7 @@ use tokio::io::{AsyncWrite, AsyncWriteExt};
 use super::frame::{Opcode, Role, apply_mask, encode_header};
 use crate::{
     liveness::IdleTimeout,
-    pacing::{Pacing, Pieces},
+    pacing::{MessagePacing, Pacing},
 };
 
 /// A write is handed to the kernel in as many segments at once.
@@ -51,12 +51,12 @@ impl<W: AsyncWrite + Unpin> Writer<W> {
 
     /// Writes one binary message, unfragmented.
     pub(super) async fn message(&mut self, segments: &[Bytes]) -> io::Result<()> {
-        self.begin()?;
+        self.start_frame()?;
         let len = segments.iter().map(Bytes::len).sum();
         match &mut self.masks {
             // What a client says is small: masking it takes a copy.
             Some(masks) => {
-                let frame = masked(Opcode::Binary, len, segments, masks.next());
+                let frame = masked_frame(Opcode::Binary, len, segments, masks.next());
                 self.stream.write_all(&frame).await?;
             }
             None => {
@@ -67,31 +67,31 @@ impl<W: AsyncWrite + Unpin> Writer<W> {
                 write_all_vectored(
                     &mut self.stream,
                     &mut slices,
-                    self.pacing.pieces(),
+                    self.pacing.for_message(),
                     self.progress.as_ref(),
                 )
                 .await?;
             }
         }
-        self.end().await
+        self.finish_frame().await
     }
 
     /// Writes a ping, pong or close; `payload` is at most 125 bytes.
     pub(super) async fn control(&mut self, opcode: Opcode, payload: &Bytes) -> io::Result<()> {
-        self.begin()?;
+        self.start_frame()?;
         let mask = self.masks.as_mut().map(Masks::next);
         let frame = match mask {
-            Some(mask) => masked(opcode, payload.len(), std::slice::from_ref(payload), mask),
+            Some(mask) => masked_frame(opcode, payload.len(), std::slice::from_ref(payload), mask),
             None => {
                 let (header, header_len) = encode_header(opcode, payload.len(), false);
                 [&header[..header_len], payload].concat()
             }
         };
         self.stream.write_all(&frame).await?;
-        self.end().await
+        self.finish_frame().await
     }
 
-    fn begin(&mut self) -> io::Result<()> {
+    fn start_frame(&mut self) -> io::Result<()> {
         if self.is_within_frame {
             return Err(io::Error::new(
                 io::ErrorKind::BrokenPipe,
@@ -102,7 +102,7 @@ impl<W: AsyncWrite + Unpin> Writer<W> {
         Ok(())
     }
 
-    async fn end(&mut self) -> io::Result<()> {
+    async fn finish_frame(&mut self) -> io::Result<()> {
         self.stream.flush().await?;
         self.is_within_frame = false;
         Ok(())
@@ -122,7 +122,7 @@ impl Masks {
     }
 }
 
-fn masked(opcode: Opcode, len: usize, segments: &[Bytes], mask: [u8; 4]) -> Vec<u8> {
+fn masked_frame(opcode: Opcode, len: usize, segments: &[Bytes], mask: [u8; 4]) -> Vec<u8> {
     let (header, header_len) = encode_header(opcode, len, true);
     let mut frame = Vec::with_capacity(header_len + mask.len() + len);
     frame.extend_from_slice(&header[..header_len]);
@@ -138,14 +138,14 @@ fn masked(opcode: Opcode, len: usize, segments: &[Bytes], mask: [u8; 4]) -> Vec<
 async fn write_all_vectored(
     stream: &mut (impl AsyncWrite + Unpin),
     mut slices: &mut [IoSlice<'_>],
-    mut pieces: Pieces,
+    mut pacing: MessagePacing,
     progress: Option<&IdleTimeout>,
 ) -> io::Result<()> {
     // Leading slices that are empty would look like a stream that takes nothing.
     IoSlice::advance_slices(&mut slices, 0);
     while !slices.is_empty() {
         let mut piece = [IoSlice::new(&[]); MAX_SLICES];
-        let piece = head(slices, pieces.size, &mut piece);
+        let piece = first_bytes(slices, pacing.max_copy, &mut piece);
         let written = poll_fn(|context| Pin::new(&mut *stream).poll_write_vectored(context, piece)).await?;
         if written == 0 {
             return Err(io::ErrorKind::WriteZero.into());
@@ -154,15 +154,15 @@ async fn write_all_vectored(
             progress.record();
         }
         IoSlice::advance_slices(&mut slices, written);
-        if !slices.is_empty() && pieces.size < usize::MAX {
-            pieces.give_way();
+        if !slices.is_empty() && pacing.max_copy < usize::MAX {
+            pacing.yield_core();
         }
     }
     Ok(())
 }
 
 /// The first bytes of `slices`, at most `size` of them.
-fn head<'a, 'b>(
+fn first_bytes<'a, 'b>(
     slices: &'a [IoSlice<'_>],
     size: usize,
     piece: &'b mut [IoSlice<'a>; MAX_SLICES],

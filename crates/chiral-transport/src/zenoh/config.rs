@@ -19,20 +19,20 @@ use super::{
 const LEASE_MS: u32 = 2_000;
 /// Batches of 64 KiB that may wait for the socket; 16 is the most there can be. Fewer, and large messages are
 /// slower.
-const DATA_QUEUE: u32 = 16;
+const DATA_QUEUE_BATCHES: u32 = 16;
 /// What may arrive from each neighbour and wait in memory that is used again, in bytes: the window of a
 /// connection, and as much that is under way. Beyond it Zenoh allocates, clears and frees memory for every
 /// batch, which takes longer than to receive it.
-const RECEIVE_BUFFER: u64 = 2 * WINDOW;
+const RECEIVE_BUFFER_BYTES: u64 = 2 * WINDOW;
 /// The same where there is one neighbour: an observation that legacy peers put in one piece, 17.2 MB with
 /// eight cameras, and what is under way.
-const CLIENT_RECEIVE_BUFFER: u64 = 24 << 20;
+const CLIENT_RECEIVE_BUFFER_BYTES: u64 = 24 << 20;
 /// Zenoh closes a connection on which a message could not be sent for so long, in microseconds: long after
 /// the lease. Its "for ever" panics.
 const WAIT_BEFORE_CLOSE_US: u32 = 60_000_000;
 const WAIT_BEFORE_CLOSE: &str = "transport/link/tx/queue/congestion_control/block/wait_before_close";
 /// For the handshake with a neighbour, in milliseconds.
-pub(super) const OPEN_MS: u32 = 3_000;
+pub(super) const OPEN_TIMEOUT_MS: u32 = 3_000;
 
 const LISTEN: &str = "listen/endpoints";
 const CONNECT: &str = "connect/endpoints";
@@ -74,7 +74,7 @@ pub(super) enum Purpose<'a> {
     /// A member of the network, as the options say.
     Member,
     /// A look at who is at this locator, and nowhere else.
-    Look(&'a str),
+    Lookup(&'a str),
     /// A search by multicast, which needs no session.
     Scout,
 }
@@ -96,11 +96,11 @@ pub(super) fn configure(
     let only = |locator: &str| vec![Value::from(locator)];
     let (mode, listen, connect) = match purpose {
         Purpose::Member => draft.membership(options)?,
-        Purpose::Look(locator) => ("client".to_owned(), Vec::new(), only(locator)),
+        Purpose::Lookup(locator) => ("client".to_owned(), Vec::new(), only(locator)),
         Purpose::Scout => ("client".to_owned(), Vec::new(), Vec::new()),
     };
     let [(listen, to_listen), (connect, to_connect)] =
-        [listen, connect].map(|said| (plain(&said), Value::from(said).to_string()));
+        [listen, connect].map(|text| (locators(&text), Value::from(text).to_string()));
     let refused =
         |error| ZenohError::Locator { locators: [&listen[..], &connect[..]].concat(), source: cause(&error) };
     draft.config.insert_json5(LISTEN, &to_listen).map_err(refused)?;
@@ -109,9 +109,9 @@ pub(super) fn configure(
 
     match purpose {
         Purpose::Scout => draft.set(MULTICAST, true)?,
-        Purpose::Look(_) => draft.set(MULTICAST, false)?,
+        Purpose::Lookup(_) => draft.set(MULTICAST, false)?,
         // Who lets nobody in cannot be found. Nobody is connected to for having been found.
-        Purpose::Member if options.discovery && mode != "client" && !draft.says(MULTICAST) => {
+        Purpose::Member if options.discovery && mode != "client" && !draft.is_set(MULTICAST) => {
             draft.set(MULTICAST, true)?;
             draft.default("scouting/multicast/listen", true)?;
             draft.default("scouting/multicast/autoconnect", "[]")?;
@@ -126,11 +126,11 @@ pub(super) fn configure(
     draft.default("connect/timeout_ms", 0)?;
     draft.default("connect/exit_on_failure", true)?;
     draft.default("scouting/gossip/enabled", false)?;
-    draft.default("transport/unicast/open_timeout", OPEN_MS)?;
-    draft.default("transport/unicast/accept_timeout", OPEN_MS)?;
+    draft.default("transport/unicast/open_timeout", OPEN_TIMEOUT_MS)?;
+    draft.default("transport/unicast/accept_timeout", OPEN_TIMEOUT_MS)?;
     draft.default("transport/link/tx/lease", LEASE_MS)?;
-    draft.default("transport/link/tx/queue/size/data", DATA_QUEUE)?;
-    let receive_buffer = if mode == "client" { CLIENT_RECEIVE_BUFFER } else { RECEIVE_BUFFER };
+    draft.default("transport/link/tx/queue/size/data", DATA_QUEUE_BATCHES)?;
+    let receive_buffer = if mode == "client" { CLIENT_RECEIVE_BUFFER_BYTES } else { RECEIVE_BUFFER_BYTES };
     draft.default("transport/link/rx/buffer_size", receive_buffer)?;
     if !options.shared_memory || !matches!(purpose, Purpose::Member) {
         draft.set("transport/shared_memory/enabled", false)?;
@@ -150,13 +150,13 @@ struct Draft<'a> {
     config: Config,
     /// As Zenoh has it without a file. A file that says just the same cannot be told from one that says
     /// nothing.
-    untouched: Config,
+    defaults: Config,
 }
 
 impl<'a> Draft<'a> {
     fn read(file: Option<&'a Path>) -> Result<Draft<'a>, ZenohError> {
         let config = file.map_or_else(|| Ok(Config::default()), read)?;
-        Ok(Draft { file, config, untouched: Config::default() })
+        Ok(Draft { file, config, defaults: Config::default() })
     }
 
     /// Mode, and where to listen and to connect to.
@@ -164,7 +164,7 @@ impl<'a> Draft<'a> {
         &self,
         options: &ZenohSessionOptions,
     ) -> Result<(String, Vec<Value>, Vec<Value>), ZenohError> {
-        let listens = !options.listen.is_empty() || self.says(LISTEN);
+        let listens = !options.listen.is_empty() || self.is_set(LISTEN);
         let mode = self.get("mode")?;
         let mode = mode.as_str().unwrap_or(if listens { "peer" } else { "client" }).to_owned();
         if let (Some(file), "client", false) = (self.file, mode.as_str(), options.listen.is_empty()) {
@@ -183,16 +183,16 @@ impl<'a> Draft<'a> {
     /// What the file says, for this mode, and our locators.
     fn endpoints(&self, key: &str, mode: &str, ours: &[String]) -> Result<Vec<Value>, ZenohError> {
         let mut endpoints = Vec::new();
-        if self.says(key) {
-            let said = self.get(key)?;
-            endpoints.extend(said.get(mode).unwrap_or(&said).as_array().into_iter().flatten().cloned());
+        if self.is_set(key) {
+            let text = self.get(key)?;
+            endpoints.extend(text.get(mode).unwrap_or(&text).as_array().into_iter().flatten().cloned());
         }
         endpoints.extend(ours.iter().map(|locator| Value::from(locator.as_str())));
         Ok(endpoints)
     }
 
-    fn says(&self, key: &str) -> bool {
-        self.config.get_json(key).ok() != self.untouched.get_json(key).ok()
+    fn is_set(&self, key: &str) -> bool {
+        self.config.get_json(key).ok() != self.defaults.get_json(key).ok()
     }
 
     fn get(&self, key: &str) -> Result<Value, ZenohError> {
@@ -206,12 +206,12 @@ impl<'a> Draft<'a> {
 
     /// Sets what the file says nothing of.
     fn default(&mut self, key: &str, value: impl ToString) -> Result<(), ZenohError> {
-        if self.says(key) { Ok(()) } else { self.set(key, value) }
+        if self.is_set(key) { Ok(()) } else { self.set(key, value) }
     }
 }
 
 /// The locators among endpoints, each of which is one, or several by which the same neighbour is reached.
-fn plain(endpoints: &[Value]) -> Vec<String> {
+fn locators(endpoints: &[Value]) -> Vec<String> {
     let several = |endpoint: &Value| endpoint.get("locators").and_then(Value::as_array).cloned();
     let each =
         endpoints.iter().flat_map(|endpoint| several(endpoint).unwrap_or_else(|| vec![endpoint.clone()]));
@@ -227,32 +227,32 @@ fn read(file: &Path) -> Result<Config, ZenohError> {
 
 /// What is wrong with a file, and where, without what stands in it: Zenoh's own words quote a line of it or
 /// even all, passwords too.
-fn problem(said: &str) -> String {
-    let what = if said.starts_with("Unsupported file type") || said.starts_with("Empty") {
-        cause(&said.into()).to_string()
-    } else if said.starts_with("Invalid configuration") {
+fn problem(text: &str) -> String {
+    let what = if text.starts_with("Unsupported file type") || text.starts_with("Empty") {
+        cause(&text.into()).to_string()
+    } else if text.starts_with("Invalid configuration") {
         "a value is not within its limits".to_owned()
-    } else if let Some(unknown) = said.find("unknown field") {
-        until_quote(&said[unknown..]).to_owned()
-    } else if let Some((_, expected)) = said.rsplit_once(", expected ") {
+    } else if let Some(unknown) = text.find("unknown field") {
+        until_quote(&text[unknown..]).to_owned()
+    } else if let Some((_, expected)) = text.rsplit_once(", expected ") {
         format!("expected {}, found something else", until_quote(expected))
     } else {
         "expected JSON5, or YAML in a file that is called so, found something else".to_owned()
     };
-    match line(said) {
+    match line_number(text) {
         Some(line) => format!("line {line}: {what}"),
         None => what,
     }
 }
 
 /// Zenoh's words, and the parsers', end with a quotation mark.
-fn until_quote(said: &str) -> &str {
-    said.split(['"', '\n']).next().unwrap_or_default().trim_end_matches("\\n")
+fn until_quote(text: &str) -> &str {
+    text.split(['"', '\n']).next().unwrap_or_default().trim_end_matches("\\n")
 }
 
-fn line(said: &str) -> Option<u32> {
+fn line_number(text: &str) -> Option<u32> {
     ["line: ", "--> ", "at line "].iter().find_map(|before| {
-        let (_, after) = said.split_once(before)?;
+        let (_, after) = text.split_once(before)?;
         after.split(|char: char| !char.is_ascii_digit()).next()?.parse().ok()
     })
 }
@@ -281,10 +281,10 @@ mod tests {
     }
 
     #[test]
-    fn zenoh_knows_every_setting() {
+    fn every_setting_exists_in_zenoh() {
         for (listen, mode) in [(&[][..], "\"client\""), (&["tcp/127.0.0.1:0"], "\"peer\"")] {
             let options = ZenohSessionOptions { discovery: true, ..options(listen, &["tcp/localhost:7447"]) };
-            for purpose in [Purpose::Member, Purpose::Look("tcp/localhost:1"), Purpose::Scout] {
+            for purpose in [Purpose::Member, Purpose::Lookup("tcp/localhost:1"), Purpose::Scout] {
                 let configured = configure(&options, purpose).unwrap();
                 assert_eq!(json(&configured, "transport/link/tx/lease"), "2000");
             }
@@ -298,7 +298,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_no_locator_is_refused() {
+    fn invalid_locators_are_refused() {
         for bad in [options(&["nonsense"], &[]), options(&[], &["nonsense"])] {
             assert!(matches!(configure(&bad, Purpose::Member), Err(ZenohError::Locator { .. })));
         }
@@ -306,13 +306,13 @@ mod tests {
     }
 
     #[test]
-    fn what_a_file_says_stands_and_locators_are_added() {
+    fn settings_of_the_file_take_precedence_and_locators_are_added() {
         let text = r#"{
             connect: { endpoints: { client: ["tcp/router:7447", { strategy: "allOf", locators: ["tcp/a:1", "tcp/b:1"] }], peer: ["tcp/peer:7447"] } },
             scouting: { multicast: { enabled: true } },
             transport: { link: { tx: { lease: 5000, queue: { congestion_control: { block: { wait_before_close: -1 } } } } } },
         }"#;
-        let path = file("says.json5", text);
+        let path = file("settings.json5", text);
         let config = Some(path.clone());
         let client = ZenohSessionOptions { config: config.clone(), ..options(&[], &["tcp/mine:1"]) };
         let configured = configure(&client, Purpose::Member).unwrap();
@@ -328,14 +328,14 @@ mod tests {
             (configured.listen, configured.connect),
             (vec!["tcp/127.0.0.1:1".to_owned()], vec!["tcp/peer:7447".to_owned()])
         );
-        let configured = configure(&client, Purpose::Look("tcp/only:1")).unwrap();
+        let configured = configure(&client, Purpose::Lookup("tcp/only:1")).unwrap();
         assert_eq!(configured.connect, ["tcp/only:1"]);
         assert_eq!(json(&configured, MULTICAST), "false");
         fs::remove_file(path).unwrap();
     }
 
     #[test]
-    fn a_bad_file_is_named_and_its_secrets_are_not_told() {
+    fn errors_name_a_bad_file_but_not_its_secrets() {
         let secret = "transport: { auth: { usrpwd: { user: \"me\", password: \"secret\" } } }";
         let cases = [
             ("unclosed.json5", format!("{{\n{secret}, oops"), "line 2: "),

@@ -31,7 +31,7 @@ pub enum ZenohError {
         "not let into the Zenoh network at {locators:?}: expected who listens there to take our user and password, our certificate and our kind of \
          connection, and us to trust his; he does not say what it fails at, but a log of Zenoh's may"
     )]
-    NotLetIn {
+    HandshakeFailed {
         /// All of them.
         locators: Vec<String>,
     },
@@ -59,7 +59,7 @@ pub enum ZenohError {
     },
     /// The network did not say in time who is alive on it.
     #[error("no word on who is alive on the network within {} s: it is busy, or lost, or does not let us ask", waited.as_secs_f64())]
-    NoWord {
+    LivelinessTimeout {
         /// How long was waited.
         waited: Duration,
     },
@@ -112,7 +112,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn places_in_sources_are_left_out() {
+    fn source_locations_are_removed() {
         let cases = [
             ("no link", "no link"),
             ("no link!  at /a/b.rs:44.", "no link!"),

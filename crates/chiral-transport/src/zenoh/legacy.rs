@@ -29,13 +29,13 @@ use zenoh::{
 
 use super::{
     error::{ZenohError, cause, failed},
-    reassembly::{SMALL, cost, gathered},
+    reassembly::{SMALL, cost, gather},
     session::ZenohSession,
-    thread::give_way,
+    thread::schedule_as_batch,
 };
 
 /// What was dropped is told so often at most.
-const TELL_PERIOD: Duration = Duration::from_secs(1);
+const LOG_PERIOD: Duration = Duration::from_secs(1);
 
 /// What legacy peers put on a network, to be heard by all of them and by us: there are no connections, so
 /// nobody can be told from anybody else, and a put is lost on whoever does not listen yet. Zenoh says when
@@ -45,7 +45,7 @@ const TELL_PERIOD: Duration = Duration::from_secs(1);
 pub struct LegacyTransport {
     inbox: Mutex<Inbox>,
     dropped: Arc<AtomicU64>,
-    mouth: Arc<FramePublisher>,
+    publisher: Arc<FramePublisher>,
     key: String,
     _subscriber: Subscriber<()>,
 }
@@ -53,9 +53,9 @@ pub struct LegacyTransport {
 struct Inbox {
     /// `None`: nobody listens any more.
     events: mpsc::UnboundedReceiver<Option<ZBytes>>,
-    waiting: Arc<AtomicU64>,
+    queued: Arc<AtomicU64>,
     pool: Pool,
-    told_at: Option<Instant>,
+    logged_at: Option<Instant>,
 }
 
 struct FramePublisher {
@@ -82,26 +82,27 @@ impl ZenohSession {
             publisher.congestion_control(CongestionControl::Block).express(true).await.map_err(failed)?;
         let (sender, events) = mpsc::unbounded_channel();
         let leaving = sender.clone();
-        let listening = publisher.matching_listener().callback(move |status| {
+        let matching = publisher.matching_listener().callback(move |status| {
             if !status.matching() {
                 let _ = leaving.send(None);
             }
         });
-        listening.background().await.map_err(failed)?;
-        let (waiting, dropped) = <(Arc<AtomicU64>, Arc<AtomicU64>)>::default();
+        matching.background().await.map_err(failed)?;
+        let (queued, dropped) = <(Arc<AtomicU64>, Arc<AtomicU64>)>::default();
         let key = keys::legacy(end.other());
-        let ear = SampleHandler {
+        let handler = SampleHandler {
             key,
             sender,
             limit: cost(max_frame),
-            waiting: Arc::clone(&waiting),
+            queued: Arc::clone(&queued),
             dropped: Arc::clone(&dropped),
         };
-        let subscriber = self.session().declare_subscriber(key).callback(move |sample| ear.hear(&sample));
+        let subscriber =
+            self.session().declare_subscriber(key).callback(move |sample| handler.on_put(&sample));
         Ok(LegacyTransport {
-            inbox: Mutex::new(Inbox { events, waiting, pool, told_at: None }),
+            inbox: Mutex::new(Inbox { events, queued, pool, logged_at: None }),
             dropped,
-            mouth: Arc::new(FramePublisher { publisher, _network: self.clone() }),
+            publisher: Arc::new(FramePublisher { publisher, _network: self.clone() }),
             key: key.to_owned(),
             _subscriber: subscriber.await.map_err(failed)?,
         })
@@ -112,13 +113,13 @@ impl Transport for LegacyTransport {
     /// Returns once Zenoh has taken the frame over: whoever listens gets it, sooner or later.
     async fn send(&self, frame: Frame) -> Result<(), TransportError> {
         if frame.len() <= SMALL {
-            return self.mouth.put(&frame);
+            return self.publisher.put(&frame);
         }
         // Waits for the network, which this runtime's other tasks must not.
-        let mouth = Arc::clone(&self.mouth);
+        let publisher = Arc::clone(&self.publisher);
         let put = spawn_blocking(move || {
-            give_way();
-            mouth.put(&frame)
+            schedule_as_batch();
+            publisher.put(&frame)
         });
         let put = put.await;
         put.unwrap_or_else(|_| Err(TransportError::lost("the runtime is shutting down")))
@@ -133,18 +134,18 @@ impl Transport for LegacyTransport {
             Some(None) => return Ok(None),
             None => return Err(TransportError::lost("the Zenoh session is closed")),
         };
-        inbox.waiting.fetch_sub(cost(payload.len()), Ordering::Relaxed);
-        if inbox.told_at.is_none_or(|told_at| told_at.elapsed() >= TELL_PERIOD) {
+        inbox.queued.fetch_sub(cost(payload.len()), Ordering::Relaxed);
+        if inbox.logged_at.is_none_or(|logged_at| logged_at.elapsed() >= LOG_PERIOD) {
             let dropped = self.dropped.swap(0, Ordering::Relaxed);
             if dropped > 0 {
-                inbox.told_at = Some(Instant::now());
+                inbox.logged_at = Some(Instant::now());
                 tracing::warn!(
                     "dropped {dropped} frames on {}: larger than may be, or not taken in time",
                     self.key
                 );
             }
         }
-        Ok(Some(gathered(&inbox.pool, payload.len(), payload.slices()).into()))
+        Ok(Some(gather(&inbox.pool, payload.len(), payload.slices()).into()))
     }
 
     /// There is nothing to be closed, and no word for it.
@@ -182,19 +183,19 @@ struct SampleHandler {
     key: &'static str,
     sender: mpsc::UnboundedSender<Option<ZBytes>>,
     limit: u64,
-    waiting: Arc<AtomicU64>,
+    queued: Arc<AtomicU64>,
     dropped: Arc<AtomicU64>,
 }
 
 impl SampleHandler {
-    fn hear(&self, sample: &Sample) {
+    fn on_put(&self, sample: &Sample) {
         if sample.kind() != SampleKind::Put || sample.key_expr().as_str() != self.key {
             return;
         }
         let payload = sample.payload();
         let load = cost(payload.len());
-        if self.waiting.fetch_add(load, Ordering::Relaxed).saturating_add(load) > self.limit {
-            self.waiting.fetch_sub(load, Ordering::Relaxed);
+        if self.queued.fetch_add(load, Ordering::Relaxed).saturating_add(load) > self.limit {
+            self.queued.fetch_sub(load, Ordering::Relaxed);
             self.dropped.fetch_add(1, Ordering::Relaxed);
             return;
         }

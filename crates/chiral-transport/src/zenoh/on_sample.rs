@@ -17,7 +17,7 @@ use super::{
     publisher::LanePublisher,
     reassembly::{WINDOW, cost, violation},
     send_queue::MAX_LOST,
-    shm::is_seen,
+    shm::is_shared_probe,
 };
 use crate::liveness::IdleTimeout;
 
@@ -26,7 +26,7 @@ const MAX_ATTACHMENT: usize = 64;
 
 /// What the transport receives. As many puts are queued as the window allows, and at most one end.
 pub(super) enum Event {
-    Put { word: Packet, payload: ZBytes },
+    Put { packet: Packet, payload: ZBytes },
     Closed,
     Broken(TransportError),
 }
@@ -58,8 +58,8 @@ impl ReceiveState {
     }
 
     /// The transport has taken a put from the queue.
-    pub(super) fn take(&self, word: Packet, payload: &ZBytes) {
-        self.queued.fetch_sub(load(word, payload), Ordering::Relaxed);
+    pub(super) fn take(&self, packet: Packet, payload: &ZBytes) {
+        self.queued.fetch_sub(load(packet, payload), Ordering::Relaxed);
     }
 }
 
@@ -70,14 +70,16 @@ impl SampleHandler {
             return;
         }
         self.state.idle_timeout.record();
-        let word = sample
+        let packet = sample
             .attachment()
             .filter(|attachment| attachment.len() <= MAX_ATTACHMENT)
             .and_then(|attachment| Packet::decode(&attachment.to_bytes()));
-        match word {
-            Some(Packet::Begin) if self.end == End::Server => self.publisher.update(|queue| queue.begin()),
-            Some(Packet::Begin) => self.publisher.on_ready(),
-            Some(Packet::Taken { cost }) => self.publisher.update(|queue| queue.taken(cost)),
+        match packet {
+            Some(Packet::Ready) if self.end == End::Server => {
+                self.publisher.update(|queue| queue.queue_ready())
+            }
+            Some(Packet::Ready) => self.publisher.on_ready(),
+            Some(Packet::Acknowledge { cost }) => self.publisher.update(|queue| queue.on_acknowledge(cost)),
             Some(Packet::Close) => {
                 self.push(Event::Closed);
                 self.publisher.on_close();
@@ -85,16 +87,16 @@ impl SampleHandler {
             }
             Some(Packet::Mapped { number }) => self.publisher.on_mapped(number),
             Some(Packet::Probe { region }) => {
-                let is_shared = is_seen(sample.payload());
-                self.publisher.update(|queue| queue.tell_probed(region, is_shared));
+                let is_shared = is_shared_probe(sample.payload());
+                self.publisher.update(|queue| queue.queue_probed(region, is_shared));
             }
             Some(Packet::Probed { region, is_shared }) => self.publisher.on_probed(region, is_shared == 1),
             // It would bypass the window, and a client sends nothing that large.
             Some(Packet::Reference { .. }) if self.end == End::Server => {
                 self.push(Event::Broken(violation("a client's frames by the network", "one by reference")));
             }
-            Some(word @ (Packet::Frame { .. } | Packet::Chunk { .. } | Packet::Reference { .. })) => {
-                self.push_put(word, sample.payload())
+            Some(packet @ (Packet::Frame { .. } | Packet::Chunk { .. } | Packet::Reference { .. })) => {
+                self.push_put(packet, sample.payload())
             }
             None => self.push(Event::Broken(violation("frames", "bytes that are none"))),
         }
@@ -109,12 +111,12 @@ impl SampleHandler {
         }
     }
 
-    fn push_put(&self, word: Packet, payload: &ZBytes) {
-        let load = load(word, payload);
+    fn push_put(&self, packet: Packet, payload: &ZBytes) {
+        let load = load(packet, payload);
         let queued = self.state.queued.fetch_add(load, Ordering::Relaxed).saturating_add(load);
         // References are put whatever the window: one that is waited for, and those that were given up.
         if queued <= WINDOW + u64::from(MAX_LOST + 1) * cost(0) {
-            self.push(Event::Put { word, payload: payload.clone() });
+            self.push(Event::Put { packet, payload: payload.clone() });
         } else {
             self.push(Event::Broken(violation("no more than the window allows", format!("{queued} bytes"))));
         }
@@ -133,6 +135,6 @@ impl SampleHandler {
 }
 
 /// What a queued put counts, as [`cost`] does: the payload of a reference weighs nothing.
-fn load(word: Packet, payload: &ZBytes) -> u64 {
-    if matches!(word, Packet::Reference { .. }) { cost(0) } else { cost(payload.len()) }
+fn load(packet: Packet, payload: &ZBytes) -> u64 {
+    if matches!(packet, Packet::Reference { .. }) { cost(0) } else { cost(payload.len()) }
 }

@@ -6,8 +6,8 @@
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Packet {
     /// The lane is there. The client says it until the server answers it: what is put before the other side
-    /// is known to listen is lost without a word.
-    Begin,
+    /// is known to listen is lost without a packet.
+    Ready,
     /// A whole frame.
     Frame { number: u64 },
     /// A whole frame, some of which lies in shared memory: the other side is to answer, or gets it again by
@@ -18,7 +18,7 @@ pub(super) enum Packet {
     /// Part of a frame of `total` bytes, from `offset`.
     Chunk { number: u64, offset: u64, total: u64 },
     /// So much, as `reassembly::cost` counts, was taken from the lane since it began.
-    Taken { cost: u64 },
+    Acknowledge { cost: u64 },
     /// The payload lies in this region of shared memory: the other side is to say whether it can be seen
     /// there.
     Probe { region: u64 },
@@ -31,10 +31,10 @@ pub(super) enum Packet {
 impl Packet {
     pub(super) fn encode(self) -> Vec<u8> {
         let (kind, numbers): (u8, &[u64]) = match self {
-            Packet::Begin => (1, &[]),
+            Packet::Ready => (1, &[]),
             Packet::Frame { number } => (2, &[number]),
             Packet::Chunk { number, offset, total } => (3, &[number, offset, total]),
-            Packet::Taken { cost } => (4, &[cost]),
+            Packet::Acknowledge { cost } => (4, &[cost]),
             Packet::Close => (5, &[]),
             Packet::Reference { number } => (6, &[number]),
             Packet::Mapped { number } => (7, &[number]),
@@ -52,10 +52,10 @@ impl Packet {
         let (numbers, []) = rest.as_chunks::<8>() else { return None };
         let numbers: Vec<u64> = numbers.iter().take(4).map(|bytes| u64::from_le_bytes(*bytes)).collect();
         match (kind, numbers.as_slice()) {
-            (1, []) => Some(Packet::Begin),
+            (1, []) => Some(Packet::Ready),
             (2, &[number]) => Some(Packet::Frame { number }),
             (3, &[number, offset, total]) => Some(Packet::Chunk { number, offset, total }),
-            (4, &[cost]) => Some(Packet::Taken { cost }),
+            (4, &[cost]) => Some(Packet::Acknowledge { cost }),
             (5, []) => Some(Packet::Close),
             (6, &[number]) => Some(Packet::Reference { number }),
             (7, &[number]) => Some(Packet::Mapped { number }),
@@ -72,20 +72,20 @@ mod tests {
 
     #[test]
     fn words_come_back_and_nothing_else_is_one() {
-        let words = [
-            Packet::Begin,
+        let packets = [
+            Packet::Ready,
             Packet::Frame { number: 1 },
             Packet::Chunk { number: 2, offset: 1 << 40, total: u64::MAX },
-            Packet::Taken { cost: 7 },
+            Packet::Acknowledge { cost: 7 },
             Packet::Close,
             Packet::Reference { number: 3 },
             Packet::Mapped { number: 3 },
             Packet::Probe { region: 4 },
             Packet::Probed { region: 4, is_shared: 1 },
         ];
-        for word in words {
-            let bytes = word.encode();
-            assert_eq!(Packet::decode(&bytes), Some(word));
+        for packet in packets {
+            let bytes = packet.encode();
+            assert_eq!(Packet::decode(&bytes), Some(packet));
             assert_eq!(Packet::decode(&bytes[..bytes.len() - 1]), None);
             assert_eq!(Packet::decode(&[&bytes[..], &[0]].concat()), None);
             assert_eq!(Packet::decode(&[&bytes[..], &[0; 64]].concat()), None);

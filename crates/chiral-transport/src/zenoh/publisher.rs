@@ -17,7 +17,7 @@ use super::{
     reassembly::SMALL,
     send_queue::{Path, Put, SendQueue},
     shm::SharedMemory,
-    thread::give_way,
+    thread::schedule_as_batch,
 };
 use crate::lock::lock;
 
@@ -168,7 +168,7 @@ impl LanePublisher {
     pub(super) fn on_probed(&self, region: u64, is_shared: bool) {
         let (before, after) = self.update(|queue| {
             let before = queue.path();
-            queue.probed(region, is_shared);
+            queue.on_probed(region, is_shared);
             (before, queue.path())
         });
         if before == after {
@@ -185,7 +185,7 @@ impl LanePublisher {
 
     /// The peer has received a frame that was sent by reference.
     pub(super) fn on_mapped(&self, number: u64) {
-        if self.update(|queue| queue.mapped(number)) {
+        if self.update(|queue| queue.on_mapped(number)) {
             self.progress.send_modify(|progress| progress.finished += 1);
         }
     }
@@ -203,18 +203,18 @@ impl LanePublisher {
 
     /// Ends the sending thread. If the peer left without closing, whatever shared memory it held is lost.
     pub(super) fn stop(&self) {
-        let has_referred = {
+        let has_sent_references = {
             let mut state = self.lock();
             state.is_stopped = true;
             self.changed.notify_one();
-            state.queue.has_referred()
+            state.queue.has_sent_references()
         };
         // A peer that closed has returned what it held, or will.
         if let Some(memory) = &self.memory
-            && has_referred
+            && has_sent_references
             && !self.progress.borrow().has_peer_closed
         {
-            memory.spoil();
+            memory.report_lost_reader();
         }
     }
 
@@ -224,7 +224,7 @@ impl LanePublisher {
 
     /// Nothing more can be sent but the close packet.
     fn fail(&self, error: TransportError) {
-        self.update(SendQueue::abandon);
+        self.update(SendQueue::discard_frames);
         self.progress.send_modify(|progress| {
             progress.failed.get_or_insert(error);
         });
@@ -232,13 +232,13 @@ impl LanePublisher {
 
     /// The sending thread.
     fn run_thread(&self) {
-        give_way();
+        schedule_as_batch();
         let mut probing_since = None;
         while let Some(put) = self.next() {
             self.put(put);
             let mut state = self.lock();
             state.is_putting = false;
-            if state.queue.path() != Path::Asked {
+            if state.queue.path() != Path::Probing {
                 probing_since = None;
             } else if probing_since.get_or_insert_with(Instant::now).elapsed() > REFERENCE_PERIOD
                 && !state.has_logged_no_answer
@@ -247,7 +247,7 @@ impl LanePublisher {
                 state.has_logged_no_answer = true;
                 let peer = &self.peer;
                 tracing::info!(
-                    "observations to {peer} travel by the network: no word whether it sees this host's shared memory"
+                    "observations to {peer} travel by the network: no packet whether it sees this host's shared memory"
                 );
             }
         }
@@ -271,8 +271,8 @@ impl LanePublisher {
             let (locked, timeout) = waited.unwrap_or_else(PoisonError::into_inner);
             state = locked;
             if timeout.timed_out() {
-                let before = std::mem::replace(&mut awaited, state.queue.awaited());
-                if before.is_some_and(|number| state.queue.give_up(number)) {
+                let before = std::mem::replace(&mut awaited, state.queue.awaited_reference());
+                if before.is_some_and(|number| state.queue.give_up_reference(number)) {
                     tracing::warn!(
                         "what was sent to {} by shared memory did not arrive in time, and goes by the network",
                         self.peer
@@ -283,13 +283,13 @@ impl LanePublisher {
     }
 
     fn put(&self, put: Put) {
-        let is_large = put.completes
-            && (matches!(put.word, Packet::Chunk { .. })
+        let is_large = put.completes_frame
+            && (matches!(put.packet, Packet::Chunk { .. })
                 || put.payload.iter().any(|part| part.len() > SMALL));
-        let payload = match (put.word, &self.memory) {
+        let payload = match (put.packet, &self.memory) {
             (Packet::Reference { .. }, Some(memory)) => {
                 memory.count(true);
-                memory.refer(put.payload)
+                memory.payload_by_reference(put.payload)
             }
             // A region that was replaced meanwhile: nothing new lies in it.
             (Packet::Probe { region }, Some(memory)) => memory.probe(region).unwrap_or_default(),
@@ -304,13 +304,13 @@ impl LanePublisher {
                 payload.finish()
             }
         };
-        if let Err(error) = self.publisher.put(payload).attachment(put.word.encode()).wait() {
+        if let Err(error) = self.publisher.put(payload).attachment(put.packet.encode()).wait() {
             return self.fail(TransportError::lost(cause(&error)));
         }
         self.progress.send_if_modified(|progress| {
-            progress.finished += u64::from(put.completes);
-            progress.is_close_sent |= put.word == Packet::Close;
-            put.completes || put.word == Packet::Close
+            progress.finished += u64::from(put.completes_frame);
+            progress.is_close_sent |= put.packet == Packet::Close;
+            put.completes_frame || put.packet == Packet::Close
         });
     }
 }

@@ -16,7 +16,7 @@ pub(super) const CHUNK: usize = 4 * 65_000;
 pub(super) const WINDOW: u64 = 8 * cost(CHUNK);
 /// The other side is told after so much: half of the window, since each time costs both sides several changes
 /// of thread.
-const TELL_AFTER: u64 = WINDOW / 2;
+const ACKNOWLEDGE_AFTER: u64 = WINDOW / 2;
 /// Frames up to this size are not worth the pool's memory.
 pub(super) const SMALL: usize = 4 * 1024;
 
@@ -32,11 +32,11 @@ pub(super) struct Reassembly {
     max_frame: usize,
     pool: Pool,
     /// Frames that have arrived.
-    arrived: u64,
+    completed: u64,
     partial: Option<Partial>,
     /// What was taken, and how much of it the other side knows.
-    taken: u64,
-    told: u64,
+    received: u64,
+    acknowledged: u64,
 }
 
 /// A frame of which chunks are missing.
@@ -48,19 +48,19 @@ struct Partial {
 
 impl Reassembly {
     pub(super) fn new(max_frame: usize, pool: Pool) -> Reassembly {
-        Reassembly { max_frame, pool, arrived: 0, partial: None, taken: 0, told: 0 }
+        Reassembly { max_frame, pool, completed: 0, partial: None, received: 0, acknowledged: 0 }
     }
 
     /// Takes a frame or chunk, whose payload of `len` bytes comes in slices; returns the frame that it
     /// completes.
-    pub(super) fn take<'a>(
+    pub(super) fn receive<'a>(
         &mut self,
-        word: Packet,
+        packet: Packet,
         len: usize,
         slices: impl Iterator<Item = &'a [u8]>,
     ) -> Result<Option<Frame>, TransportError> {
-        self.taken += cost(len);
-        let (number, offset, total) = match word {
+        self.received += cost(len);
+        let (number, offset, total) = match packet {
             Packet::Frame { number } => (number, 0, len as u64),
             Packet::Chunk { number, offset, total } => (number, offset, total),
             other => return Err(violation("a frame or chunk", format!("{other:?}"))),
@@ -82,8 +82,8 @@ impl Reassembly {
         }
         let total = self.within_limit(total)?;
         if partial.is_none() && len == total {
-            self.arrived += 1;
-            return Ok(Some(gathered(&self.pool, len, slices).into()));
+            self.completed += 1;
+            return Ok(Some(gather(&self.pool, len, slices).into()));
         }
         let Partial { mut buffer, mut filled } =
             partial.unwrap_or_else(|| Partial { buffer: self.pool.take(total), filled: 0 });
@@ -92,7 +92,7 @@ impl Reassembly {
             filled += slice.len();
         }
         if filled == total {
-            self.arrived += 1;
+            self.completed += 1;
             return Ok(Some(buffer.freeze().into()));
         }
         self.partial = Some(Partial { buffer, filled });
@@ -101,7 +101,7 @@ impl Reassembly {
 
     /// Takes a frame that was sent by reference, in the segments that it came in; `None` if it has come
     /// another way meanwhile.
-    pub(super) fn take_reference(
+    pub(super) fn receive_reference(
         &mut self,
         number: u64,
         segments: Vec<Bytes>,
@@ -114,19 +114,19 @@ impl Reassembly {
         if self.partial.is_some() {
             return Err(violation("the rest of a frame", "another one"));
         }
-        self.arrived += 1;
+        self.completed += 1;
         Ok(Some(frame))
     }
 
     /// Whether this is the next frame, and not one that has arrived.
     fn is_next(&self, number: u64) -> Result<bool, TransportError> {
-        if number > self.arrived + 1 {
+        if number > self.completed + 1 {
             return Err(violation(
                 "frames without a gap",
-                format!("frame {number} after frame {}", self.arrived),
+                format!("frame {number} after frame {}", self.completed),
             ));
         }
-        Ok(number > self.arrived)
+        Ok(number > self.completed)
     }
 
     fn within_limit(&self, len: u64) -> Result<usize, TransportError> {
@@ -135,17 +135,17 @@ impl Reassembly {
     }
 
     /// What the other side should be told was taken, if it is time to.
-    pub(super) fn tell(&mut self) -> Option<u64> {
-        let is_due = self.taken - self.told >= TELL_AFTER;
+    pub(super) fn acknowledge(&mut self) -> Option<u64> {
+        let is_due = self.received - self.acknowledged >= ACKNOWLEDGE_AFTER;
         is_due.then(|| {
-            self.told = self.taken;
-            self.taken
+            self.acknowledged = self.received;
+            self.received
         })
     }
 }
 
 /// The `len` bytes of all slices in one piece, of the pool's memory if they are worth it.
-pub(super) fn gathered<'a>(pool: &Pool, len: usize, slices: impl Iterator<Item = &'a [u8]>) -> Bytes {
+pub(super) fn gather<'a>(pool: &Pool, len: usize, slices: impl Iterator<Item = &'a [u8]>) -> Bytes {
     if len <= SMALL {
         let mut gathered = BytesMut::with_capacity(len);
         slices.for_each(|slice| gathered.extend_from_slice(slice));
@@ -168,27 +168,27 @@ pub(super) fn violation(expected: &'static str, found: impl Into<String>) -> Tra
 mod tests {
     use super::*;
 
-    /// What comes of these words, each with so many bytes: the length of the last frame, or the words of the
+    /// What comes of these packets, each with so many bytes: the length of the last frame, or the packets of the
     /// refusal.
-    fn check(words: &[(Packet, usize)], expected: Result<Option<usize>, &str>) {
-        let mut incoming = Reassembly::new(1 << 20, Pool::new(0));
+    fn check(packets: &[(Packet, usize)], expected: Result<Option<usize>, &str>) {
+        let mut reassembly = Reassembly::new(1 << 20, Pool::new(0));
         let mut last = Ok(None);
-        for (word, len) in words {
+        for (packet, len) in packets {
             let payload = vec![7; *len];
-            last = incoming.take(*word, *len, payload.chunks(100));
+            last = reassembly.receive(*packet, *len, payload.chunks(100));
             if last.is_err() {
                 break;
             }
         }
         match (last, expected) {
-            (Ok(frame), Ok(len)) => assert_eq!(frame.map(|frame| frame.len()), len, "{words:?}"),
+            (Ok(frame), Ok(len)) => assert_eq!(frame.map(|frame| frame.len()), len, "{packets:?}"),
             (Err(error), Err(text)) => assert!(error.to_string().contains(text), "{error}"),
-            (found, expected) => panic!("{words:?}: expected {expected:?}, found {found:?}"),
+            (found, expected) => panic!("{packets:?}: expected {expected:?}, found {found:?}"),
         }
     }
 
     #[test]
-    fn only_chunks_in_order_make_a_frame() {
+    fn a_frame_is_made_of_chunks_in_order() {
         let frame = |number| Packet::Frame { number };
         let chunk = |number, offset, total| Packet::Chunk { number, offset, total };
         check(&[(frame(1), 10)], Ok(Some(10)));
@@ -214,7 +214,7 @@ mod tests {
     }
 
     #[test]
-    fn what_has_arrived_and_comes_again_is_passed_over() {
+    fn repeated_frames_are_ignored() {
         check(&[(Packet::Frame { number: 1 }, 10), (Packet::Frame { number: 1 }, 10)], Ok(None));
         let again = Packet::Chunk { number: 1, offset: 0, total: 9000 };
         let rest = Packet::Chunk { number: 1, offset: 5000, total: 9000 };
@@ -230,31 +230,41 @@ mod tests {
     }
 
     #[test]
-    fn references_are_frames_in_the_same_order() {
-        let mut incoming = Reassembly::new(100, Pool::new(0));
+    fn references_share_the_numbering_of_frames() {
+        let mut reassembly = Reassembly::new(100, Pool::new(0));
         let segments = |len| vec![Bytes::from_static(b"head"), Bytes::from(vec![0; len])];
-        assert_eq!(incoming.take_reference(1, segments(50)).unwrap().map(|frame| frame.len()), Some(54));
-        assert_eq!(incoming.take_reference(1, segments(50)).unwrap(), None, "it has arrived already");
-        assert!(incoming.take_reference(3, segments(50)).unwrap_err().to_string().contains("without a gap"));
+        assert_eq!(reassembly.receive_reference(1, segments(50)).unwrap().map(|frame| frame.len()), Some(54));
+        assert_eq!(reassembly.receive_reference(1, segments(50)).unwrap(), None, "it has arrived already");
         assert!(
-            incoming.take_reference(2, segments(97)).unwrap_err().to_string().contains("within the limit")
+            reassembly.receive_reference(3, segments(50)).unwrap_err().to_string().contains("without a gap")
+        );
+        assert!(
+            reassembly
+                .receive_reference(2, segments(97))
+                .unwrap_err()
+                .to_string()
+                .contains("within the limit")
         );
         let chunk = Packet::Chunk { number: 2, offset: 0, total: 100 };
-        incoming.take(chunk, 50, std::iter::once(&[0; 50][..])).unwrap();
+        reassembly.receive(chunk, 50, std::iter::once(&[0; 50][..])).unwrap();
         assert!(
-            incoming.take_reference(2, segments(50)).unwrap_err().to_string().contains("the rest of a frame")
+            reassembly
+                .receive_reference(2, segments(50))
+                .unwrap_err()
+                .to_string()
+                .contains("the rest of a frame")
         );
     }
 
     #[test]
-    fn what_was_taken_is_told_before_the_window_is_full() {
-        let mut incoming = Reassembly::new(1 << 20, Pool::new(0));
-        let (mut told, mut put) = (0, 0);
+    fn the_window_is_acknowledged_before_it_is_full() {
+        let mut reassembly = Reassembly::new(1 << 20, Pool::new(0));
+        let (mut acknowledged, mut put) = (0, 0);
         for number in 1..10_000 {
-            incoming.take(Packet::Frame { number }, 1, [&[1_u8][..]].into_iter()).unwrap();
+            reassembly.receive(Packet::Frame { number }, 1, [&[1_u8][..]].into_iter()).unwrap();
             put += cost(1);
-            told = incoming.tell().unwrap_or(told);
-            assert!(put - told + cost(CHUNK) <= WINDOW);
+            acknowledged = reassembly.acknowledge().unwrap_or(acknowledged);
+            assert!(put - acknowledged + cost(CHUNK) <= WINDOW);
         }
     }
 }

@@ -13,12 +13,12 @@ use super::{
     config::{Purpose, ZenohSessionOptions, configure},
     error::{ZenohError, failed},
     session::ZenohSession,
-    thread::on_thread,
+    thread::run_on_thread,
 };
 
 /// Where a robot of this very host lets others in unless it was told otherwise; found even where there is no
 /// multicast.
-const THIS_HOST: &str = "tcp/127.0.0.1:7447";
+const LOCAL_DEFAULT: &str = "tcp/127.0.0.1:7447";
 
 /// A robot that was reached, by one locator.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -28,7 +28,7 @@ pub struct ScoutedRobot {
     /// Where it was reached.
     pub locator: String,
     /// Whether its own server listens there; otherwise somebody who leads to it, such as a router.
-    pub is_own: bool,
+    pub is_direct: bool,
     /// What its server says of it; see [`super::ZenohListener::accept`].
     pub info: Vec<u8>,
 }
@@ -37,15 +37,15 @@ pub struct ScoutedRobot {
 #[derive(Debug)]
 pub struct Scout {
     options: ZenohSessionOptions,
-    until: Instant,
+    deadline: Instant,
     answers: mpsc::UnboundedReceiver<Hello>,
-    seen: HashSet<(String, String)>,
-    looks: JoinSet<()>,
-    sightings: mpsc::UnboundedReceiver<ScoutedRobot>,
-    /// For the looks that are still to begin.
-    sighted: mpsc::UnboundedSender<ScoutedRobot>,
+    looked_up: HashSet<(String, String)>,
+    lookups: JoinSet<()>,
+    found: mpsc::UnboundedReceiver<ScoutedRobot>,
+    /// For the lookups that are still to begin.
+    found_sender: mpsc::UnboundedSender<ScoutedRobot>,
     /// Its thread ends with it.
-    _end: std_mpsc::Sender<()>,
+    _thread_end: std_mpsc::Sender<()>,
 }
 
 impl Scout {
@@ -55,35 +55,36 @@ impl Scout {
     /// # Errors
     /// [`ZenohError::Config`], [`ZenohError::Failed`] if multicast cannot be used,
     /// [`ZenohError::Thread`].
-    pub async fn begin(options: &ZenohSessionOptions, limit: Duration) -> Result<Scout, ZenohError> {
-        let until = Instant::now() + limit;
+    pub async fn start(options: &ZenohSessionOptions, duration: Duration) -> Result<Scout, ZenohError> {
+        let deadline = Instant::now() + duration;
         let options =
             ZenohSessionOptions { config: options.config.clone(), ..ZenohSessionOptions::default() };
         let scouting = configure(&options, Purpose::Scout)?.config;
-        let (found, answers) = mpsc::unbounded_channel();
+        let (answer, answers) = mpsc::unbounded_channel();
         let (started, starting) = tokio::sync::oneshot::channel();
         let (end, ended) = std_mpsc::channel();
         // It begins and ends on a thread of its own, as sessions do.
-        on_thread(move || {
+        run_on_thread(move || {
             let scout = zenoh::scout(WhatAmI::Peer | WhatAmI::Router, scouting);
-            let scout = scout.callback(move |hello| drop(found.send(hello))).wait();
+            let scout = scout.callback(move |hello| drop(answer.send(hello))).wait();
             let is_started = scout.as_ref().map(drop).map_err(|error| failed(error.to_string().into()));
             let _ = started.send(is_started);
-            let _: Result<(), _> = ended.recv_timeout(limit);
+            let _: Result<(), _> = ended.recv_timeout(duration);
             drop(scout);
         })?;
-        if let Ok(Ok(started)) = timeout_at(until, starting).await {
+        if let Ok(Ok(started)) = timeout_at(deadline, starting).await {
             started?;
         }
-        let (sighted, sightings) = mpsc::unbounded_channel();
-        let (seen, looks) = (HashSet::new(), JoinSet::new());
-        let mut search = Scout { options, until, answers, seen, looks, sightings, sighted, _end: end };
-        search.look(None, THIS_HOST);
+        let (found_sender, found) = mpsc::unbounded_channel();
+        let (looked_up, lookups) = (HashSet::new(), JoinSet::new());
+        let mut scout =
+            Scout { options, deadline, answers, looked_up, lookups, found, found_sender, _thread_end: end };
+        scout.look_up(None, LOCAL_DEFAULT);
         // A file without locators is as good as none.
-        if let Ok(configured) = configure(&search.options, Purpose::Member) {
-            configured.connect.iter().for_each(|locator| search.look(None, locator));
+        if let Ok(configured) = configure(&scout.options, Purpose::Member) {
+            configured.connect.iter().for_each(|locator| scout.look_up(None, locator));
         }
-        Ok(search)
+        Ok(scout)
     }
 
     /// The next robot that was reached; one may come more than once, by several locators. `None` when time is
@@ -91,44 +92,44 @@ impl Scout {
     pub async fn next(&mut self) -> Option<ScoutedRobot> {
         loop {
             tokio::select! {
-                () = sleep_until(self.until) => return None,
+                () = sleep_until(self.deadline) => return None,
                 Some(hello) = self.answers.recv() => {
                     let server = hello.zid().to_string();
-                    hello.locators().iter().for_each(|locator| self.look(Some(&server), locator.as_str()));
+                    hello.locators().iter().for_each(|locator| self.look_up(Some(&server), locator.as_str()));
                 }
-                Some(sighting) = self.sightings.recv() => return Some(sighting),
+                Some(robot) = self.found.recv() => return Some(robot),
             }
         }
     }
 
     /// Has a look at who is there, once.
-    fn look(&mut self, server: Option<&str>, locator: &str) {
-        if self.seen.insert((server.unwrap_or_default().to_owned(), locator.to_owned())) {
-            let (options, sighted) = (self.options.clone(), self.sighted.clone());
-            self.looks.spawn(look(options, server.map(str::to_owned), locator.to_owned(), sighted));
+    fn look_up(&mut self, server: Option<&str>, locator: &str) {
+        if self.looked_up.insert((server.unwrap_or_default().to_owned(), locator.to_owned())) {
+            let (options, found_sender) = (self.options.clone(), self.found_sender.clone());
+            self.lookups.spawn(look_up(options, server.map(str::to_owned), locator.to_owned(), found_sender));
         }
     }
 }
 
 /// Tells of the robots that are alive there as they answer: one that does not answer hides no other.
-async fn look(
+async fn look_up(
     options: ZenohSessionOptions,
     server: Option<String>,
     locator: String,
-    sighted: mpsc::UnboundedSender<ScoutedRobot>,
+    found_sender: mpsc::UnboundedSender<ScoutedRobot>,
 ) {
-    let Ok(configured) = configure(&options, Purpose::Look(&locator)) else { return };
-    let Ok(network) = ZenohSession::enter(configured).await else { return };
-    let mut asking = JoinSet::new();
+    let Ok(configured) = configure(&options, Purpose::Lookup(&locator)) else { return };
+    let Ok(network) = ZenohSession::open_configured(configured).await else { return };
+    let mut queries = JoinSet::new();
     for (robot, alive) in network.robots().await.unwrap_or_default() {
-        let (network, locator, sighted) = (network.clone(), locator.clone(), sighted.clone());
-        let is_own = server.as_deref() == alive.split('@').next();
-        asking.spawn(async move {
+        let (network, locator, found_sender) = (network.clone(), locator.clone(), found_sender.clone());
+        let is_direct = server.as_deref() == alive.split('@').next();
+        queries.spawn(async move {
             if let Some(info) = network.info(&robot).await {
-                let _ = sighted.send(ScoutedRobot { robot, locator, is_own, info });
+                let _ = found_sender.send(ScoutedRobot { robot, locator, is_direct, info });
             }
         });
     }
-    while asking.join_next().await.is_some() {}
+    while queries.join_next().await.is_some() {}
     network.close().await;
 }

@@ -30,7 +30,7 @@ use super::error::cause;
 use crate::lock::lock;
 
 /// Segments up to this size are copied, wherever they lie.
-const SMALL: usize = 4 * 1024;
+const MAX_COPIED: usize = 4 * 1024;
 /// A region that is exhausted is replaced, but not more often than this: readers may just hold that much.
 const EXHAUSTED_PERIOD: Duration = Duration::from_secs(10);
 /// What a probe carries.
@@ -54,15 +54,15 @@ struct Inner {
 struct Regions {
     current: Arc<Region>,
     /// The one before, as long as anybody here still uses it.
-    last: Weak<Region>,
+    previous: Weak<Region>,
     /// Part of the current one is lost: a reader was killed, and never gives back what it had.
-    is_spoilt: bool,
-    is_being_replaced: bool,
+    has_lost_memory: bool,
+    is_replacing: bool,
     /// There is no memory for a second one. It is not tried again, since each failure costs some for good.
-    is_irreplaceable: bool,
-    began: Instant,
+    is_out_of_memory: bool,
+    created_at: Instant,
     /// The number that the next one gets.
-    next: u64,
+    next_number: u64,
 }
 
 struct Region {
@@ -103,12 +103,12 @@ impl SharedMemory {
         let current = Arc::new(Region::new(0, len)?);
         let regions = Regions {
             current,
-            last: Weak::new(),
-            is_spoilt: false,
-            is_being_replaced: false,
-            is_irreplaceable: false,
-            began: Instant::now(),
-            next: 1,
+            previous: Weak::new(),
+            has_lost_memory: false,
+            is_replacing: false,
+            is_out_of_memory: false,
+            created_at: Instant::now(),
+            next_number: 1,
         };
         let inner = Inner {
             len,
@@ -120,7 +120,7 @@ impl SharedMemory {
     }
 
     /// For a pool to lend, as long as this is there.
-    pub fn memory(&self) -> Arc<dyn BufferProvider> {
+    pub fn provider(&self) -> Arc<dyn BufferProvider> {
         Arc::clone(&self.inner) as Arc<dyn BufferProvider>
     }
 
@@ -134,9 +134,9 @@ impl SharedMemory {
 
     /// A reader has gone without a word, and with it whatever it held: a fresh region takes the place of this
     /// one, as soon as the one before is out of use.
-    pub fn spoil(&self) {
-        lock(&self.inner.regions).is_spoilt = true;
-        self.inner.replace();
+    pub fn report_lost_reader(&self) {
+        lock(&self.inner.regions).has_lost_memory = true;
+        self.inner.replace_if_needed();
     }
 
     /// The regions that all of a frame's pixels lie in; none if some do not.
@@ -144,9 +144,9 @@ impl SharedMemory {
         let frozen = lock(&self.inner.frozen);
         let mut regions = Vec::new();
         for segment in frame.segments() {
-            match find(&frozen, segment) {
+            match find_frozen(&frozen, segment) {
                 Some((_, region)) if !regions.contains(region) => regions.push(*region),
-                None if segment.len() > SMALL => return Vec::new(),
+                None if segment.len() > MAX_COPIED => return Vec::new(),
                 _ => {}
             }
         }
@@ -154,12 +154,12 @@ impl SharedMemory {
     }
 
     /// A frame's segments, by reference where they can be.
-    pub(super) fn refer(&self, segments: Vec<Bytes>) -> ZBytes {
+    pub(super) fn payload_by_reference(&self, segments: Vec<Bytes>) -> ZBytes {
         let mut payload = ZBytes::writer();
         let frozen = lock(&self.inner.frozen);
         // Borrowed, so that none is dropped under the lock, which who drops the last one takes.
         for segment in &segments {
-            payload.append(match find(&frozen, segment) {
+            payload.append(match find_frozen(&frozen, segment) {
                 Some((shared, _)) => ZBytes::from(shared.clone()),
                 None => ZBytes::from(segment.clone()),
             });
@@ -173,10 +173,10 @@ impl SharedMemory {
         let found = {
             let regions = lock(&self.inner.regions);
             let mut known =
-                [Some(Arc::clone(&regions.current)), regions.last.upgrade()].into_iter().flatten();
+                [Some(Arc::clone(&regions.current)), regions.previous.upgrade()].into_iter().flatten();
             known.find(|known| known.number == region)?
         };
-        let mut piece = found.take(PROBE.len())?;
+        let mut piece = found.alloc(PROBE.len())?;
         piece.as_mut().copy_from_slice(&PROBE);
         Some(ZBytes::from(ZShm::from(piece)))
     }
@@ -190,7 +190,7 @@ impl SharedMemory {
 
 /// Whether a session of Zenoh's can have any: tried once in a process, since each failure costs some for good
 /// (Zenoh leaves mapped what could not be locked).
-pub(super) fn is_to_be_had() -> bool {
+pub(super) fn is_available() -> bool {
     static TRIED: LazyLock<bool> = LazyLock::new(|| {
         Region::new(0, 2 << 20)
             .inspect_err(|error| {
@@ -219,12 +219,12 @@ impl Region {
         Ok(Region { number, provider })
     }
 
-    fn take(&self, len: usize) -> Option<ZShmMut> {
-        let take = || self.provider.alloc(len).wait().ok();
+    fn alloc(&self, len: usize) -> Option<ZShmMut> {
+        let alloc = || self.provider.alloc(len).wait().ok();
         // Zenoh's policy of this name tries again only if one piece that came back is as large by itself.
-        take().or_else(|| {
+        alloc().or_else(|| {
             self.provider.garbage_collect();
-            take()
+            alloc()
         })
     }
 }
@@ -232,112 +232,111 @@ impl Region {
 impl Inner {
     /// Puts a fresh region in place of a spoilt one, unless there are two already; on a thread, since the
     /// whole of it is locked into memory.
-    fn replace(&self) {
+    fn replace_if_needed(&self) {
         let mut regions = lock(&self.regions);
         let must_stay =
-            regions.is_being_replaced || regions.is_irreplaceable || regions.last.strong_count() > 0;
-        if !regions.is_spoilt || must_stay {
+            regions.is_replacing || regions.is_out_of_memory || regions.previous.strong_count() > 0;
+        if !regions.has_lost_memory || must_stay {
             return;
         }
-        let (ours, number, len) = (Arc::clone(&self.regions), regions.next, self.len);
+        let (ours, number, len) = (Arc::clone(&self.regions), regions.next_number, self.len);
         let replace = move || {
             let fresh = Region::new(number, len);
             let mut regions = lock(&ours);
-            regions.is_being_replaced = false;
+            regions.is_replacing = false;
             let fresh = match fresh {
                 Ok(fresh) => Arc::new(fresh),
                 Err(error) => {
-                    regions.is_irreplaceable = true;
+                    regions.is_out_of_memory = true;
                     return tracing::warn!(
                         "no second region of shared memory, so what lost peers held in it stays lost: {error}"
                     );
                 }
             };
             let old = std::mem::replace(&mut regions.current, fresh);
-            regions.last = Arc::downgrade(&old);
-            (regions.is_spoilt, regions.began) = (false, Instant::now());
+            regions.previous = Arc::downgrade(&old);
+            (regions.has_lost_memory, regions.created_at) = (false, Instant::now());
             drop(regions);
             tracing::debug!("shared memory begins afresh after a peer that was lost");
         };
-        regions.is_being_replaced =
-            thread::Builder::new().name("chiral-memory".to_owned()).spawn(replace).is_ok();
-        regions.next += 1;
+        regions.is_replacing = thread::Builder::new().name("chiral-memory".to_owned()).spawn(replace).is_ok();
+        regions.next_number += 1;
     }
 }
 
 impl BufferProvider for Inner {
     fn take(&self, len: usize) -> Option<Box<dyn PoolBuffer>> {
-        self.replace();
+        self.replace_if_needed();
         let region = Arc::clone(&lock(&self.regions).current);
-        let Some(memory) = region.take(len) else {
+        let Some(memory) = region.alloc(len) else {
             self.counts.exhausted.fetch_add(1, Ordering::Relaxed);
             // A reader that held something when its process ended in good order does not give it back either.
             let mut regions = lock(&self.regions);
-            regions.is_spoilt |= regions.began.elapsed() > EXHAUSTED_PERIOD;
+            regions.has_lost_memory |= regions.created_at.elapsed() > EXHAUSTED_PERIOD;
             return None;
         };
-        Some(Box::new(Piece { memory, region, frozen: Arc::clone(&self.frozen) }))
+        Some(Box::new(WritableBuffer { memory, region, frozen: Arc::clone(&self.frozen) }))
     }
 }
 
 /// PoolBuffer to be written.
-struct Piece {
+struct WritableBuffer {
     memory: ZShmMut,
     region: Arc<Region>,
     frozen: Arc<Mutex<Frozen>>,
 }
 
-impl AsRef<[u8]> for Piece {
+impl AsRef<[u8]> for WritableBuffer {
     fn as_ref(&self) -> &[u8] {
         self.memory.as_ref()
     }
 }
 
-impl AsMut<[u8]> for Piece {
+impl AsMut<[u8]> for WritableBuffer {
     fn as_mut(&mut self) -> &mut [u8] {
         self.memory.as_mut()
     }
 }
 
-impl PoolBuffer for Piece {
+impl PoolBuffer for WritableBuffer {
     fn freeze(self: Box<Self>) -> Bytes {
-        let Piece { memory, region, frozen } = *self;
+        let WritableBuffer { memory, region, frozen } = *self;
         let memory = ZShm::from(memory);
-        lock(&frozen).insert(start(&memory), (memory.clone(), region.number));
-        Bytes::from_owner(Shared { memory, _region: region, frozen })
+        lock(&frozen).insert(start_address(&memory), (memory.clone(), region.number));
+        Bytes::from_owner(SharedBuffer { memory, _region: region, frozen })
     }
 }
 
 /// Written, and shared. While it is there, its region is.
-struct Shared {
+struct SharedBuffer {
     memory: ZShm,
     _region: Arc<Region>,
     frozen: Arc<Mutex<Frozen>>,
 }
 
-impl AsRef<[u8]> for Shared {
+impl AsRef<[u8]> for SharedBuffer {
     fn as_ref(&self) -> &[u8] {
         self.memory.as_ref()
     }
 }
 
-impl Drop for Shared {
+impl Drop for SharedBuffer {
     fn drop(&mut self) {
-        lock(&self.frozen).remove(&start(&self.memory));
+        lock(&self.frozen).remove(&start_address(&self.memory));
     }
 }
 
 /// The whole of what was frozen, and nothing less.
-fn find<'a>(frozen: &'a Frozen, bytes: &Bytes) -> Option<&'a (ZShm, u64)> {
+fn find_frozen<'a>(frozen: &'a Frozen, bytes: &Bytes) -> Option<&'a (ZShm, u64)> {
     frozen.get(&bytes.as_ptr().addr()).filter(|(memory, _)| memory.len() == bytes.len())
 }
 
-fn start(memory: &[u8]) -> usize {
+fn start_address(memory: &[u8]) -> usize {
     memory.as_ptr().addr()
 }
 
 /// A received payload's segments: what lies in shared memory as it is, the rest copied.
-pub(super) fn segments(payload: &ZBytes) -> Vec<Bytes> {
+pub(super) fn received_segments(payload: &ZBytes) -> Vec<Bytes> {
     let slices = ZBuf::from(payload.clone()).into_zslices();
     let segment = |slice: ZBytes| match slice.as_shm() {
         Some(shared) => Bytes::from_owner(shared.to_owned()),
@@ -347,7 +346,7 @@ pub(super) fn segments(payload: &ZBytes) -> Vec<Bytes> {
 }
 
 /// Whether a probe's payload was seen in shared memory.
-pub(super) fn is_seen(probe: &ZBytes) -> bool {
+pub(super) fn is_shared_probe(probe: &ZBytes) -> bool {
     probe.as_shm().is_some_and(|shared| shared.as_ref() == &PROBE[..])
 }
 

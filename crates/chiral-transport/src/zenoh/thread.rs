@@ -7,7 +7,7 @@ use tokio::sync::oneshot;
 use super::error::ZenohError;
 
 /// Runs what Zenoh does not do within a runtime.
-pub(super) fn on_thread<T: Send + 'static>(
+pub(super) fn run_on_thread<T: Send + 'static>(
     call: impl FnOnce() -> T + Send + 'static,
 ) -> Result<oneshot::Receiver<T>, ZenohError> {
     let (done, waiting) = oneshot::channel();
@@ -22,7 +22,7 @@ pub(super) fn on_thread<T: Send + 'static>(
 /// Zenoh's writing thread frees a batch and wakes who waits to fill it, hundreds of times an observation.
 /// Where each time interrupts the writing, the two need a third longer on a core that they share; nor should
 /// an action wait until pixels are copied.
-pub(super) fn give_way() {
+pub(super) fn schedule_as_batch() {
     #[cfg(target_os = "linux")]
     {
         use thread_priority::{
@@ -50,9 +50,9 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_thread_that_gives_way_keeps_its_niceness() {
+    fn batch_scheduling_keeps_the_niceness() {
         let gives_way = thread::spawn(|| {
-            give_way();
+            schedule_as_batch();
             (unix::thread_schedule_policy().unwrap(), rustix::process::getpriority_process(None).unwrap())
         });
         let niceness = rustix::process::getpriority_process(None).unwrap();

@@ -25,12 +25,12 @@ use super::{
     publisher::LanePublisher,
     reassembly::Reassembly,
     session::ZenohSession,
-    shm::{SharedMemory, segments},
+    shm::{SharedMemory, received_segments},
 };
 use crate::liveness::IdleTimeout;
 
 /// How often the client sends its first packet until it is answered.
-const BEGIN_PERIOD: Duration = Duration::from_millis(20);
+const READY_PERIOD: Duration = Duration::from_millis(20);
 /// How long to wait for the close packets of both ends.
 const CLOSE_TIMEOUT: Duration = Duration::from_millis(500);
 
@@ -45,15 +45,15 @@ pub enum LaneKind {
 
 impl LaneKind {
     /// As it is asked for.
-    pub(super) fn word(self) -> &'static str {
+    pub(super) fn as_str(self) -> &'static str {
         match self {
             LaneKind::Control => "control",
             LaneKind::Observations => "observations",
         }
     }
 
-    pub(super) fn from_word(word: &[u8]) -> Option<LaneKind> {
-        [LaneKind::Control, LaneKind::Observations].into_iter().find(|kind| kind.word().as_bytes() == word)
+    pub(super) fn parse(name: &[u8]) -> Option<LaneKind> {
+        [LaneKind::Control, LaneKind::Observations].into_iter().find(|kind| kind.as_str().as_bytes() == name)
     }
 
     fn priority(self) -> Priority {
@@ -91,14 +91,14 @@ pub struct ZenohTransport {
     _subscriber: Subscriber<()>,
     _liveliness_subscriber: Subscriber<()>,
     _token: LivelinessToken,
-    _place: Option<OwnedSemaphorePermit>,
+    _slot: Option<OwnedSemaphorePermit>,
     // Dropped last.
     _network: ZenohSession,
 }
 
 struct Inbox {
     events: mpsc::UnboundedReceiver<Event>,
-    incoming: Reassembly,
+    reassembly: Reassembly,
 }
 
 impl ZenohTransport {
@@ -110,7 +110,7 @@ impl ZenohTransport {
         end: End,
         kind: LaneKind,
         options: ZenohOptions,
-        place: Option<OwnedSemaphorePermit>,
+        slot: Option<OwnedSemaphorePermit>,
     ) -> Result<ZenohTransport, ZenohError> {
         let session = network.session();
         let publisher = session.declare_publisher(keys::frames(robot, connection, end));
@@ -143,9 +143,9 @@ impl ZenohTransport {
         let liveliness_subscriber = liveliness_subscriber.await.map_err(failed)?;
         let token = session.liveliness().declare_token(keys::end(robot, connection, end));
         let token = token.await.map_err(failed)?;
-        publisher.spawn_thread(format!("chiral-{}", kind.word()))?;
+        publisher.spawn_thread(format!("chiral-{}", kind.as_str()))?;
         Ok(ZenohTransport {
-            inbox: Mutex::new(Inbox { events, incoming: Reassembly::new(options.max_frame, options.pool) }),
+            inbox: Mutex::new(Inbox { events, reassembly: Reassembly::new(options.max_frame, options.pool) }),
             send_turn: Mutex::default(),
             publisher,
             received,
@@ -154,7 +154,7 @@ impl ZenohTransport {
             _subscriber: subscriber,
             _liveliness_subscriber: liveliness_subscriber,
             _token: token,
-            _place: place,
+            _slot: slot,
             _network: network.clone(),
         })
     }
@@ -165,11 +165,11 @@ impl ZenohTransport {
     }
 
     /// Sends the first packet until the peer has answered it, within `limit`. Returns whether it has.
-    pub(super) async fn begin(&self, limit: Duration) -> bool {
+    pub(super) async fn handshake(&self, limit: Duration) -> bool {
         let announce = async {
             loop {
-                self.publisher.update(|queue| queue.begin());
-                sleep(BEGIN_PERIOD).await;
+                self.publisher.update(|queue| queue.queue_ready());
+                sleep(READY_PERIOD).await;
             }
         };
         let ready = self.publisher.wait_for(|progress| progress.is_peer_ready);
@@ -192,22 +192,22 @@ impl Transport for ZenohTransport {
     async fn recv(&self) -> Result<Option<Frame>, TransportError> {
         let mut inbox = self.inbox.lock().await;
         loop {
-            let (word, payload) = match inbox.events.recv().await {
-                Some(Event::Put { word, payload }) => (word, payload),
+            let (packet, payload) = match inbox.events.recv().await {
+                Some(Event::Put { packet, payload }) => (packet, payload),
                 Some(Event::Closed) => return Ok(None),
                 Some(Event::Broken(error)) => return Err(error),
                 None => return Err(TransportError::lost("the Zenoh session is closed")),
             };
-            self.received.take(word, &payload);
-            let frame = if let Packet::Reference { number } = word {
-                let frame = inbox.incoming.take_reference(number, segments(&payload))?;
-                self.publisher.update_before_flush(|queue| queue.tell_mapped(number));
+            self.received.take(packet, &payload);
+            let frame = if let Packet::Reference { number } = packet {
+                let frame = inbox.reassembly.receive_reference(number, received_segments(&payload))?;
+                self.publisher.update_before_flush(|queue| queue.queue_mapped(number));
                 frame
             } else {
-                inbox.incoming.take(word, payload.len(), payload.slices())?
+                inbox.reassembly.receive(packet, payload.len(), payload.slices())?
             };
-            if let Some(taken) = inbox.incoming.tell() {
-                self.publisher.update_before_flush(|queue| queue.tell(taken));
+            if let Some(cost) = inbox.reassembly.acknowledge() {
+                self.publisher.update_before_flush(|queue| queue.queue_acknowledge(cost));
             }
             self.publisher.flush();
             if frame.is_some() {
@@ -217,7 +217,7 @@ impl Transport for ZenohTransport {
     }
 
     async fn close(&self) {
-        self.publisher.update(|queue| queue.close());
+        self.publisher.update(|queue| queue.queue_close());
         // If this end's token were gone before its close packet arrived, the peer would report a lost
         // connection.
         let closed = self.publisher.wait_for(|progress| progress.is_close_sent && progress.has_peer_left);
