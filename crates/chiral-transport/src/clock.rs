@@ -3,7 +3,7 @@
 use chiral_proto::{Clock, Timestamp};
 use rustix::time::{ClockId, clock_gettime};
 
-/// CLOCK_MONOTONIC, which every process of this host shares.
+/// CLOCK_MONOTONIC, which all processes of this host share.
 pub fn monotonic() -> Clock {
     Clock::new(|| {
         let now = clock_gettime(ClockId::Monotonic);

@@ -1,9 +1,9 @@
-//! What client and server both need with a socket, and neither alone: WebSocket frames over any byte stream,
-//! connections over a Zenoh network, the runtime that drives a connection, and the host's clock and name.
+//! What client and server share that needs a socket: WebSocket frames over any byte stream, lanes over a
+//! Zenoh network, the runtime that drives a connection, and the host's clock and name.
 //!
-//! The opening handshake is not here: each end does its own, with a library. Afterwards the bytes are ours:
-//! an observation of 17 MB is written from the sensors' memory and read into the memory that the policy will
-//! use.
+//! The opening handshake is not here: each end does its own, with a library. Afterwards this crate reads and
+//! writes the bytes: an observation of 17 MB is written from the sensors' memory and read into the memory
+//! that the policy uses.
 
 mod clock;
 mod host_name;
@@ -27,5 +27,5 @@ pub use runtime::Runtime;
 #[cfg(feature = "websocket")]
 pub use websocket::{Role, WebSocketOptions, WebSocketTransport};
 
-/// The subprotocol that means the protobuf codec.
+/// The WebSocket subprotocol that selects the protobuf codec.
 pub const SUBPROTOCOL: &str = "chiral.v1";

@@ -1,4 +1,4 @@
-//! Notices a peer from which nothing arrives any more.
+//! The idle timeout: detects a peer from which nothing arrives any more, on either wire.
 
 use std::{
     sync::{
@@ -10,11 +10,12 @@ use std::{
 
 use tokio::time::{Instant, sleep};
 
-/// A limit that was lowered takes effect within this.
+/// A lowered limit takes effect within this.
 const CHECK_PERIOD: Duration = Duration::from_secs(1);
 
-/// For how long nothing may arrive from a peer. A clone is the same timeout: the transport records every
-/// arrival, and the session waits for [`IdleTimeout::expired`]. Recording sets no timer.
+/// Expires when nothing has arrived from a peer for as long as its limit. A clone is the same timeout: the
+/// transport records every arrival, and the session waits for [`IdleTimeout::expired`]. Recording sets no
+/// timer.
 #[derive(Clone, Debug)]
 pub struct IdleTimeout {
     shared: Arc<Shared>,
@@ -23,20 +24,20 @@ pub struct IdleTimeout {
 #[derive(Debug)]
 struct Shared {
     started: Instant,
-    /// Nanoseconds from then to the last arrival.
+    /// Nanoseconds from `started` to the last arrival.
     last_arrival_ns: AtomicU64,
     limit_ns: AtomicU64,
 }
 
 impl IdleTimeout {
-    /// A timeout that expires after `limit` without an arrival, counted from now.
+    /// Creates a timeout that expires after `limit` without an arrival, counted from now.
     pub fn new(limit: Duration) -> IdleTimeout {
         let timeout = IdleTimeout::never();
         timeout.set_limit(limit);
         timeout
     }
 
-    /// A timeout that does not expire, until a limit is set.
+    /// Creates a timeout that does not expire until a limit is set.
     pub fn never() -> IdleTimeout {
         let (last_arrival_ns, limit_ns) = (AtomicU64::new(0), AtomicU64::new(u64::MAX));
         IdleTimeout { shared: Arc::new(Shared { started: Instant::now(), last_arrival_ns, limit_ns }) }
@@ -48,7 +49,7 @@ impl IdleTimeout {
         self.shared.limit_ns.store(limit_ns, Ordering::Relaxed);
     }
 
-    /// The limit.
+    /// Returns the limit.
     pub fn limit(&self) -> Duration {
         Duration::from_nanos(self.shared.limit_ns.load(Ordering::Relaxed))
     }
@@ -59,7 +60,7 @@ impl IdleTimeout {
         self.shared.last_arrival_ns.store(elapsed_ns, Ordering::Relaxed);
     }
 
-    /// Returns once nothing has arrived for as long as the limit.
+    /// Waits until nothing has arrived for as long as the limit.
     pub async fn expired(&self) {
         loop {
             let last_arrival = Duration::from_nanos(self.shared.last_arrival_ns.load(Ordering::Relaxed));

@@ -1,6 +1,6 @@
-//! How a large message leaves the core to others in between: an action that arrives meanwhile is not to wait
-//! for 17 MB to be copied.
-#![cfg_attr(not(feature = "websocket"), expect(dead_code, reason = "transports give way"))]
+//! Pacing: large messages yield the core while actions flow, so that an action does not wait until 17 MB are
+//! copied.
+#![cfg_attr(not(feature = "websocket"), expect(dead_code, reason = "only the WebSocket transport is paced"))]
 
 use std::{
     sync::{
@@ -11,16 +11,16 @@ use std::{
     time::{Duration, Instant},
 };
 
-/// Asked for while actions flow; large messages of connections that share it then give way. A clone is the
-/// same.
+/// Makes large messages yield the core while actions flow, on all connections that share it. A clone is the
+/// same pacing.
 ///
-/// The kernel copies a large message in few long calls, and its scheduler would let that go on for
-/// milliseconds, until its next tick. So it is copied in pieces, and between them the core is offered to
-/// whoever waits for it. While nobody acts there is nobody to wait, and pieces only cost.
+/// The kernel copies a large message in a few long calls, and its scheduler would let that go on for
+/// milliseconds, until its next tick. So the message is copied in parts, and the core is yielded between them
+/// to threads that are ready to run. Without actions no thread waits, and parts only cost.
 #[derive(Clone, Debug)]
 pub struct Pacing {
     started: Instant,
-    /// Nanoseconds from then until it is not asked for any more.
+    /// Active until this many nanoseconds after `started`.
     until_ns: Arc<AtomicU64>,
 }
 
@@ -31,46 +31,44 @@ impl Default for Pacing {
 }
 
 impl Pacing {
-    /// For so long it is granted each time.
+    /// How long an action keeps pacing active.
     const ACTIVE_PERIOD: Duration = Duration::from_secs(1);
-    /// Bytes that are copied in one call.
+    /// Bytes that are copied in one call while pacing is active.
     const MAX_COPY_BYTES: usize = 1024 * 1024;
-    /// To programs that compute without end a message gives way only once or twice, or it would hardly ever
-    /// arrive.
+    /// How long one message yields in total: only once or twice to programs that compute without pause, or it
+    /// would hardly ever arrive.
     const MAX_YIELD: Duration = Duration::from_millis(2);
 
-    /// An action is on its way.
+    /// Records that an action is on its way: activates pacing for a second.
     pub fn note_action(&self) {
-        self.until_ns
-            .store((self.started.elapsed() + Self::ACTIVE_PERIOD).as_nanos() as u64, Ordering::Relaxed);
+        let until = self.started.elapsed() + Self::ACTIVE_PERIOD;
+        self.until_ns.store(until.as_nanos() as u64, Ordering::Relaxed);
     }
 
-    /// How the next message is to be copied.
+    /// Returns how the next message is to be copied.
     pub(crate) fn for_message(&self) -> MessagePacing {
         let is_active = self.started.elapsed().as_nanos() < u128::from(self.until_ns.load(Ordering::Relaxed));
-        MessagePacing {
-            max_copy: if is_active { Self::MAX_COPY_BYTES } else { usize::MAX },
-            yield_left: Self::MAX_YIELD,
-        }
+        let max_copy = if is_active { Self::MAX_COPY_BYTES } else { usize::MAX };
+        MessagePacing { max_copy, yield_left: Self::MAX_YIELD }
     }
 }
 
-/// One message's pieces.
+/// How one message is copied.
 #[derive(Debug)]
 pub(crate) struct MessagePacing {
-    /// In bytes.
+    /// The most bytes to copy in one call.
     pub(crate) max_copy: usize,
-    /// What is left of the time that the message gives to others.
+    /// How long this message may still yield.
     yield_left: Duration,
 }
 
 impl MessagePacing {
-    /// Between two pieces.
+    /// Yields the core between two copies.
     pub(crate) fn yield_core(&mut self) {
         if !self.yield_left.is_zero() {
-            let began = Instant::now();
+            let started = Instant::now();
             thread::yield_now();
-            self.yield_left = self.yield_left.saturating_sub(began.elapsed());
+            self.yield_left = self.yield_left.saturating_sub(started.elapsed());
         }
     }
 }

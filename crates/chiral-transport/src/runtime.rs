@@ -1,4 +1,4 @@
-//! Where a connection lives: a thread of its own, or a runtime that is there already.
+//! The runtime that drives a connection: a thread of its own, or a runtime that exists already.
 
 use std::{convert::Infallible, future::Future, io, sync::Arc, thread};
 
@@ -8,50 +8,51 @@ use tokio::{
     task::JoinHandle,
 };
 
-/// The runtime that drives a connection. A thread made for it ends when the last clone is dropped; so a task
-/// that is to be finished keeps one.
+/// The runtime that drives a connection. A thread started for it ends when the last clone is dropped, so a
+/// task that must finish holds one.
 #[derive(Clone, Debug)]
 pub struct Runtime {
-    runtime: Handle,
-    _alive: Option<Arc<oneshot::Sender<Infallible>>>,
+    handle: Handle,
+    _keep_alive: Option<Arc<oneshot::Sender<Infallible>>>,
 }
 
 impl Runtime {
-    /// The runtime that this is called in.
+    /// Returns the runtime that this is called in.
     ///
     /// # Panics
     /// Outside a tokio runtime.
     pub fn current() -> Runtime {
-        Runtime { runtime: Handle::current(), _alive: None }
+        Runtime { handle: Handle::current(), _keep_alive: None }
     }
 
-    /// A thread of its own: what it does is not delayed by anything else in this process, and delays nothing.
+    /// Starts a thread with a runtime of its own, so that its tasks neither delay the rest of this process
+    /// nor are delayed by it.
     ///
     /// # Errors
-    /// If the system has no thread or no runtime to give.
+    /// If the system cannot start a thread or a runtime.
     pub fn thread(name: &str) -> io::Result<Runtime> {
         let runtime = Builder::new_current_thread().enable_all().build()?;
-        let (alive, ended) = oneshot::channel();
-        let host = Runtime { runtime: runtime.handle().clone(), _alive: Some(Arc::new(alive)) };
+        let (keep_alive, ended) = oneshot::channel();
+        let started = Runtime { handle: runtime.handle().clone(), _keep_alive: Some(Arc::new(keep_alive)) };
         let run = move || {
             let _ = runtime.block_on(ended);
         };
         thread::Builder::new().name(name.to_owned()).spawn(run)?;
-        Ok(host)
+        Ok(started)
     }
 
-    /// Runs a task, and keeps its thread until it is done.
+    /// Spawns a task, and keeps the thread running until it is done.
     pub fn spawn<T: Send + 'static>(&self, task: impl Future<Output = T> + Send + 'static) -> JoinHandle<T> {
-        let host = self.clone();
-        self.runtime.spawn(async move {
-            let done = task.await;
-            drop(host);
-            done
+        let runtime = self.clone();
+        self.handle.spawn(async move {
+            let output = task.await;
+            drop(runtime);
+            output
         })
     }
 
-    /// Waits on the calling thread, which must be none of a tokio runtime's.
-    pub fn block_on<T>(&self, call: impl Future<Output = T>) -> T {
-        self.runtime.block_on(call)
+    /// Blocks the calling thread, which must not belong to a tokio runtime, until the future is done.
+    pub fn block_on<T>(&self, future: impl Future<Output = T>) -> T {
+        self.handle.block_on(future)
     }
 }

@@ -1,6 +1,6 @@
-//! Our frames against a well-kept library's, and against peers that break the rules.
+//! The WebSocket transport against tungstenite as the peer, and against peers that break the rules.
 
-#![allow(clippy::unwrap_used, reason = "helpers of tests, too, fail by panicking")]
+#![allow(clippy::unwrap_used, reason = "test helpers, too, fail by panicking")]
 
 use bytes::Bytes;
 use chiral_proto::{Codec, Frame, Transport, TransportError, error::chain, pool::Pool};
@@ -14,12 +14,16 @@ use tokio_tungstenite::{
 
 const LIMIT: usize = 20 << 20;
 
-fn ours(stream: DuplexStream, role: Role) -> WebSocketTransport<DuplexStream> {
-    ours_after(&[], stream, role)
+fn transport(stream: DuplexStream, role: Role) -> WebSocketTransport<DuplexStream> {
+    transport_after(&[], stream, role)
 }
 
-/// Our end, of which `read_already` came with the handshake.
-fn ours_after(read_already: &[u8], stream: DuplexStream, role: Role) -> WebSocketTransport<DuplexStream> {
+/// Creates the transport under test, after a handshake that read `read_already` beyond its end.
+fn transport_after(
+    read_already: &[u8],
+    stream: DuplexStream,
+    role: Role,
+) -> WebSocketTransport<DuplexStream> {
     let peer = "a test".to_owned();
     let options = WebSocketOptions {
         role,
@@ -34,8 +38,8 @@ fn ours_after(read_already: &[u8], stream: DuplexStream, role: Role) -> WebSocke
     WebSocketTransport::new(stream, read_already, options)
 }
 
-/// The library's end of a connection whose other end is `role`.
-async fn theirs(stream: DuplexStream, role: Role) -> WebSocketStream<DuplexStream> {
+/// Creates tungstenite's end of a connection whose other end is `role`.
+async fn tungstenite_peer(stream: DuplexStream, role: Role) -> WebSocketStream<DuplexStream> {
     let role = match role {
         Role::Client => protocol::Role::Server,
         Role::Server => protocol::Role::Client,
@@ -50,14 +54,14 @@ fn data(len: usize) -> Bytes {
 }
 
 #[tokio::test]
-async fn messages_of_every_size_go_both_ways() {
+async fn messages_of_all_sizes_travel_in_both_directions() {
     for role in [Role::Client, Role::Server] {
         let (a, b) = duplex(64 * 1024);
-        let (ours, mut theirs) = (ours(a, role), theirs(b, role).await);
+        let (transport, mut peer) = (transport(a, role), tungstenite_peer(b, role).await);
         let echo = tokio::spawn(async move {
-            while let Some(Ok(message)) = theirs.next().await {
+            while let Some(Ok(message)) = peer.next().await {
                 if message.is_binary() {
-                    theirs.send(message).await.unwrap();
+                    peer.send(message).await.unwrap();
                 }
             }
         });
@@ -66,48 +70,48 @@ async fn messages_of_every_size_go_both_ways() {
             // In segments, some of them empty.
             let cut = len / 3;
             let segments = vec![Bytes::new(), sent.slice(..cut), Bytes::new(), sent.slice(cut..)];
-            let (sending, received) = tokio::join!(ours.send(Frame::from(segments)), ours.recv());
+            let (sending, received) = tokio::join!(transport.send(Frame::from(segments)), transport.recv());
             sending.unwrap();
             assert_eq!(received.unwrap().unwrap().into_bytes(), sent, "{role:?}, {len} bytes");
         }
-        ours.close().await;
-        drop(ours);
+        transport.close().await;
+        drop(transport);
         echo.await.unwrap();
     }
 }
 
 #[tokio::test]
-async fn a_large_message_lies_aligned_in_memory_that_is_used_again() {
+async fn large_messages_are_read_into_aligned_memory_that_is_reused() {
     let (a, b) = duplex(1 << 20);
-    let (ours, mut theirs) = (ours(a, Role::Client), theirs(b, Role::Client).await);
+    let (transport, mut peer) = (transport(a, Role::Client), tungstenite_peer(b, Role::Client).await);
     let sending = tokio::spawn(async move {
         for _ in 0..3 {
-            theirs.send(Message::Binary(data(100_000))).await.unwrap();
+            peer.send(Message::Binary(data(100_000))).await.unwrap();
         }
-        theirs
+        peer
     });
     let mut places = Vec::new();
     for _ in 0..3 {
-        let frame = ours.recv().await.unwrap().unwrap();
+        let frame = transport.recv().await.unwrap().unwrap();
         assert_eq!(frame.segments().len(), 1);
         places.push(frame.segments()[0].as_ptr());
     }
     assert_eq!(places[0].align_offset(64), 0);
-    assert_eq!(places, [places[0]; 3], "a message that nobody holds any more makes room for the next");
+    assert_eq!(places, [places[0]; 3], "the memory of a dropped message is reused for the next");
     sending.await.unwrap();
 }
 
 #[tokio::test]
-async fn what_was_read_with_the_handshake_comes_first_wherever_it_ends() {
+async fn bytes_read_with_the_handshake_come_first_wherever_they_end() {
     for role in [Role::Client, Role::Server] {
-        // As the library writes them. More than we read ahead, in messages with headers of every size.
+        // As tungstenite writes them. More than is read ahead, in messages with headers of all sizes.
         let sizes = [5, 300, 9_000, 0, 70_000, 1];
         let (a, mut b) = duplex(1 << 20);
-        let mut library = theirs(a, role).await;
-        // Where each message begins, in bytes of the stream.
-        let (mut bytes, mut begins) = (Vec::new(), Vec::new());
+        let mut library = tungstenite_peer(a, role).await;
+        // The offset of each message in the stream.
+        let (mut bytes, mut offsets) = (Vec::new(), Vec::new());
         for size in sizes {
-            begins.push(bytes.len());
+            offsets.push(bytes.len());
             library.send(Message::Binary(data(size))).await.unwrap();
             let header = if size > 0xffff { 10 } else { 2 + 2 * usize::from(size > 125) }
                 + 4 * usize::from(role == Role::Server);
@@ -115,7 +119,7 @@ async fn what_was_read_with_the_handshake_comes_first_wherever_it_ends() {
             b.read_exact(&mut written).await.unwrap();
             bytes.extend_from_slice(&written);
         }
-        let within_headers = begins.iter().flat_map(|begin| (0..15).map(move |more| begin + more));
+        let within_headers = offsets.iter().flat_map(|offset| (0..15).map(move |more| offset + more));
         let ends =
             within_headers.chain([4_000, 8 * 1024 - 1, 8 * 1024, 8 * 1024 + 1, 50_000]).chain([bytes.len()]);
         for end in ends.filter(|end| *end <= bytes.len()) {
@@ -123,91 +127,94 @@ async fn what_was_read_with_the_handshake_comes_first_wherever_it_ends() {
             let (a, mut b) = duplex(1 << 20);
             b.write_all(rest).await.unwrap();
             b.shutdown().await.unwrap();
-            let ours = ours_after(read_already, a, role);
+            let transport = transport_after(read_already, a, role);
             for size in sizes {
-                let received = ours.recv().await.unwrap().unwrap();
+                let received = transport.recv().await.unwrap().unwrap();
                 assert!(
                     received.into_bytes() == data(size),
                     "{role:?}, {end} bytes read already: the message of {size}"
                 );
             }
-            assert!(ours.recv().await.is_err(), "{role:?}, {end} bytes read already: there is no more");
+            assert!(
+                transport.recv().await.is_err(),
+                "{role:?}, {end} bytes read already: the stream has ended"
+            );
         }
     }
 }
 
 #[tokio::test]
-async fn after_a_message_was_given_up_half_written_nothing_more_is_written() {
+async fn nothing_is_written_after_a_message_was_left_half_written() {
     for role in [Role::Client, Role::Server] {
         let (a, b) = duplex(1024);
-        let (ours, mut theirs) = (ours(a, role), theirs(b, role).await);
-        theirs.send(Message::Ping("are you there".into())).await.unwrap();
-        assert!(ours.send(data(100_000).into()).now_or_never().is_none(), "half of it does not fit");
-        let hearing = tokio::spawn(async move { theirs.collect::<Vec<_>>().await });
-        // Now there is room again, but for nothing that the other side could make sense of: no message, no
-        // pong, no close.
-        let refused = ours.send(data(3).into()).await.unwrap_err();
+        let (transport, mut peer) = (transport(a, role), tungstenite_peer(b, role).await);
+        peer.send(Message::Ping("are you there".into())).await.unwrap();
+        assert!(transport.send(data(100_000).into()).now_or_never().is_none(), "it fits only partly");
+        let receiving = tokio::spawn(async move { peer.collect::<Vec<_>>().await });
+        // There is room again, but the peer would take anything for the rest of the message: no message, pong
+        // or close may be written.
+        let refused = transport.send(data(3).into()).await.unwrap_err();
         assert!(chain(&refused).contains("half written"), "{refused:?}");
-        assert!(ours.recv().await.is_err(), "the ping cannot be answered");
-        ours.close().await;
-        drop(ours);
-        let heard = hearing.await.unwrap();
-        assert!(matches!(&heard[..], [Err(_)]), "{role:?}: {heard:?}");
+        assert!(transport.recv().await.is_err(), "the ping cannot be answered");
+        transport.close().await;
+        drop(transport);
+        let received = receiving.await.unwrap();
+        assert!(matches!(&received[..], [Err(_)]), "{role:?}: {received:?}");
     }
 }
 
 #[tokio::test]
-async fn a_message_that_was_given_up_before_its_turn_leaves_no_trace() {
+async fn a_message_dropped_before_its_turn_is_not_sent() {
     let (a, b) = duplex(1024);
-    let (ours, mut theirs) = (ours(a, Role::Server), theirs(b, Role::Server).await);
-    let sending = ours.send(data(100_000).into());
+    let (transport, mut peer) = (transport(a, Role::Server), tungstenite_peer(b, Role::Server).await);
+    let sending = transport.send(data(100_000).into());
     tokio::pin!(sending);
     assert!(sending.as_mut().now_or_never().is_none());
-    assert!(ours.send(data(2).into()).now_or_never().is_none(), "it is not its turn");
-    let hearing = async {
-        [theirs.next().await, theirs.next().await].map(|message| message.unwrap().unwrap().into_data().len())
+    assert!(transport.send(data(2).into()).now_or_never().is_none(), "another message is being sent");
+    let receiving = async {
+        [peer.next().await, peer.next().await].map(|message| message.unwrap().unwrap().into_data().len())
     };
     let rest = async {
         sending.await.unwrap();
-        ours.send(data(3).into()).await.unwrap();
+        transport.send(data(3).into()).await.unwrap();
     };
-    assert_eq!(tokio::join!(hearing, rest).0, [100_000, 3]);
+    assert_eq!(tokio::join!(receiving, rest).0, [100_000, 3]);
 }
 
 #[tokio::test]
-async fn a_ping_is_answered_and_a_close_echoed() {
+async fn pings_are_answered_and_a_close_is_echoed() {
     let (a, b) = duplex(1 << 16);
-    let (ours, mut theirs) = (ours(a, Role::Server), theirs(b, Role::Server).await);
-    theirs.send(Message::Ping("are you there".into())).await.unwrap();
-    theirs.send(Message::Pong("unasked".into())).await.unwrap();
-    theirs.close(None).await.unwrap();
-    assert!(ours.recv().await.unwrap().is_none());
-    assert_eq!(theirs.next().await.unwrap().unwrap(), Message::Pong("are you there".into()));
-    assert!(theirs.next().await.unwrap().unwrap().is_close());
+    let (transport, mut peer) = (transport(a, Role::Server), tungstenite_peer(b, Role::Server).await);
+    peer.send(Message::Ping("are you there".into())).await.unwrap();
+    peer.send(Message::Pong("unsolicited".into())).await.unwrap();
+    peer.close(None).await.unwrap();
+    assert!(transport.recv().await.unwrap().is_none());
+    assert_eq!(peer.next().await.unwrap().unwrap(), Message::Pong("are you there".into()));
+    assert!(peer.next().await.unwrap().unwrap().is_close());
 }
 
 #[tokio::test]
-async fn pings_that_come_while_a_large_message_is_half_written_do_no_harm() {
-    // So little fits between the two that every message is half written most of the time.
+async fn pings_during_a_half_written_message_do_not_break_it() {
+    // The buffer is so small that a message is half written most of the time.
     let (a, b) = duplex(32 * 1024);
-    let (ours, theirs) = (ours(a, Role::Server), theirs(b, Role::Server).await);
-    let (mut say, mut hear) = theirs.split();
+    let (transport, peer) = (transport(a, Role::Server), tungstenite_peer(b, Role::Server).await);
+    let (mut peer_sender, mut peer_receiver) = peer.split();
     let pinging = tokio::spawn(async move {
         for n in 0..1000_u32 {
-            say.send(Message::Ping(n.to_le_bytes().to_vec().into())).await.unwrap();
+            peer_sender.send(Message::Ping(n.to_le_bytes().to_vec().into())).await.unwrap();
         }
-        say
+        peer_sender
     });
     let sent = data(17_200_000);
     let sending = async {
         for _ in 0..3 {
-            ours.send(Frame::from(sent.clone())).await.unwrap();
+            transport.send(Frame::from(sent.clone())).await.unwrap();
         }
     };
     let receiving = async {
         let (mut messages, mut pongs) = (0, 0);
         while messages < 3 || pongs == 0 {
-            match hear.next().await.unwrap().unwrap() {
+            match peer_receiver.next().await.unwrap().unwrap() {
                 Message::Binary(received) => {
                     assert_eq!(received, sent);
                     messages += 1;
@@ -219,38 +226,38 @@ async fn pings_that_come_while_a_large_message_is_half_written_do_no_harm() {
     };
     tokio::select! {
         ((), ()) = async { tokio::join!(sending, receiving) } => {}
-        received = ours.recv() => panic!("nothing was said but pings: {received:?}"),
+        received = transport.recv() => panic!("only pings were sent: {received:?}"),
     }
     drop(pinging.await.unwrap());
 }
 
-/// What a server makes of these bytes: the message, or the error's text.
+/// Sends these bytes to a server, and returns the message that it receives, or the text of its error.
 async fn check(bytes: &[u8]) -> Result<Option<Vec<u8>>, String> {
     check_as(Role::Server, bytes).await
 }
 
 async fn check_as(role: Role, bytes: &[u8]) -> Result<Option<Vec<u8>>, String> {
     let (a, mut b) = duplex(1 << 20);
-    let ours = ours(a, role);
+    let transport = transport(a, role);
     b.write_all(bytes).await.unwrap();
     b.shutdown().await.unwrap();
-    let received = ours.recv().await.map_err(|error| match error {
+    let received = transport.recv().await.map_err(|error| match error {
         TransportError::Protocol { expected, found } => format!("expected {expected}, found {found}"),
         error => error.to_string(),
     });
     let mut answer = Vec::new();
-    drop(ours);
+    drop(transport);
     b.read_to_end(&mut answer).await.unwrap();
     Ok(received?.map(|frame| frame.into_bytes().to_vec()))
 }
 
-/// A frame from a client; the mask of zeros leaves the payload as it is.
+/// Encodes a frame of a client; the mask of zeros leaves the payload as it is.
 fn frame(first: u8, payload: &[u8]) -> Vec<u8> {
     [&[first, 0x80 | payload.len() as u8, 0, 0, 0, 0], payload].concat()
 }
 
 #[tokio::test]
-async fn fragments_are_joined_and_control_frames_may_lie_between() {
+async fn fragments_are_joined_with_control_frames_between_them() {
     let bytes = [
         frame(0x02, b"one "),
         frame(0x89, b"ping"),
@@ -261,7 +268,7 @@ async fn fragments_are_joined_and_control_frames_may_lie_between() {
     .concat();
     assert_eq!(check(&bytes).await.unwrap().unwrap(), b"one and one");
     let many = [frame(0x02, b"one"), frame(0x00, b"").repeat(20_000), frame(0x80, b" and one")].concat();
-    assert_eq!(check(&many).await.unwrap().unwrap(), b"one and one", "empty ones take no room");
+    assert_eq!(check(&many).await.unwrap().unwrap(), b"one and one", "empty fragments take no memory");
     assert_eq!(
         check(&[0x82, 0x83, 1, 2, 3, 4, b'a' ^ 1, b'b' ^ 2, b'c' ^ 3]).await.unwrap().unwrap(),
         b"abc",
@@ -271,7 +278,7 @@ async fn fragments_are_joined_and_control_frames_may_lie_between() {
 }
 
 #[tokio::test]
-async fn what_breaks_the_rules_is_an_error_that_says_which() {
+async fn protocol_violations_are_errors_that_name_the_rule() {
     let too_long = [&[0x82, 0xff][..], &(LIMIT as u64 + 1).to_be_bytes(), &[0; 4]].concat();
     let too_long_in_sum =
         [frame(0x02, b"a"), [&[0x80, 0xff][..], &(LIMIT as u64).to_be_bytes(), &[0; 4]].concat()].concat();
@@ -286,7 +293,7 @@ async fn what_breaks_the_rules_is_an_error_that_says_which() {
         ("found another message", [frame(0x02, b"a"), frame(0x82, b"b")].concat()),
         ("found a fragment", frame(0x09, b"")),
         ("found 126 bytes", vec![0x89, 0xfe, 0, 126]),
-        ("found one that is not", vec![0x82, 0x01, b'a']),
+        ("found an unmasked one", vec![0x82, 0x01, b'a']),
         ("expected a message within the limit", too_long),
         ("expected a message within the limit", too_long_in_sum),
         ("expected a message within the limit", huge),

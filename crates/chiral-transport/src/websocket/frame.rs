@@ -1,4 +1,5 @@
-//! What both halves of a WebSocket know of frames (RFC 6455, section 5): kinds, limits, headers to be written, and masks.
+//! WebSocket frames (RFC 6455, section 5): what the reader, the writer and the transport share. Opcodes,
+//! limits, masking, and the encoding of headers; the reader decodes them.
 
 use std::time::Duration;
 
@@ -6,24 +7,24 @@ use chiral_proto::{Codec, pool::Pool};
 
 use crate::pacing::Pacing;
 
-/// The longest control frame (section 5.5).
+/// The longest payload of a control frame (section 5.5).
 pub(super) const MAX_CONTROL_PAYLOAD: usize = 125;
 
 const FIN: u8 = 0x80;
 const MASKED: u8 = 0x80;
-/// The longest header there is: two bytes, a length of eight, a mask of four.
-const MAX_HEADER: usize = 14;
+/// The longest header without its mask: two bytes and a length of eight.
+const MAX_HEADER: usize = 10;
 
 /// Which end of the connection this is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Role {
-    /// Masks what it says.
+    /// Masks the frames it sends.
     Client,
-    /// Takes only what is masked.
+    /// Accepts masked frames only.
     Server,
 }
 
-/// Kinds of frames (RFC 6455, section 5.2).
+/// The kind of a frame (section 5.2). Text frames have none here: they are refused.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Opcode {
     Continuation = 0x0,
@@ -39,33 +40,33 @@ impl Opcode {
     }
 }
 
-/// What a connection is, as its handshake left it.
+/// The options of a connection, known after its handshake.
 #[derive(Clone, Debug)]
 pub struct WebSocketOptions {
-    /// Which end this is.
+    /// Which end of the connection this is.
     pub role: Role,
-    /// Larger messages are refused, in bytes.
+    /// The longest message to accept, in bytes.
     pub max_message: usize,
-    /// Where the memory of large messages comes from.
+    /// Supplies the memory of large messages.
     pub pool: Pool,
-    /// Whether its large messages give way to actions.
+    /// Makes large messages yield to actions.
     pub pacing: Pacing,
-    /// What was agreed with the peer.
+    /// The codec agreed with the peer.
     pub codec: Codec,
     /// The peer's name for the log, such as its address.
     pub peer: String,
-    /// For how long nothing may arrive: the limit of the transport's idle timeout.
+    /// The limit of the transport's idle timeout.
     pub idle_timeout: Duration,
-    /// Whether to ping a peer from which nothing arrives, for peers that may rightly have nothing to send.
-    /// What such a peer takes of a large message counts as an arrival, since no ping can overtake it.
+    /// Whether to ping a peer from which nothing arrives: for peers that may have nothing to send. Progress
+    /// of a large message to such a peer counts as an arrival, since no ping can overtake the message.
     pub pings: bool,
 }
 
-/// The header of a final frame, and its length.
+/// Encodes the header of a final frame, without its mask. Returns the header and its length.
 pub(super) fn encode_header(opcode: Opcode, len: usize, is_masked: bool) -> ([u8; MAX_HEADER], usize) {
     let mut header = [0; MAX_HEADER];
     header[0] = FIN | opcode as u8;
-    let end = match len {
+    let header_len = match len {
         0..=125 => {
             header[1] = len as u8;
             2
@@ -84,10 +85,10 @@ pub(super) fn encode_header(opcode: Opcode, len: usize, is_masked: bool) -> ([u8
     if is_masked {
         header[1] |= MASKED;
     }
-    (header, end)
+    (header, header_len)
 }
 
-/// Masks, and unmasks (section 5.3).
+/// Masks or unmasks a payload (section 5.3).
 pub(super) fn apply_mask(data: &mut [u8], mask: [u8; 4]) {
     let (words, rest) = data.as_chunks_mut::<8>();
     let wide = u64::from_ne_bytes([mask[0], mask[1], mask[2], mask[3], mask[0], mask[1], mask[2], mask[3]]);

@@ -1,4 +1,4 @@
-//! A WebSocket after its opening handshake, as a transport.
+//! A WebSocket as a transport, after its opening handshake.
 
 mod frame;
 mod reader;

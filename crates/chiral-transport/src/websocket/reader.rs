@@ -1,5 +1,5 @@
-//! Reads WebSocket frames (RFC 6455, section 5): a large message straight into pooled, aligned memory, which
-//! the message then keeps.
+//! Reads WebSocket frames (RFC 6455, section 5). A large message is read straight into pooled, aligned
+//! memory, which the message then keeps.
 
 use std::io;
 
@@ -10,23 +10,24 @@ use tokio::io::{AsyncRead, AsyncReadExt};
 use super::frame::{MAX_CONTROL_PAYLOAD, Opcode, Role, WebSocketOptions, apply_mask};
 use crate::{liveness::IdleTimeout, pacing::Pacing};
 
-/// Read ahead at most so much, so that small messages take one read and large ones little copying.
+/// How much is read ahead at most, so that small messages take one read and large ones little copying.
 const READ_AHEAD_BYTES: usize = 8 * 1024;
-/// Messages up to this size are not worth the pool's memory.
+/// Messages up to this size are allocated from the heap, not from the pool.
 const MAX_UNPOOLED: usize = 4 * 1024;
-/// A message of at most so many fragments is taken: 64 MB of 4 KiB each.
+/// The most fragments of a message: 64 MB of 4 KiB each.
 const MAX_FRAGMENTS: usize = 16 * 1024;
-/// What the other side said.
+/// What the peer sent.
 #[derive(Debug)]
 pub(super) enum Event {
-    /// A binary message: one segment for each of its fragments.
+    /// A binary message, with one segment per fragment.
     Message(Frame),
     Ping(Bytes),
     Pong,
     Close(Bytes),
 }
 
-/// The reading half of a socket. Whoever drops a read half done may only close the stream afterwards.
+/// The reading half of a stream. After a call of [`Reader::next`] was dropped unfinished, the stream may only
+/// be closed.
 #[derive(Debug)]
 pub(super) struct Reader<R> {
     stream: R,
@@ -36,14 +37,14 @@ pub(super) struct Reader<R> {
     pacing: Pacing,
     idle: IdleTimeout,
     ahead: Box<[u8]>,
-    /// What was read ahead and not yet taken.
+    /// Bytes that were read ahead and not consumed yet are `ahead[ahead_start..ahead_end]`.
     ahead_start: usize,
     ahead_end: usize,
-    /// The fragments of a message whose last has not come.
+    /// The fragments of a message that is not complete yet.
     fragments: Option<Vec<Bytes>>,
 }
 
-/// A frame's header.
+/// The header of a frame.
 struct Header {
     is_final: bool,
     opcode: Opcode,
@@ -52,7 +53,7 @@ struct Header {
 }
 
 impl<R: AsyncRead + Unpin> Reader<R> {
-    /// A reader whose first bytes are those that the handshake has read too many.
+    /// Creates a reader. `read_already` are the bytes that the handshake read beyond its end.
     pub(super) fn new(
         stream: R,
         read_already: &[u8],
@@ -76,7 +77,8 @@ impl<R: AsyncRead + Unpin> Reader<R> {
         }
     }
 
-    /// The next message or control frame, which may lie between the fragments of a message.
+    /// Returns the next message or control frame. Control frames may arrive between the fragments of a
+    /// message.
     pub(super) async fn next(&mut self) -> Result<Event, TransportError> {
         loop {
             let header = self.header().await?;
@@ -88,9 +90,9 @@ impl<R: AsyncRead + Unpin> Reader<R> {
                 Opcode::Continuation | Opcode::Binary => {
                     let fragments = self.fragments.get_or_insert_default();
                     if fragments.len() == MAX_FRAGMENTS {
-                        return Err(violation("a message of at most 16384 fragments", "one of more"));
+                        return Err(violation("a message of at most 16384 fragments", "more"));
                     }
-                    // Without end, empty ones would fill the memory within any limit.
+                    // An endless row of empty fragments would fill the memory within any length limit.
                     if !payload.is_empty() {
                         fragments.push(payload);
                     }
@@ -102,7 +104,7 @@ impl<R: AsyncRead + Unpin> Reader<R> {
         }
     }
 
-    /// Reads to the end of the stream, whatever comes.
+    /// Reads and discards everything up to the end of the stream.
     pub(super) async fn drain(&mut self) {
         while read(&mut self.stream, &mut self.ahead, &self.idle).await.is_ok_and(|read| read > 0) {}
     }
@@ -137,7 +139,7 @@ impl<R: AsyncRead + Unpin> Reader<R> {
         let mask = match (self.role, second & 0x80 != 0) {
             (Role::Server, true) => Some(self.header_bytes().await?),
             (Role::Client, false) => None,
-            (Role::Server, false) => return Err(violation("masked frames from a client", "one that is not")),
+            (Role::Server, false) => return Err(violation("masked frames from a client", "an unmasked one")),
             (Role::Client, true) => return Err(violation("unmasked frames from a server", "a masked one")),
         };
         Ok(Header { is_final, opcode, len, mask })
@@ -193,14 +195,16 @@ impl<R: AsyncRead + Unpin> Reader<R> {
         Ok(())
     }
 
-    /// The next bytes of a header.
+    /// Returns the next `N` bytes of a header.
     async fn header_bytes<const N: usize>(&mut self) -> Result<[u8; N], TransportError> {
         while self.ahead_end - self.ahead_start < N {
             self.ahead.copy_within(self.ahead_start..self.ahead_end, 0);
             (self.ahead_start, self.ahead_end) = (0, self.ahead_end - self.ahead_start);
             let read = read(&mut self.stream, &mut self.ahead[self.ahead_end..], &self.idle).await;
             match read.map_err(TransportError::lost)? {
-                0 => return Err(TransportError::lost("the other side closed the connection without a word")),
+                0 => {
+                    return Err(TransportError::lost("the peer closed the connection without a close frame"));
+                }
                 read => self.ahead_end += read,
             }
         }
@@ -211,7 +215,7 @@ impl<R: AsyncRead + Unpin> Reader<R> {
     }
 }
 
-/// Reads some bytes, and records that they arrived, however few. Returns 0 at the end of the stream.
+/// Reads what is there, and records the arrival, however few bytes it is. Returns 0 at the end of the stream.
 async fn read(
     stream: &mut (impl AsyncRead + Unpin),
     buffer: &mut [u8],

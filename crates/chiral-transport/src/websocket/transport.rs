@@ -1,5 +1,5 @@
-//! A WebSocket after its handshake, as a transport: one task reads, one writes, and neither waits for the
-//! other.
+//! The transport over a WebSocket: one task reads, one writes, and neither waits for the other. Control
+//! frames are answered here.
 
 use std::{pin::pin, sync::Mutex as StdMutex, time::Duration};
 
@@ -18,21 +18,21 @@ use super::{
 };
 use crate::{liveness::IdleTimeout, lock::lock};
 
-/// "Normal closure" (RFC 6455, section 7.4.1).
+/// The close code "normal closure" (RFC 6455, section 7.4.1).
 const NORMAL_CLOSURE: u16 = 1000;
-/// "Going away".
+/// The close code "going away".
 const GOING_AWAY: u16 = 1001;
-/// The longest reason that a close frame has room for, beside its code (section 5.5).
+/// The longest reason in a close frame, beside its code of two bytes (section 5.5).
 const MAX_REASON: usize = MAX_CONTROL_PAYLOAD - 2;
-/// How long nothing arrives before a ping, unless a quarter of the idle timeout is shorter.
+/// How long nothing may arrive before a ping is sent, unless a quarter of the idle timeout is shorter.
 const PING_PERIOD: Duration = Duration::from_secs(1);
 
-/// Frames as binary messages over one byte stream, whose opening handshake is done.
+/// Carries frames as binary messages over one byte stream, after the opening handshake.
 #[derive(Debug)]
 pub struct WebSocketTransport<S> {
     reader: Mutex<Reader<ReadHalf<S>>>,
     writer: Mutex<Writer<WriteHalf<S>>>,
-    /// What is owed to the other side: written by whoever holds the writer, between two messages and never
+    /// Control frames to send. The task that holds the writer sends them, between two messages and never
     /// within one.
     pending_control: StdMutex<PendingControl>,
     idle_timeout: IdleTimeout,
@@ -41,7 +41,7 @@ pub struct WebSocketTransport<S> {
     peer: String,
 }
 
-/// The newest ping needs an answer, older ones do not (section 5.5.3).
+/// Control frames to send. Only the newest ping needs a pong (section 5.5.3).
 #[derive(Debug, Default)]
 struct PendingControl {
     pong: Option<Bytes>,
@@ -50,7 +50,8 @@ struct PendingControl {
 }
 
 impl<S: AsyncRead + AsyncWrite> WebSocketTransport<S> {
-    /// The transport over `stream`, of which `read_already` was read with the handshake.
+    /// Creates the transport over `stream`. `read_already` are the bytes that the handshake read beyond its
+    /// end.
     pub fn new(stream: S, read_already: &[u8], options: WebSocketOptions) -> WebSocketTransport<S> {
         let (read, write) = tokio::io::split(stream);
         let idle_timeout = IdleTimeout::new(options.idle_timeout);
@@ -66,12 +67,12 @@ impl<S: AsyncRead + AsyncWrite> WebSocketTransport<S> {
         }
     }
 
-    /// Expires when nothing has arrived for too long; whoever uses the transport waits for it.
+    /// Returns the idle timeout. The transport records arrivals; its user waits for the expiry.
     pub fn idle_timeout(&self) -> IdleTimeout {
         self.idle_timeout.clone()
     }
 
-    /// The next event. While none arrives, pings the peer if the connection is to.
+    /// Returns the next event. While none arrives, pings the peer if the options say so.
     async fn next(&self, reader: &mut Reader<ReadHalf<S>>) -> Result<Event, TransportError> {
         let mut next = pin!(reader.next());
         loop {
@@ -109,10 +110,10 @@ impl<S: AsyncRead + AsyncWrite> WebSocketTransport<S> {
         change(&mut lock(&self.pending_control));
     }
 
-    /// Writes what is owed, unless somebody else holds the writer, who then does it.
+    /// Sends the pending control frames, unless another task holds the writer: that task then sends them.
     async fn flush_control(&self) -> Result<(), TransportError> {
-        // Looked at again after the writer is free: a ping may have come between its holder's last look and
-        // its letting go.
+        // Check again once the writer is free: a ping may have arrived after its holder's last check and
+        // before its release.
         while self.has_pending_control()
             && let Ok(mut writer) = self.writer.try_lock()
         {
@@ -145,7 +146,7 @@ impl<S: AsyncRead + AsyncWrite + Send + 'static> Transport for WebSocketTranspor
                 Event::Ping(payload) => self.queue_control(|pending| pending.pong = Some(payload)),
                 Event::Pong => {}
                 Event::Close(payload) => {
-                    // Its code is sent back (section 5.5.1).
+                    // Echo its code (section 5.5.1).
                     self.queue_control(|pending| pending.close = Some(payload.slice(..payload.len().min(2))));
                     let _ = self.flush_control().await;
                     return close_result(&payload);
@@ -161,7 +162,7 @@ impl<S: AsyncRead + AsyncWrite + Send + 'static> Transport for WebSocketTranspor
 
     async fn refuse(&self, fault: &Fault) {
         self.close_with(close_code(fault.code), &fault.to_string()).await;
-        // What is closed unread takes the other side's unread words with it, ours among them.
+        // Drain before closing: unread input makes TCP send RST, which would discard our close frame.
         self.reader.lock().await.drain().await;
     }
 
@@ -174,7 +175,7 @@ impl<S: AsyncRead + AsyncWrite + Send + 'static> Transport for WebSocketTranspor
     }
 }
 
-/// What a close frame says: an orderly end, or why not.
+/// Returns what `recv` returns after a close frame: `None` after an orderly close, else the reason.
 fn close_result(payload: &Bytes) -> Result<Option<Frame>, TransportError> {
     let Some((code, reason)) = payload.split_first_chunk() else { return Ok(None) };
     match u16::from_be_bytes(*code) {
@@ -184,15 +185,15 @@ fn close_result(payload: &Bytes) -> Result<Option<Frame>, TransportError> {
     }
 }
 
-/// What a close frame says of a refusal (section 7.4.1, and IANA's registry for 1013).
+/// Returns the close code for a fault (section 7.4.1, and IANA's registry for 1013).
 fn close_code(code: Code) -> u16 {
     match code {
         Code::ShuttingDown => GOING_AWAY,
-        // An internal error.
+        // Internal error.
         Code::Unspecified | Code::RobotFailed | Code::OutOfService | Code::SensorTimeout => 1011,
         // Try again later.
         Code::Busy | Code::QueueFull | Code::Resetting => 1013,
-        // A violation of policy: whatever was wrong with what was said.
+        // Policy violation: anything wrong with a request.
         _ => 1008,
     }
 }

@@ -1,5 +1,5 @@
-//! Writes WebSocket frames (RFC 6455, section 5): a message's segments as they are, in one vectored write as
-//! far as the stream takes it.
+//! Writes WebSocket frames (RFC 6455, section 5). A server writes a message's segments as they are, in
+//! vectored writes; a client masks a copy.
 
 use std::{
     future::poll_fn,
@@ -17,23 +17,23 @@ use crate::{
     pacing::{MessagePacing, Pacing},
 };
 
-/// A write is handed to the kernel in as many segments at once.
+/// The most segments in one vectored write.
 const MAX_SLICES: usize = 32;
 
-/// The writing half of a socket. After a write was dropped half done nothing more is written, since nobody
-/// could make sense of it.
+/// The writing half of a stream. After a write was dropped unfinished, nothing more is written: the peer
+/// would take it for the rest of the frame.
 #[derive(Debug)]
 pub(super) struct Writer<W> {
     stream: W,
     masks: Option<Masks>,
     pacing: Pacing,
-    /// Of the other side, which ends whenever it takes some of a message. Pings are no messages: they would
-    /// fit into the socket for ever.
+    /// Records when the peer accepts part of a message. Control frames do not count: they fit into the
+    /// socket's buffer even if the peer is gone.
     progress: Option<IdleTimeout>,
     is_within_frame: bool,
 }
 
-/// Masks that the other side's proxies cannot foresee (section 10.3), without a generator of our own.
+/// Masks that applications cannot predict (section 10.3), from the standard library's random state.
 #[derive(Debug)]
 struct Masks {
     secret: RandomState,
@@ -49,12 +49,12 @@ impl<W: AsyncWrite + Unpin> Writer<W> {
         Writer { stream, masks, pacing, progress, is_within_frame: false }
     }
 
-    /// Writes one binary message, unfragmented.
+    /// Writes one binary message as a single frame.
     pub(super) async fn message(&mut self, segments: &[Bytes]) -> io::Result<()> {
         self.start_frame()?;
         let len = segments.iter().map(Bytes::len).sum();
         match &mut self.masks {
-            // What a client says is small: masking it takes a copy.
+            // Masking takes a copy; what a client sends is small.
             Some(masks) => {
                 let frame = masked_frame(Opcode::Binary, len, segments, masks.next());
                 self.stream.write_all(&frame).await?;
@@ -93,10 +93,7 @@ impl<W: AsyncWrite + Unpin> Writer<W> {
 
     fn start_frame(&mut self) -> io::Result<()> {
         if self.is_within_frame {
-            return Err(io::Error::new(
-                io::ErrorKind::BrokenPipe,
-                "an earlier message was given up half written",
-            ));
+            return Err(io::Error::new(io::ErrorKind::BrokenPipe, "an earlier frame was left half written"));
         }
         self.is_within_frame = true;
         Ok(())
@@ -108,7 +105,7 @@ impl<W: AsyncWrite + Unpin> Writer<W> {
         Ok(())
     }
 
-    /// Ends the stream.
+    /// Shuts the stream down for writing.
     pub(super) async fn shutdown(&mut self) -> io::Result<()> {
         self.stream.shutdown().await
     }
@@ -122,16 +119,17 @@ impl Masks {
     }
 }
 
+/// Returns a whole masked frame.
 fn masked_frame(opcode: Opcode, len: usize, segments: &[Bytes], mask: [u8; 4]) -> Vec<u8> {
     let (header, header_len) = encode_header(opcode, len, true);
     let mut frame = Vec::with_capacity(header_len + mask.len() + len);
     frame.extend_from_slice(&header[..header_len]);
     frame.extend_from_slice(&mask);
-    let begin = frame.len();
+    let payload_start = frame.len();
     for segment in segments {
         frame.extend_from_slice(segment);
     }
-    apply_mask(&mut frame[begin..], mask);
+    apply_mask(&mut frame[payload_start..], mask);
     frame
 }
 
@@ -141,12 +139,12 @@ async fn write_all_vectored(
     mut pacing: MessagePacing,
     progress: Option<&IdleTimeout>,
 ) -> io::Result<()> {
-    // Leading slices that are empty would look like a stream that takes nothing.
+    // Empty leading slices would make a write of 0 bytes, which looks like a closed stream.
     IoSlice::advance_slices(&mut slices, 0);
     while !slices.is_empty() {
-        let mut piece = [IoSlice::new(&[]); MAX_SLICES];
-        let piece = first_bytes(slices, pacing.max_copy, &mut piece);
-        let written = poll_fn(|context| Pin::new(&mut *stream).poll_write_vectored(context, piece)).await?;
+        let mut part = [IoSlice::new(&[]); MAX_SLICES];
+        let part = first_bytes(slices, pacing.max_copy, &mut part);
+        let written = poll_fn(|context| Pin::new(&mut *stream).poll_write_vectored(context, part)).await?;
         if written == 0 {
             return Err(io::ErrorKind::WriteZero.into());
         }
@@ -161,15 +159,15 @@ async fn write_all_vectored(
     Ok(())
 }
 
-/// The first bytes of `slices`, at most `size` of them.
+/// Returns the first bytes of `slices`, at most `max_len` of them, in `part`.
 fn first_bytes<'a, 'b>(
     slices: &'a [IoSlice<'_>],
-    size: usize,
-    piece: &'b mut [IoSlice<'a>; MAX_SLICES],
+    max_len: usize,
+    part: &'b mut [IoSlice<'a>; MAX_SLICES],
 ) -> &'b [IoSlice<'a>] {
-    let mut left = size;
+    let mut left = max_len;
     let mut count = 0;
-    for (slice, place) in slices.iter().zip(piece.iter_mut()) {
+    for (slice, place) in slices.iter().zip(part.iter_mut()) {
         let len = slice.len().min(left);
         *place = IoSlice::new(&slice[..len]);
         (left, count) = (left - len, count + 1);
@@ -177,5 +175,5 @@ fn first_bytes<'a, 'b>(
             break;
         }
     }
-    &piece[..count]
+    &part[..count]
 }

@@ -1,5 +1,5 @@
-//! What a Zenoh session is told: what its configuration file says, if there is one; else Zenoh's defaults,
-//! but for those that would not do.
+//! The configuration of Zenoh sessions: the settings of the configuration file, if there is one; else Zenoh's
+//! defaults, except those that do not suit.
 
 use std::{
     fs,
@@ -14,49 +14,50 @@ use super::{
     reassembly::WINDOW,
 };
 
-/// A neighbour from which nothing comes for so long is lost, in milliseconds; a sign of life is sent four
-/// times as often.
+/// After how many milliseconds without anything from it a neighbour is lost. Keep-alives are sent four times
+/// as often.
 const LEASE_MS: u32 = 2_000;
-/// Batches of 64 KiB that may wait for the socket; 16 is the most there can be. Fewer, and large messages are
-/// slower.
+/// How many batches of 64 KiB may wait for the socket; Zenoh allows 16 at most. With fewer, large messages
+/// are slower.
 const DATA_QUEUE_BATCHES: u32 = 16;
-/// What may arrive from each neighbour and wait in memory that is used again, in bytes: the window of a
-/// connection, and as much that is under way. Beyond it Zenoh allocates, clears and frees memory for every
-/// batch, which takes longer than to receive it.
+/// How many bytes from each neighbour may wait in reused memory: the window of a lane, and as much in
+/// transit. Beyond it Zenoh allocates, clears and frees memory for every batch, which takes longer than
+/// receiving it.
 const RECEIVE_BUFFER_BYTES: u64 = 2 * WINDOW;
-/// The same where there is one neighbour: an observation that legacy peers put in one piece, 17.2 MB with
-/// eight cameras, and what is under way.
+/// The same for a client, which has one neighbour: a whole observation from a legacy server, which is one put
+/// of 17.2 MB with eight cameras, and what is in transit. Without the legacy wire [`RECEIVE_BUFFER_BYTES`]
+/// would do.
 const CLIENT_RECEIVE_BUFFER_BYTES: u64 = 24 << 20;
-/// Zenoh closes a connection on which a message could not be sent for so long, in microseconds: long after
-/// the lease. Its "for ever" panics.
+/// After how many microseconds Zenoh closes a connection on which a message cannot be sent: long after the
+/// lease. Its value for "never" panics.
 const WAIT_BEFORE_CLOSE_US: u32 = 60_000_000;
 const WAIT_BEFORE_CLOSE: &str = "transport/link/tx/queue/congestion_control/block/wait_before_close";
-/// For the handshake with a neighbour, in milliseconds.
+/// How many milliseconds the handshake with a neighbour may take.
 pub(super) const OPEN_TIMEOUT_MS: u32 = 3_000;
 
 const LISTEN: &str = "listen/endpoints";
 const CONNECT: &str = "connect/endpoints";
 const MULTICAST: &str = "scouting/multicast/enabled";
 
-/// How a network is joined: by Zenoh locators such as `tcp/0.0.0.0:7447`.
+/// How a network is joined. Locators are Zenoh's, such as `tcp/0.0.0.0:7447`.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct ZenohSessionOptions {
-    /// Where others are let in. Without any this is a client of the network, which passes on nothing for
+    /// The locators to listen at. Without any, this is a client of the network, which forwards nothing for
     /// others.
     pub listen: Vec<String>,
-    /// Whom to connect to: all of them, or at least one for a client.
+    /// The locators to connect to: all of them, or at least one for a client.
     pub connect: Vec<String>,
-    /// A configuration file of Zenoh's. What it says stands, and the locators are added to its own.
+    /// A Zenoh configuration file. Its settings take precedence; the locators are added to its own.
     pub config: Option<PathBuf>,
-    /// Whether those who search by multicast are answered, by one who listens. The file's word on multicast
-    /// goes before it.
+    /// Whether a session that listens answers multicast scouting. The file's setting for multicast takes
+    /// precedence.
     pub discovery: bool,
-    /// Whether memory is shared with other processes of this host, if the file does not forbid it.
+    /// Whether to share memory with other processes of this host, unless the file disables it.
     pub shared_memory: bool,
 }
 
 impl Default for ZenohSessionOptions {
-    /// Nowhere yet, not to be found, with shared memory.
+    /// No locators, no discovery, with shared memory.
     fn default() -> ZenohSessionOptions {
         ZenohSessionOptions {
             listen: Vec::new(),
@@ -71,22 +72,22 @@ impl Default for ZenohSessionOptions {
 /// What a configuration is for.
 #[derive(Clone, Copy, Debug)]
 pub(super) enum Purpose<'a> {
-    /// A member of the network, as the options say.
+    /// A session on the network, as the options say.
     Member,
-    /// A look at who is at this locator, and nowhere else.
+    /// A session to query the robots at this locator, and nowhere else.
     Lookup(&'a str),
-    /// A search by multicast, which needs no session.
+    /// Multicast scouting, which needs no session.
     Scout,
 }
 
-/// The configuration of a session, and the locators in it: where it listens, and whom it connects to.
+/// The configuration of a session, and the locators in it, those to listen at and those to connect to.
 pub(super) struct Configured {
     pub(super) config: Config,
     pub(super) listen: Vec<String>,
     pub(super) connect: Vec<String>,
 }
 
-/// What comes of the options, for this purpose. What the file says stands, except that locators are added to
+/// Returns the configuration for this purpose. Settings of the file take precedence; locators are added to
 /// its own.
 pub(super) fn configure(
     options: &ZenohSessionOptions,
@@ -110,7 +111,7 @@ pub(super) fn configure(
     match purpose {
         Purpose::Scout => draft.set(MULTICAST, true)?,
         Purpose::Lookup(_) => draft.set(MULTICAST, false)?,
-        // Who lets nobody in cannot be found. Nobody is connected to for having been found.
+        // A client cannot be found, since it does not listen. Found peers are not connected to automatically.
         Purpose::Member if options.discovery && mode != "client" && !draft.is_set(MULTICAST) => {
             draft.set(MULTICAST, true)?;
             draft.default("scouting/multicast/listen", true)?;
@@ -119,10 +120,10 @@ pub(super) fn configure(
         Purpose::Member => draft.default(MULTICAST, false)?,
     }
     if connect.is_empty() {
-        // There is nobody to wait for.
+        // There is no peer to wait for.
         draft.default("open/return_conditions/connect_scouted", false)?;
     }
-    // One attempt: who waits for somebody does so by himself, and says so.
+    // One attempt: callers that wait for a peer retry, and log it.
     draft.default("connect/timeout_ms", 0)?;
     draft.default("connect/exit_on_failure", true)?;
     draft.default("scouting/gossip/enabled", false)?;
@@ -135,7 +136,8 @@ pub(super) fn configure(
     if !options.shared_memory || !matches!(purpose, Purpose::Member) {
         draft.set("transport/shared_memory/enabled", false)?;
     }
-    // Copies what lies elsewhere into shared memory, where it may be overwritten under a slow reader.
+    // This optimization copies other payloads into shared memory, where they may be overwritten under a slow
+    // reader.
     draft.set("transport/shared_memory/transport_optimization/enabled", false)?;
     if draft.get(WAIT_BEFORE_CLOSE)?.as_i64().is_some_and(i64::is_negative) {
         draft.set(WAIT_BEFORE_CLOSE, WAIT_BEFORE_CLOSE_US)?;
@@ -144,12 +146,11 @@ pub(super) fn configure(
     Ok(Configured { config: draft.config, listen, connect })
 }
 
-/// A configuration that is being made.
+/// A configuration that is being built.
 struct Draft<'a> {
     file: Option<&'a Path>,
     config: Config,
-    /// As Zenoh has it without a file. A file that says just the same cannot be told from one that says
-    /// nothing.
+    /// Zenoh's defaults. A setting of the file that equals its default looks like one that is not set.
     defaults: Config,
 }
 
@@ -159,7 +160,7 @@ impl<'a> Draft<'a> {
         Ok(Draft { file, config, defaults: Config::default() })
     }
 
-    /// Mode, and where to listen and to connect to.
+    /// Returns the mode, the endpoints to listen at and those to connect to.
     fn membership(
         &self,
         options: &ZenohSessionOptions,
@@ -180,17 +181,18 @@ impl<'a> Draft<'a> {
         Ok((mode, listen, connect))
     }
 
-    /// What the file says, for this mode, and our locators.
-    fn endpoints(&self, key: &str, mode: &str, ours: &[String]) -> Result<Vec<Value>, ZenohError> {
+    /// Returns the file's endpoints for this mode, and the locators of the options.
+    fn endpoints(&self, key: &str, mode: &str, added: &[String]) -> Result<Vec<Value>, ZenohError> {
         let mut endpoints = Vec::new();
         if self.is_set(key) {
             let text = self.get(key)?;
             endpoints.extend(text.get(mode).unwrap_or(&text).as_array().into_iter().flatten().cloned());
         }
-        endpoints.extend(ours.iter().map(|locator| Value::from(locator.as_str())));
+        endpoints.extend(added.iter().map(|locator| Value::from(locator.as_str())));
         Ok(endpoints)
     }
 
+    /// Whether the file sets this key.
     fn is_set(&self, key: &str) -> bool {
         self.config.get_json(key).ok() != self.defaults.get_json(key).ok()
     }
@@ -204,13 +206,13 @@ impl<'a> Draft<'a> {
         self.config.insert_json5(key, &value.to_string()).map_err(failed)
     }
 
-    /// Sets what the file says nothing of.
+    /// Sets a key unless the file sets it.
     fn default(&mut self, key: &str, value: impl ToString) -> Result<(), ZenohError> {
         if self.is_set(key) { Ok(()) } else { self.set(key, value) }
     }
 }
 
-/// The locators among endpoints, each of which is one, or several by which the same neighbour is reached.
+/// Returns the locators in endpoints. An endpoint is one locator, or several of the same neighbour.
 fn locators(endpoints: &[Value]) -> Vec<String> {
     let several = |endpoint: &Value| endpoint.get("locators").and_then(Value::as_array).cloned();
     let each =
@@ -218,15 +220,15 @@ fn locators(endpoints: &[Value]) -> Vec<String> {
     each.filter_map(|locator| locator.as_str().map(str::to_owned)).collect()
 }
 
-/// The configuration in a file.
+/// Reads a configuration file.
 fn read(file: &Path) -> Result<Config, ZenohError> {
     let refuse = |problem| ZenohError::Config { file: file.to_owned(), problem };
     fs::read_to_string(file).map_err(|error| refuse(error.to_string()))?;
     Config::from_file(file).map_err(|error| refuse(problem(&error.to_string())))
 }
 
-/// What is wrong with a file, and where, without what stands in it: Zenoh's own words quote a line of it or
-/// even all, passwords too.
+/// Returns what is wrong with a file, and where, without its contents: Zenoh's own messages quote a line or
+/// all of it, passwords included.
 fn problem(text: &str) -> String {
     let what = if text.starts_with("Unsupported file type") || text.starts_with("Empty") {
         cause(&text.into()).to_string()
@@ -237,7 +239,7 @@ fn problem(text: &str) -> String {
     } else if let Some((_, expected)) = text.rsplit_once(", expected ") {
         format!("expected {}, found something else", until_quote(expected))
     } else {
-        "expected JSON5, or YAML in a file that is called so, found something else".to_owned()
+        "expected JSON5, or YAML in a .yaml file, found something else".to_owned()
     };
     match line_number(text) {
         Some(line) => format!("line {line}: {what}"),
@@ -245,11 +247,12 @@ fn problem(text: &str) -> String {
     }
 }
 
-/// Zenoh's words, and the parsers', end with a quotation mark.
+/// Returns the text before a quotation mark or line break, where messages begin to quote the file.
 fn until_quote(text: &str) -> &str {
     text.split(['"', '\n']).next().unwrap_or_default().trim_end_matches("\\n")
 }
 
+/// Returns the line number that a message names.
 fn line_number(text: &str) -> Option<u32> {
     ["line: ", "--> ", "at line "].iter().find_map(|before| {
         let (_, after) = text.split_once(before)?;
@@ -269,7 +272,7 @@ mod tests {
         ZenohSessionOptions { listen, connect, ..ZenohSessionOptions::default() }
     }
 
-    /// A file of this text; the operating system's directory for it is emptied by others.
+    /// Writes a file of this text into the temporary directory.
     fn file(name: &str, text: &str) -> PathBuf {
         let path = env::temp_dir().join(format!("chiral-{}-{name}", process::id()));
         fs::write(&path, text).unwrap();
@@ -308,9 +311,15 @@ mod tests {
     #[test]
     fn settings_of_the_file_take_precedence_and_locators_are_added() {
         let text = r#"{
-            connect: { endpoints: { client: ["tcp/router:7447", { strategy: "allOf", locators: ["tcp/a:1", "tcp/b:1"] }], peer: ["tcp/peer:7447"] } },
+            connect: { endpoints: {
+                client: ["tcp/router:7447", { strategy: "allOf", locators: ["tcp/a:1", "tcp/b:1"] }],
+                peer: ["tcp/peer:7447"],
+            } },
             scouting: { multicast: { enabled: true } },
-            transport: { link: { tx: { lease: 5000, queue: { congestion_control: { block: { wait_before_close: -1 } } } } } },
+            transport: { link: { tx: {
+                lease: 5000,
+                queue: { congestion_control: { block: { wait_before_close: -1 } } },
+            } } },
         }"#;
         let path = file("settings.json5", text);
         let config = Some(path.clone());
@@ -340,12 +349,28 @@ mod tests {
         let cases = [
             ("unclosed.json5", format!("{{\n{secret}, oops"), "line 2: "),
             ("same-line.json5", format!("{{ {secret} \"secret\" }}"), "line 1: "),
-            ("unknown.json5", format!("{{ {secret},\n conect: {{}} }}"), "unknown field `conect`, expected one of"),
+            (
+                "unknown.json5",
+                format!("{{ {secret},\n conect: {{}} }}"),
+                "unknown field `conect`, expected one of",
+            ),
             ("type.json5", format!("{{ {secret},\n listen: {{ timeout_ms: \"secret\" }} }}"), "expected "),
-            ("number.json5", "{ transport: { auth: { usrpwd: { password: 1234567 } } } }".to_owned(), "expected a string"),
+            (
+                "number.json5",
+                "{ transport: { auth: { usrpwd: { password: 1234567 } } } }".to_owned(),
+                "expected a string",
+            ),
             ("mode.json5", format!("{{ {secret}, mode: \"secret\" }}"), "expected "),
-            ("limits.json5", format!("{{ {secret}, transport_: 1 }}").replace("transport_: 1", "id: \"\""), "expected "),
-            ("limits.json", r#"{ "transport": { "link": { "tx": { "queue": { "size": { "data": 17 } } } }, "auth": { "usrpwd": { "user": "a", "password": "secret" } } } }"#.to_owned(), "a value is not within its limits"),
+            ("limits.json5", format!("{{ {secret}, id: \"\" }}"), "expected "),
+            (
+                "limits.json",
+                r#"{ "transport": {
+                    "link": { "tx": { "queue": { "size": { "data": 17 } } } },
+                    "auth": { "usrpwd": { "user": "a", "password": "secret" } }
+                } }"#
+                    .to_owned(),
+                "a value is not within its limits",
+            ),
             ("bad.yaml", "transport:\n  auth:\n    usrpwd: secret\n".to_owned(), "expected "),
             ("empty.json5", String::new(), "Empty"),
             ("type.ini", "secret".to_owned(), "Unsupported file type '.ini'"),

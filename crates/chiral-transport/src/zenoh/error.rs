@@ -1,55 +1,56 @@
-//! Why nobody can be met on a Zenoh network.
+//! The errors of Zenoh networks, and how those of Zenoh itself are quoted.
 
 use std::{error::Error, io, path::PathBuf, time::Duration};
 
-/// Why nobody can be met on a network.
+/// Why a Zenoh network or a robot on it cannot be used.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum ZenohError {
-    /// The locators are none.
+    /// Zenoh does not accept the locators.
     #[error("expected Zenoh locators such as tcp/localhost:7447, found {locators:?}")]
     Locator {
-        /// All of them.
+        /// All locators, those to listen at and those to connect to.
         locators: Vec<String>,
-        /// What Zenoh says of them.
+        /// Zenoh's error.
         #[source]
         source: Cause,
     },
     /// The configuration file cannot be used.
-    #[error("the Zenoh configuration {}: {problem}", file.display())]
+    #[error("Zenoh configuration {}: {problem}", file.display())]
     Config {
         /// The file.
         file: PathBuf,
         /// What is wrong with it.
         problem: String,
     },
-    /// There is nothing by which a network could be reached.
+    /// There is no locator by which a network could be reached.
     #[error("expected a Zenoh locator to listen at or to connect to, found none")]
     NoLocator,
-    /// Somebody listens, but there is no Zenoh session with him.
+    /// Something listens at the locators, but the Zenoh handshake with it failed.
     #[error(
-        "not let into the Zenoh network at {locators:?}: expected who listens there to take our user and password, our certificate and our kind of \
-         connection, and us to trust his; he does not say what it fails at, but a log of Zenoh's may"
+        "not let into the Zenoh network at {locators:?}: the listener does not report why, but Zenoh's log \
+         may; check user and password, both ends' certificates, and the kind of connection"
     )]
     HandshakeFailed {
-        /// All of them.
+        /// All locators, those to listen at and those to connect to.
         locators: Vec<String>,
     },
-    /// Nobody is there to connect to, or the address to listen on cannot be had.
+    /// Nothing listens at the locators to connect to, or those to listen at cannot be bound.
     #[error("no Zenoh network at {locators:?}")]
     Open {
-        /// All of them.
+        /// All locators, those to listen at and those to connect to.
         locators: Vec<String>,
-        /// What Zenoh says of it.
+        /// Zenoh's error.
         #[source]
         source: Cause,
     },
-    /// There is no thread to be had.
+    /// The system cannot start a thread.
     #[error("cannot start a thread")]
     Thread(#[source] io::Error),
-    /// A robot of this name is on the network.
+    /// A robot of this name is on the network already.
     #[error(
-        "a robot named {robot:?} is alive on this network (server {server}): expected a name of its own for every robot"
+        "a robot named {robot:?} is alive on this network (server {server}): expected a unique name for each \
+         robot"
     )]
     NameTaken {
         /// The name.
@@ -57,10 +58,14 @@ pub enum ZenohError {
         /// Its server: the Zenoh id, and the host.
         server: String,
     },
-    /// The network did not say in time who is alive on it.
-    #[error("no word on who is alive on the network within {} s: it is busy, or lost, or does not let us ask", waited.as_secs_f64())]
+    /// The network did not report in time which robots are alive on it.
+    #[error(
+        "the network did not report which robots are alive within {} s: it is busy or lost, or its access \
+         control does not let this host query them",
+        waited.as_secs_f64()
+    )]
     LivelinessTimeout {
-        /// How long was waited.
+        /// How long the answer was waited for.
         waited: Duration,
     },
     /// The robot's server did not answer.
@@ -68,39 +73,41 @@ pub enum ZenohError {
     NoAnswer {
         /// The robot's name.
         robot: String,
-        /// How long was waited.
+        /// How long the answer was waited for.
         waited: Duration,
     },
-    /// The robot's server takes no connection.
-    #[error("robot {robot:?} takes no connection: {reason}")]
+    /// The robot's server refused the connection.
+    #[error("robot {robot:?} refused the connection: {reason}")]
     Refused {
         /// The robot's name.
         robot: String,
-        /// What it says.
+        /// The server's reason.
         reason: String,
     },
-    /// Zenoh does not do what it should.
+    /// A call of Zenoh failed.
     #[error("the Zenoh session failed")]
     Failed(#[source] Cause),
 }
 
-/// Whatever Zenoh says.
+/// An error of Zenoh.
 pub(super) type Cause = Box<dyn Error + Send + Sync>;
 
+/// Wraps an error of Zenoh.
 pub(super) fn failed(error: zenoh::Error) -> ZenohError {
     ZenohError::Failed(cause(&error))
 }
 
-/// What Zenoh says, without the places in its sources, which are paths of the machine that it was built on.
+/// Returns an error of Zenoh without the locations in its sources, which are paths on the machine that built
+/// it.
 pub(super) fn cause(error: &zenoh::Error) -> Cause {
     let text = error.to_string();
     let mut parts = text.split(" at ");
     let mut plain = parts.next().unwrap_or_default().trim_end().to_owned();
     for part in parts {
-        let (place, rest) = part.split_at(part.find(' ').unwrap_or(part.len()));
-        if !place.contains(".rs:") {
+        let (location, rest) = part.split_at(part.find(' ').unwrap_or(part.len()));
+        if !location.contains(".rs:") {
             plain.push_str(" at ");
-            plain.push_str(place);
+            plain.push_str(location);
         }
         plain.push_str(rest);
     }

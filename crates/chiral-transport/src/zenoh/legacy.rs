@@ -1,5 +1,5 @@
-//! The wire of legacy peers on a Zenoh network, as a transport: one put is one frame, on two keys that all
-//! of the network shares.
+//! The legacy wire on a Zenoh network as a transport: one put is one frame, on two keys that the whole
+//! network shares.
 
 use std::{
     fmt,
@@ -34,14 +34,16 @@ use super::{
     thread::schedule_as_batch,
 };
 
-/// What was dropped is told so often at most.
+/// Dropped frames are logged at most this often.
 const LOG_PERIOD: Duration = Duration::from_secs(1);
 
-/// What legacy peers put on a network, to be heard by all of them and by us: there are no connections, so
-/// nobody can be told from anybody else, and a put is lost on whoever does not listen yet. Zenoh says when
-/// the last one who listened has left; while somebody else listens, nothing says that.
+/// One end of the legacy wire. All peers of the network receive what is put on it: there are no connections,
+/// so peers cannot be distinguished, and a frame does not reach a peer that has not subscribed yet. Zenoh
+/// reports when the last subscriber has left; while another one is subscribed, nothing reports that a peer
+/// left.
 ///
-/// What nobody takes in time is dropped, and so is what is larger than may be: the log says how much.
+/// Frames that are not received in time are dropped, and so are frames that are too large. The log counts
+/// them.
 pub struct LegacyTransport {
     inbox: Mutex<Inbox>,
     dropped: Arc<AtomicU64>,
@@ -51,7 +53,7 @@ pub struct LegacyTransport {
 }
 
 struct Inbox {
-    /// `None`: nobody listens any more.
+    /// `None`: the last subscriber has left.
     events: mpsc::UnboundedReceiver<Option<ZBytes>>,
     queued: Arc<AtomicU64>,
     pool: Pool,
@@ -60,14 +62,13 @@ struct Inbox {
 
 struct FramePublisher {
     publisher: Publisher<'static>,
-    // Goes last.
+    // Dropped last.
     _network: ZenohSession,
 }
 
 impl ZenohSession {
-    /// One end of the wire that legacy peers share. Frames of the other end's that are larger than
-    /// `max_frame` are dropped, and no more than one of that size waits to be taken; the memory of large ones
-    /// is `pool`'s.
+    /// Opens one end of the legacy wire. Received frames larger than `max_frame` are dropped, and no more
+    /// than one of that size is queued. The memory of large frames comes from `pool`.
     ///
     /// # Errors
     /// [`ZenohError::Failed`].
@@ -81,10 +82,10 @@ impl ZenohSession {
         let publisher =
             publisher.congestion_control(CongestionControl::Block).express(true).await.map_err(failed)?;
         let (sender, events) = mpsc::unbounded_channel();
-        let leaving = sender.clone();
+        let on_left = sender.clone();
         let matching = publisher.matching_listener().callback(move |status| {
             if !status.matching() {
-                let _ = leaving.send(None);
+                let _ = on_left.send(None);
             }
         });
         matching.background().await.map_err(failed)?;
@@ -110,12 +111,12 @@ impl ZenohSession {
 }
 
 impl Transport for LegacyTransport {
-    /// Returns once Zenoh has taken the frame over: whoever listens gets it, sooner or later.
+    /// Returns once Zenoh has taken the frame over, which then reaches all subscribers.
     async fn send(&self, frame: Frame) -> Result<(), TransportError> {
         if frame.len() <= SMALL {
             return self.publisher.put(&frame);
         }
-        // Waits for the network, which this runtime's other tasks must not.
+        // Putting waits for the network, which must not block the other tasks of this runtime.
         let publisher = Arc::clone(&self.publisher);
         let put = spawn_blocking(move || {
             schedule_as_batch();
@@ -125,8 +126,8 @@ impl Transport for LegacyTransport {
         put.unwrap_or_else(|_| Err(TransportError::lost("the runtime is shutting down")))
     }
 
-    /// May be dropped, and called again: a frame is taken or it is not. After `None` others may come and be
-    /// heard.
+    /// Returns the next frame, or `None` when the last subscriber has left; others may subscribe later, and
+    /// their frames are then received. Cancel-safe: a call that is dropped loses no frame.
     async fn recv(&self) -> Result<Option<Frame>, TransportError> {
         let mut inbox = self.inbox.lock().await;
         let payload = match inbox.events.recv().await {
@@ -140,7 +141,7 @@ impl Transport for LegacyTransport {
             if dropped > 0 {
                 inbox.logged_at = Some(Instant::now());
                 tracing::warn!(
-                    "dropped {dropped} frames on {}: larger than may be, or not taken in time",
+                    "dropped {dropped} frames on {}: too large, or not received in time",
                     self.key
                 );
             }
@@ -148,14 +149,14 @@ impl Transport for LegacyTransport {
         Ok(Some(gather(&inbox.pool, payload.len(), payload.slices()).into()))
     }
 
-    /// There is nothing to be closed, and no word for it.
+    /// Does nothing: there is no connection, and no close frame.
     async fn close(&self) {}
 
     fn codec(&self) -> Codec {
         Codec::Msgpack
     }
 
-    /// The key that the other end's frames come on.
+    /// Returns the key on which frames arrive.
     fn peer(&self) -> &str {
         &self.key
     }
@@ -177,11 +178,12 @@ impl FramePublisher {
     }
 }
 
-/// What Zenoh's own threads call; it never waits.
+/// The callback that Zenoh's threads call. It never waits.
 struct SampleHandler {
-    /// What is heard on any other key was put on several at once, and is nothing for us.
+    /// Samples on any other key were put on several keys at once, and are ignored.
     key: &'static str,
     sender: mpsc::UnboundedSender<Option<ZBytes>>,
+    /// The most that may be queued, as [`cost`] counts.
     limit: u64,
     queued: Arc<AtomicU64>,
     dropped: Arc<AtomicU64>,
@@ -199,7 +201,7 @@ impl SampleHandler {
             self.dropped.fetch_add(1, Ordering::Relaxed);
             return;
         }
-        // A slice of a few bytes would keep the whole batch that it arrived in.
+        // A slice of a few bytes would keep the whole batch in memory that it arrived in.
         let payload = if payload.len() <= SMALL {
             ZBytes::from(payload.to_bytes().into_owned())
         } else {

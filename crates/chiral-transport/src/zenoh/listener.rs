@@ -1,5 +1,5 @@
-//! How a robot and its clients meet: the robot's server is alive under the robot's name, and gives each
-//! connection a name of its own.
+//! How clients connect to a robot: the robot's server holds a liveliness token under the robot's name, and
+//! gives each lane a name of its own.
 
 use std::{fmt, sync::Arc, time::Duration};
 
@@ -19,14 +19,14 @@ use super::{
     transport::{LaneKind, ZenohOptions, ZenohTransport},
 };
 
-/// Within this a server must answer who asks for a connection.
+/// How long a server may take to answer a request for a lane, and a lane to become ready.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
-/// Who asks for a connection while so many others wait for theirs is not heard.
+/// The most queries that wait to be answered. Further ones are dropped.
 const MAX_PENDING_QUERIES: usize = 64;
-/// A server has no more connections than that at once.
+/// The most lanes of a server at once.
 const MAX_CONNECTIONS: usize = 256;
 
-/// A robot that is alive on a network. It is not any more when this is dropped.
+/// Accepts connections to a robot, which is alive on the network until this is dropped.
 pub struct ZenohListener {
     network: ZenohSession,
     robot: String,
@@ -36,11 +36,11 @@ pub struct ZenohListener {
     _token: LivelinessToken,
 }
 
-/// What somebody asks the robot's server.
+/// A query of a client.
 enum ClientQuery {
-    /// For a connection.
+    /// Requests a lane.
     Connection(Query),
-    /// What the robot is.
+    /// Requests information about the robot.
     Info(Query),
 }
 
@@ -51,14 +51,14 @@ impl fmt::Debug for ZenohListener {
 }
 
 impl ZenohSession {
-    /// Makes a robot known to this network, under a name that [`keys::check_robot`] has found good.
+    /// Announces a robot on this network, under a name that [`keys::check_robot`] accepts.
     ///
     /// # Errors
-    /// [`ZenohError::NameTaken`] if a robot of this name is alive already (two that come at the same time
-    /// may both be refused), [`ZenohError::LivelinessTimeout`] if the network does not tell, else
+    /// [`ZenohError::NameTaken`] if a robot of this name is alive already (two that are announced at the same
+    /// time may both be refused), [`ZenohError::LivelinessTimeout`] if the network does not answer, else
     /// [`ZenohError::Failed`].
     pub async fn announce(&self, robot: &str) -> Result<ZenohListener, ZenohError> {
-        // The id is its own, the host is for people.
+        // The id makes it unique, the host is for people.
         let own_id = format!("{}@{}", self.session().zid(), keys::robot_of_host(&host_name()));
         let tokens = keys::alive(robot, "*");
         let name_taken = |(robot, server)| ZenohError::NameTaken { robot, server };
@@ -81,8 +81,8 @@ impl ZenohSession {
             .map_err(failed)?;
         let token =
             self.session().liveliness().declare_token(keys::alive(robot, &own_id)).await.map_err(failed)?;
-        // Whoever came at the same time is seen now, by one of the two at least; were one of them to stay all
-        // the same, the other may have looked before.
+        // Of two robots announced at the same time, at least one finds the other now. Both must then give up:
+        // if one stayed, the other might have checked before the token was visible, and stay as well.
         if let Some(other) = find_other().await? {
             return Err(name_taken(other));
         }
@@ -96,15 +96,15 @@ impl ZenohSession {
         })
     }
 
-    /// What a robot's server says of the robot, as it gave it to [`ZenohListener::accept`]; nothing if it
-    /// does not answer within a second.
+    /// Requests information about a robot: the bytes that its server passes to [`ZenohListener::accept`].
+    /// `None` if it does not answer within a second.
     pub async fn info(&self, robot: &str) -> Option<Vec<u8>> {
         let query = self.session().get(keys::info(robot)).timeout(QUERY_TIMEOUT);
         let answer = query.await.ok()?.recv_async().await.ok()?;
         Some(answer.result().ok()?.payload().to_bytes().into_owned())
     }
 
-    /// Asks a robot for a connection.
+    /// Opens a lane to a robot.
     ///
     /// # Errors
     /// [`ZenohError::NoAnswer`], [`ZenohError::Refused`], [`ZenohError::Failed`].
@@ -120,7 +120,7 @@ impl ZenohSession {
         let query =
             query.congestion_control(CongestionControl::Block).priority(Priority::RealTime).express(true);
         let answers = query.await.map_err(failed)?;
-        // Where nobody serves the key, or the server is gone, there is no item at all.
+        // If no server has the key, or it is gone, the channel ends without an item.
         let answer = answers.recv_async().await.map_err(|_| no_answer())?;
         let connection = match answer.result() {
             Ok(sample) => String::from_utf8_lossy(&sample.payload().to_bytes()).into_owned(),
@@ -131,7 +131,7 @@ impl ZenohSession {
         };
         if !is_connection_name(&connection) {
             return Err(refused(format!(
-                "expected a connection's name of 32 hexadecimal digits, found {connection:?}"
+                "expected a connection name of 32 hexadecimal digits, found {connection:?}"
             )));
         }
         let transport =
@@ -141,8 +141,8 @@ impl ZenohSession {
 }
 
 impl ZenohListener {
-    /// The next connection that a client asks for; meanwhile, who asks what the robot is gets `info`. `None`
-    /// never comes while the network is there.
+    /// Returns the next lane that a client opens. Meanwhile, requests for information are answered with
+    /// `info`. `None` once the session is closed.
     pub async fn accept(
         &mut self,
         options: &ZenohOptions,
@@ -167,14 +167,15 @@ impl ZenohListener {
         }
     }
 
-    /// A new connection, which listens already, and its name; or why there is none.
+    /// Opens the server's end of a lane, which receives from now on. Returns it and its name, or why it is
+    /// refused.
     async fn open_connection(
         &self,
         query: &Query,
         options: ZenohOptions,
     ) -> Result<(ZenohTransport, String), String> {
         let kind = query.payload().and_then(|payload| LaneKind::parse(&payload.to_bytes()));
-        let kind = kind.ok_or("expected a kind of connection, control or observations, found another")?;
+        let kind = kind.ok_or("expected lane kind control or observations, found another")?;
         let slot = Arc::clone(&self.slots).try_acquire_owned();
         let slot = slot.map_err(|_| format!("expected at most {MAX_CONNECTIONS} connections, found more"))?;
         let mut random = [0; 16];
@@ -188,7 +189,7 @@ impl ZenohListener {
     }
 }
 
-/// 128 bits in hexadecimal.
+/// Whether a name is 128 bits in hexadecimal.
 fn is_connection_name(name: &str) -> bool {
     name.len() == 32 && name.bytes().all(|byte| byte.is_ascii_hexdigit())
 }

@@ -1,4 +1,4 @@
-//! Frames over a Zenoh network: a session of it, how a robot and its clients meet there, and connections as
+//! Frames over a Zenoh network: its sessions, how a robot and its clients find each other, and lanes as
 //! transports.
 //!
 //! Zenoh's own types end here. Its sessions are opened and dropped on plain threads, never in async code,

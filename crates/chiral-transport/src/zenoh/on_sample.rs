@@ -83,7 +83,7 @@ impl SampleHandler {
             Some(Packet::Close) => {
                 self.push(Event::Closed);
                 self.publisher.on_close();
-                self.publisher.on_peer_left("the other side closed the connection");
+                self.publisher.on_peer_left("the peer closed the connection");
             }
             Some(Packet::Mapped { number }) => self.publisher.on_mapped(number),
             Some(Packet::Probe { region }) => {
@@ -93,19 +93,19 @@ impl SampleHandler {
             Some(Packet::Probed { region, is_shared }) => self.publisher.on_probed(region, is_shared == 1),
             // It would bypass the window, and a client sends nothing that large.
             Some(Packet::Reference { .. }) if self.end == End::Server => {
-                self.push(Event::Broken(violation("a client's frames by the network", "one by reference")));
+                self.push(Event::Broken(violation("frames of a client by the network", "one by reference")));
             }
             Some(packet @ (Packet::Frame { .. } | Packet::Chunk { .. } | Packet::Reference { .. })) => {
                 self.push_put(packet, sample.payload())
             }
-            None => self.push(Event::Broken(violation("frames", "bytes that are none"))),
+            None => self.push(Event::Broken(violation("a packet", "an attachment of another kind"))),
         }
     }
 
     /// Handles a change of the peer's liveliness token.
     pub(super) fn on_liveliness(&self, sample: &Sample) {
         if sample.kind() == SampleKind::Delete && sample.key_expr().as_str() == self.key {
-            let why = "the other side is not alive any more";
+            let why = "the peer is not alive any more";
             self.push(Event::Broken(TransportError::lost(why)));
             self.publisher.on_peer_left(why);
         }
@@ -114,11 +114,11 @@ impl SampleHandler {
     fn push_put(&self, packet: Packet, payload: &ZBytes) {
         let load = load(packet, payload);
         let queued = self.state.queued.fetch_add(load, Ordering::Relaxed).saturating_add(load);
-        // References are put whatever the window: one that is waited for, and those that were given up.
+        // References are put regardless of the window: the awaited one, and those that were given up.
         if queued <= WINDOW + u64::from(MAX_LOST + 1) * cost(0) {
             self.push(Event::Put { packet, payload: payload.clone() });
         } else {
-            self.push(Event::Broken(violation("no more than the window allows", format!("{queued} bytes"))));
+            self.push(Event::Broken(violation("no more than the window", format!("{queued} bytes"))));
         }
     }
 

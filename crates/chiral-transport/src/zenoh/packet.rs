@@ -1,34 +1,34 @@
-//! What a put on a lane is: a few bytes beside its payload, in Zenoh's attachment. One byte of kind, then
-//! `u64`s, little-endian.
+//! The packets of a lane. One Zenoh put carries one packet: its payload, and its kind and numbers in the
+//! attachment, one byte of kind, then `u64`s, little-endian.
 
-/// A lane's put, without its payload. Frames are numbered from 1: a number beyond the next one means a loss,
-/// an earlier one means that it is sent again.
+/// A packet without its payload. Frames are numbered from 1: a number beyond the next one means a loss, an
+/// earlier one a repetition.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Packet {
-    /// The lane is there. The client says it until the server answers it: what is put before the other side
-    /// is known to listen is lost without a packet.
+    /// This end of the lane is subscribed. The client repeats it until the server answers it: packets that
+    /// are put before the peer is known to be subscribed are lost silently.
     Ready,
     /// A whole frame.
     Frame { number: u64 },
-    /// A whole frame, some of which lies in shared memory: the other side is to answer, or gets it again by
-    /// the network.
+    /// A whole frame, parts of which lie in shared memory. The peer answers with `Mapped`, or gets the frame
+    /// again by the network.
     Reference { number: u64 },
     /// A frame that was sent by reference has arrived.
     Mapped { number: u64 },
     /// Part of a frame of `total` bytes, from `offset`.
     Chunk { number: u64, offset: u64, total: u64 },
-    /// So much, as `reassembly::cost` counts, was taken from the lane since it began.
+    /// The `reassembly::cost` of all that was received on the lane since it was opened.
     Acknowledge { cost: u64 },
-    /// The payload lies in this region of shared memory: the other side is to say whether it can be seen
-    /// there.
+    /// The payload lies in this region of shared memory. The peer answers with `Probed`.
     Probe { region: u64 },
-    /// Whether it could: 1 if so.
+    /// Whether the payload of a `Probe` could be read in shared memory: 1 if so.
     Probed { region: u64, is_shared: u64 },
-    /// Nothing more comes.
+    /// Nothing follows.
     Close,
 }
 
 impl Packet {
+    /// Encodes the packet as an attachment.
     pub(super) fn encode(self) -> Vec<u8> {
         let (kind, numbers): (u8, &[u64]) = match self {
             Packet::Ready => (1, &[]),
@@ -46,7 +46,7 @@ impl Packet {
         bytes
     }
 
-    /// `None` if it is none.
+    /// Decodes an attachment; `None` if it is not that of a packet.
     pub(super) fn decode(bytes: &[u8]) -> Option<Packet> {
         let (kind, rest) = bytes.split_first()?;
         let (numbers, []) = rest.as_chunks::<8>() else { return None };

@@ -177,7 +177,7 @@ impl LanePublisher {
         match after {
             Path::Reference => tracing::info!("observations to {} travel by shared memory", self.peer),
             _ => tracing::info!(
-                "observations to {} travel by the network: it does not see this host's shared memory",
+                "observations to {} travel by the network: it cannot map this host's shared memory",
                 self.peer
             ),
         }
@@ -247,7 +247,8 @@ impl LanePublisher {
                 state.has_logged_no_answer = true;
                 let peer = &self.peer;
                 tracing::info!(
-                    "observations to {peer} travel by the network: no packet whether it sees this host's shared memory"
+                    "observations to {peer} travel by the network: it does not answer whether it can map \
+                     this host's shared memory"
                 );
             }
         }
@@ -274,7 +275,7 @@ impl LanePublisher {
                 let before = std::mem::replace(&mut awaited, state.queue.awaited_reference());
                 if before.is_some_and(|number| state.queue.give_up_reference(number)) {
                     tracing::warn!(
-                        "what was sent to {} by shared memory did not arrive in time, and goes by the network",
+                        "an observation to {} did not arrive by shared memory in time, and is sent by the network",
                         self.peer
                     );
                 }

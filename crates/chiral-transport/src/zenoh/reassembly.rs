@@ -1,4 +1,5 @@
-//! Received chunks put together again, and how much of a lane was taken. Pure: no socket, no thread.
+//! The receiving side of a lane: reassembles frames from chunks, and acknowledges what was received. Pure: no
+//! socket, no thread.
 
 use bytes::{Bytes, BytesMut};
 use chiral_proto::{
@@ -11,17 +12,16 @@ use super::packet::Packet;
 /// The most that one put carries, in bytes: four of Zenoh's batches of 64 KiB, with room for what it writes
 /// before each. Larger messages would hold up a router's other traffic, and are no faster.
 pub(super) const CHUNK: usize = 4 * 65_000;
-/// So much, by [`cost`], may have been put without the other side having taken it: eight chunks, or some
-/// hundred small frames.
+/// How much, by [`cost`], may be put and not acknowledged: eight chunks, or some hundred small frames.
 pub(super) const WINDOW: u64 = 8 * cost(CHUNK);
-/// The other side is told after so much: half of the window, since each time costs both sides several changes
-/// of thread.
+/// An acknowledgement is sent after this much: half of the window, since each costs both ends several context
+/// switches.
 const ACKNOWLEDGE_AFTER: u64 = WINDOW / 2;
-/// Frames up to this size are not worth the pool's memory.
+/// Frames up to this size are allocated from the heap, not from the pool.
 pub(super) const SMALL: usize = 4 * 1024;
 
-/// What a put of `len` bytes counts: its bytes and what it costs to have it wait, so that the window bounds
-/// small frames, too.
+/// Returns what a put of `len` bytes counts in the window: its bytes and the overhead of queueing it, so that
+/// the window bounds small frames, too.
 pub(super) const fn cost(len: usize) -> u64 {
     len as u64 + 4096
 }
@@ -31,15 +31,15 @@ pub(super) const fn cost(len: usize) -> u64 {
 pub(super) struct Reassembly {
     max_frame: usize,
     pool: Pool,
-    /// Frames that have arrived.
+    /// Frames that have arrived completely.
     completed: u64,
     partial: Option<Partial>,
-    /// What was taken, and how much of it the other side knows.
+    /// The cost of all puts received, and how much of it was acknowledged.
     received: u64,
     acknowledged: u64,
 }
 
-/// A frame of which chunks are missing.
+/// A frame whose last chunks have not arrived.
 #[derive(Debug)]
 struct Partial {
     buffer: Buffer,
@@ -51,8 +51,8 @@ impl Reassembly {
         Reassembly { max_frame, pool, completed: 0, partial: None, received: 0, acknowledged: 0 }
     }
 
-    /// Takes a frame or chunk, whose payload of `len` bytes comes in slices; returns the frame that it
-    /// completes.
+    /// Receives a frame or chunk, whose payload of `len` bytes is in `slices`. Returns the frame if it is
+    /// complete.
     pub(super) fn receive<'a>(
         &mut self,
         packet: Packet,
@@ -71,7 +71,7 @@ impl Reassembly {
         let partial = self.partial.take();
         let filled = partial.as_ref().map_or(0, |partial| partial.filled);
         let whole = partial.as_ref().map_or(total, |partial| partial.buffer.len() as u64);
-        // Sums do not overflow: `offset` is compared with what is there before anything is added to it.
+        // Sums do not overflow: `offset` is compared with `filled` before anything is added to it.
         if offset != filled as u64
             || total != whole
             || len as u64 > total - offset
@@ -99,8 +99,8 @@ impl Reassembly {
         Ok(None)
     }
 
-    /// Takes a frame that was sent by reference, in the segments that it came in; `None` if it has come
-    /// another way meanwhile.
+    /// Receives a frame that was sent by reference, in its segments. `None` if it has arrived by the network
+    /// meanwhile.
     pub(super) fn receive_reference(
         &mut self,
         number: u64,
@@ -112,13 +112,13 @@ impl Reassembly {
         let frame = Frame::from(segments);
         self.within_limit(frame.len() as u64)?;
         if self.partial.is_some() {
-            return Err(violation("the rest of a frame", "another one"));
+            return Err(violation("the rest of a frame", "another frame"));
         }
         self.completed += 1;
         Ok(Some(frame))
     }
 
-    /// Whether this is the next frame, and not one that has arrived.
+    /// Whether this is the next frame; false if it is a repetition.
     fn is_next(&self, number: u64) -> Result<bool, TransportError> {
         if number > self.completed + 1 {
             return Err(violation(
@@ -134,7 +134,7 @@ impl Reassembly {
         allowed.ok_or_else(|| violation("a frame within the limit", format!("{len} bytes")))
     }
 
-    /// What the other side should be told was taken, if it is time to.
+    /// Returns the cost to acknowledge, if an acknowledgement is due.
     pub(super) fn acknowledge(&mut self) -> Option<u64> {
         let is_due = self.received - self.acknowledged >= ACKNOWLEDGE_AFTER;
         is_due.then(|| {
@@ -144,7 +144,7 @@ impl Reassembly {
     }
 }
 
-/// The `len` bytes of all slices in one piece, of the pool's memory if they are worth it.
+/// Gathers the `len` bytes of all slices in one buffer, from the pool unless it is small.
 pub(super) fn gather<'a>(pool: &Pool, len: usize, slices: impl Iterator<Item = &'a [u8]>) -> Bytes {
     if len <= SMALL {
         let mut gathered = BytesMut::with_capacity(len);
@@ -160,6 +160,7 @@ pub(super) fn gather<'a>(pool: &Pool, len: usize, slices: impl Iterator<Item = &
     gathered.freeze()
 }
 
+/// Returns the error for a peer that breaks the rules of the lane.
 pub(super) fn violation(expected: &'static str, found: impl Into<String>) -> TransportError {
     TransportError::Protocol { expected, found: found.into() }
 }
@@ -168,8 +169,8 @@ pub(super) fn violation(expected: &'static str, found: impl Into<String>) -> Tra
 mod tests {
     use super::*;
 
-    /// What comes of these packets, each with so many bytes: the length of the last frame, or the packets of the
-    /// refusal.
+    /// Receives these packets, each with a payload of this length. Expects this length of the last frame, or
+    /// an error that contains this text.
     fn check(packets: &[(Packet, usize)], expected: Result<Option<usize>, &str>) {
         let mut reassembly = Reassembly::new(1 << 20, Pool::new(0));
         let mut last = Ok(None);
@@ -197,8 +198,8 @@ mod tests {
         check(&[(chunk(1, 0, 9000), 5000)], Ok(None));
         check(&[(chunk(1, 0, 9000), 5000), (chunk(1, 5000, 9000), 4000)], Ok(Some(9000)));
         check(&[(chunk(1, 0, 100), 50), (chunk(1, 50, 100), 50), (frame(2), 1)], Ok(Some(1)));
-        for lost in [frame(2), chunk(7, 0, 9), frame(u64::MAX)] {
-            check(&[(lost, 5)], Err("without a gap"));
+        for gap in [frame(2), chunk(7, 0, 9), frame(u64::MAX)] {
+            check(&[(gap, 5)], Err("without a gap"));
         }
         check(&[(chunk(1, 0, 9000), 5000), (frame(1), 5)], Err("in order"));
         check(&[(chunk(1, 0, 9000), 5000), (frame(2), 5)], Err("without a gap"));
@@ -234,7 +235,11 @@ mod tests {
         let mut reassembly = Reassembly::new(100, Pool::new(0));
         let segments = |len| vec![Bytes::from_static(b"head"), Bytes::from(vec![0; len])];
         assert_eq!(reassembly.receive_reference(1, segments(50)).unwrap().map(|frame| frame.len()), Some(54));
-        assert_eq!(reassembly.receive_reference(1, segments(50)).unwrap(), None, "it has arrived already");
+        assert_eq!(
+            reassembly.receive_reference(1, segments(50)).unwrap(),
+            None,
+            "frame 1 has arrived already"
+        );
         assert!(
             reassembly.receive_reference(3, segments(50)).unwrap_err().to_string().contains("without a gap")
         );

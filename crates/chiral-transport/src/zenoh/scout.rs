@@ -1,4 +1,5 @@
-//! Robots found without an address: by multicast, and then a short look at each network that answers.
+//! Finds robots without an address: by multicast scouting, then by a short session on each network that
+//! answers.
 
 use std::{collections::HashSet, sync::mpsc as std_mpsc, time::Duration};
 
@@ -16,24 +17,23 @@ use super::{
     thread::run_on_thread,
 };
 
-/// Where a robot of this very host lets others in unless it was told otherwise; found even where there is no
-/// multicast.
+/// Where a robot on this host listens by default. It is tried even where there is no multicast.
 const LOCAL_DEFAULT: &str = "tcp/127.0.0.1:7447";
 
-/// A robot that was reached, by one locator.
+/// A robot that was reached by one locator.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct ScoutedRobot {
     /// Its name.
     pub robot: String,
     /// Where it was reached.
     pub locator: String,
-    /// Whether its own server listens there; otherwise somebody who leads to it, such as a router.
+    /// Whether its own server listens there. Otherwise another host leads to it, such as a router.
     pub is_direct: bool,
-    /// What its server says of it; see [`super::ZenohListener::accept`].
+    /// Its server's information about it; see [`super::ZenohListener::accept`].
     pub info: Vec<u8>,
 }
 
-/// A search that is under way. It ends when it is dropped.
+/// A search for robots. It ends when this is dropped.
 #[derive(Debug)]
 pub struct Scout {
     options: ZenohSessionOptions,
@@ -42,15 +42,15 @@ pub struct Scout {
     looked_up: HashSet<(String, String)>,
     lookups: JoinSet<()>,
     found: mpsc::UnboundedReceiver<ScoutedRobot>,
-    /// For the lookups that are still to begin.
+    /// For lookups that are still to be started.
     found_sender: mpsc::UnboundedSender<ScoutedRobot>,
-    /// Its thread ends with it.
+    /// The scouting thread ends when this is dropped.
     _thread_end: std_mpsc::Sender<()>,
 }
 
 impl Scout {
-    /// Begins to look, for so long: by multicast, at this host, and wherever the configuration file connects
-    /// to. Of the options only that file counts.
+    /// Starts a search of this duration: by multicast, on this host, and at the locators that the
+    /// configuration file connects to. Only that file of the options is used.
     ///
     /// # Errors
     /// [`ZenohError::Config`], [`ZenohError::Failed`] if multicast cannot be used,
@@ -63,7 +63,7 @@ impl Scout {
         let (answer, answers) = mpsc::unbounded_channel();
         let (started, starting) = tokio::sync::oneshot::channel();
         let (end, ended) = std_mpsc::channel();
-        // It begins and ends on a thread of its own, as sessions do.
+        // Scouting starts and ends on a thread of its own, as sessions do.
         run_on_thread(move || {
             let scout = zenoh::scout(WhatAmI::Peer | WhatAmI::Router, scouting);
             let scout = scout.callback(move |hello| drop(answer.send(hello))).wait();
@@ -80,15 +80,15 @@ impl Scout {
         let mut scout =
             Scout { options, deadline, answers, looked_up, lookups, found, found_sender, _thread_end: end };
         scout.look_up(None, LOCAL_DEFAULT);
-        // A file without locators is as good as none.
+        // A file without locators adds nothing.
         if let Ok(configured) = configure(&scout.options, Purpose::Member) {
             configured.connect.iter().for_each(|locator| scout.look_up(None, locator));
         }
         Ok(scout)
     }
 
-    /// The next robot that was reached; one may come more than once, by several locators. `None` when time is
-    /// over.
+    /// Returns the next robot that was reached. A robot may be reached more than once, by several locators.
+    /// `None` once the duration is over.
     pub async fn next(&mut self) -> Option<ScoutedRobot> {
         loop {
             tokio::select! {
@@ -102,7 +102,7 @@ impl Scout {
         }
     }
 
-    /// Has a look at who is there, once.
+    /// Starts a lookup at this locator, once.
     fn look_up(&mut self, server: Option<&str>, locator: &str) {
         if self.looked_up.insert((server.unwrap_or_default().to_owned(), locator.to_owned())) {
             let (options, found_sender) = (self.options.clone(), self.found_sender.clone());
@@ -111,7 +111,7 @@ impl Scout {
     }
 }
 
-/// Tells of the robots that are alive there as they answer: one that does not answer hides no other.
+/// Reports the robots that are alive at a locator as they answer: one that does not answer hides no other.
 async fn look_up(
     options: ZenohSessionOptions,
     server: Option<String>,

@@ -1,4 +1,4 @@
-//! What a lane has to put, and in which order. Pure: no socket, no thread.
+//! The sending side of a lane: what to put next. Pure: no socket, no thread.
 
 use std::collections::VecDeque;
 
@@ -10,29 +10,30 @@ use super::{
     reassembly::{CHUNK, WINDOW, cost},
 };
 
-/// Probes that wait for their answers; there are at most two regions at a time.
+/// The most answers to probes that are queued. A peer has at most two regions at a time.
 const MAX_PENDING_ANSWERS: usize = 4;
 
-/// After so many references that did not arrive there are no more of them: each has held up the lane.
+/// After this many references that did not arrive, none is sent any more: each has blocked the lane.
 pub(super) const MAX_LOST: u32 = 3;
 
 /// The sending side of a lane.
 #[derive(Debug, Default)]
 pub(super) struct SendQueue {
-    /// The first one is on its way.
+    /// The first one is being sent.
     frames: VecDeque<QueuedFrame>,
-    /// Of the first frame, so many bytes were put.
+    /// How many bytes of the first frame were put.
     offset: usize,
-    /// The first frame was put by reference, and has not arrived yet.
+    /// The first frame was put by reference, and the peer has not confirmed it yet.
     awaits_mapped: bool,
-    /// Some frame was, so that the other side may hold shared memory.
+    /// Some frame was put by reference, so that the peer may hold shared memory.
     has_sent_references: bool,
-    /// Frames that are done with.
+    /// Frames that were sent.
     finished: u64,
+    /// The cost of all puts that count in the window, and how much of it the peer has acknowledged.
     sent_cost: u64,
-    /// What the other side has taken of it.
     acknowledged: u64,
     regions: PeerRegions,
+    // Packets to put before any frame, and the close packet after them.
     pending_ready: bool,
     pending_acknowledge: Option<u64>,
     pending_mapped: Option<u64>,
@@ -47,11 +48,14 @@ struct QueuedFrame {
     regions: Vec<u64>,
 }
 
-/// What of shared memory the other side sees.
+/// Which regions of shared memory the peer can map.
 #[derive(Debug, Default)]
 struct PeerRegions {
+    /// A probe was put.
     probed: Vec<u64>,
+    /// The peer has answered.
     answered: Vec<u64>,
+    /// The peer can map the region.
     shared: Vec<u64>,
     /// References that did not arrive.
     lost: u32,
@@ -62,9 +66,9 @@ struct PeerRegions {
 pub(super) enum Path {
     /// There were none yet.
     Unprobed,
-    /// By the network, since the other side has not said yet whether it sees them.
+    /// By the network, since the peer has not answered a probe yet.
     Probing,
-    /// By the network, since the other side does not see them.
+    /// By the network, since the peer cannot map the memory.
     Unshared,
     /// By reference.
     Reference,
@@ -72,52 +76,52 @@ pub(super) enum Path {
     GivenUp,
 }
 
-/// One put.
+/// One packet to put.
 #[derive(Debug, PartialEq)]
 pub(super) struct Put {
     pub(super) packet: Packet,
     pub(super) payload: Vec<Bytes>,
-    /// Whether a frame is done with it.
+    /// Whether it is the last packet of a frame.
     pub(super) completes_frame: bool,
 }
 
 impl SendQueue {
-    /// A frame, and the regions of shared memory that all of its pixels lie in, if it may be sent by
-    /// reference.
+    /// Queues a frame. `regions` are the regions of shared memory that all of its pixels lie in, if it may be
+    /// sent by reference.
     pub(super) fn push(&mut self, frame: Frame, regions: Vec<u64>) {
         self.frames.push_back(QueuedFrame { frame, regions });
     }
 
-    /// The other side is to hear that this one is there.
+    /// Queues a `Ready` packet.
     pub(super) fn queue_ready(&mut self) {
         self.pending_ready = true;
     }
 
-    /// The other side is to hear how much was taken.
+    /// Queues an acknowledgement of this cost, in place of an earlier one.
     pub(super) fn queue_acknowledge(&mut self, cost: u64) {
         self.pending_acknowledge = Some(cost);
     }
 
-    /// The other side is to hear that a reference arrived.
+    /// Queues a confirmation of a frame that arrived by reference.
     pub(super) fn queue_mapped(&mut self, number: u64) {
         self.pending_mapped = Some(number);
     }
 
-    /// The other side is to hear whether this one sees a region.
+    /// Queues the answer to a probe.
     pub(super) fn queue_probed(&mut self, region: u64, is_shared: bool) {
         if self.pending_probed.len() < MAX_PENDING_ANSWERS {
             self.pending_probed.push((region, is_shared));
         }
     }
 
-    /// The other side has taken so much. What cannot be is ignored.
+    /// The peer has acknowledged this cost. More than was put is ignored.
     pub(super) fn on_acknowledge(&mut self, cost: u64) {
         if cost <= self.sent_cost {
             self.acknowledged = self.acknowledged.max(cost);
         }
     }
 
-    /// The other side was probed, and sees a region of shared memory or does not.
+    /// The peer has answered whether it can map a region. Answers without a probe are ignored.
     pub(super) fn on_probed(&mut self, region: u64, is_shared: bool) {
         let PeerRegions { probed, answered, shared, .. } = &mut self.regions;
         if !probed.contains(&region) || answered.contains(&region) {
@@ -129,7 +133,7 @@ impl SendQueue {
         }
     }
 
-    /// How far shared memory has come.
+    /// Returns how pixels in shared memory travel now.
     pub(super) fn path(&self) -> Path {
         let PeerRegions { probed, answered, shared, lost } = &self.regions;
         match () {
@@ -141,12 +145,12 @@ impl SendQueue {
         }
     }
 
-    /// Whether anything was ever put by reference.
+    /// Whether any frame was put by reference.
     pub(super) fn has_sent_references(&self) -> bool {
         self.has_sent_references
     }
 
-    /// Whether there is something to put, were there no window.
+    /// Whether there is something to put, regardless of the window.
     pub(super) fn has_work(&self) -> bool {
         let SendQueue {
             pending_ready,
@@ -163,7 +167,7 @@ impl SendQueue {
         has_pending || (!self.awaits_mapped && (*pending_close || !self.frames.is_empty()))
     }
 
-    /// The other side has a frame that was put by reference; whether it is the one that is waited for.
+    /// The peer has confirmed a frame that was put by reference. Returns whether it is the awaited one.
     pub(super) fn on_mapped(&mut self, number: u64) -> bool {
         let is_awaited = self.awaits_mapped && number == self.finished + 1;
         if is_awaited {
@@ -172,13 +176,13 @@ impl SendQueue {
         is_awaited
     }
 
-    /// The number of the frame that was put by reference and has not arrived yet.
+    /// Returns the number of the frame that was put by reference and is not confirmed yet.
     pub(super) fn awaited_reference(&self) -> Option<u64> {
         self.awaits_mapped.then_some(self.finished + 1)
     }
 
-    /// This frame is not waited for any longer, if it still is: it is sent by the network, and so are those
-    /// that follow, until the other side has said again that it sees shared memory. Whether it is so.
+    /// Stops waiting for the confirmation of this frame: it is sent by the network, and so are those that
+    /// follow, until the peer has answered another probe. Returns whether it was awaited.
     pub(super) fn give_up_reference(&mut self, number: u64) -> bool {
         let is_awaited = self.awaited_reference() == Some(number);
         if is_awaited {
@@ -188,8 +192,8 @@ impl SendQueue {
         is_awaited
     }
 
-    /// The last word is to be said, after the frames that wait; but a frame that was begun, and given up, is
-    /// not finished first.
+    /// Queues the close packet after the queued frames. If the first frame is partly put, its sender has
+    /// given up: all frames are discarded.
     pub(super) fn queue_close(&mut self) {
         self.pending_close = true;
         if self.offset > 0 || self.awaits_mapped {
@@ -197,14 +201,14 @@ impl SendQueue {
         }
     }
 
-    /// Nobody will take the frames any more.
+    /// Discards all frames.
     pub(super) fn discard_frames(&mut self) {
         self.frames.clear();
         self.offset = 0;
         self.awaits_mapped = false;
     }
 
-    /// The next put, if there is one that the window lets through; of no more than `max_len` bytes for the
+    /// Returns the next packet to put, if the window permits one; of no more than `max_len` bytes for the
     /// network to carry.
     pub(super) fn next(&mut self, max_len: usize) -> Option<Put> {
         let bare = |packet| Some(Put { packet, payload: Vec::new(), completes_frame: false });
@@ -261,7 +265,7 @@ impl SendQueue {
         Some(Put { packet, payload, completes_frame })
     }
 
-    /// The first frame is.
+    /// The first frame was sent.
     fn finish_frame(&mut self) {
         self.frames.pop_front();
         self.finished += 1;
@@ -270,19 +274,19 @@ impl SendQueue {
     }
 }
 
-/// The bytes of `segments` from `offset`, by reference.
+/// Slices `len` bytes of `segments` from `offset`, without copying.
 fn slice_segments(segments: &[Bytes], mut offset: usize, mut len: usize) -> Vec<Bytes> {
-    let mut parts = Vec::new();
+    let mut slices = Vec::new();
     for segment in segments {
         let begin = offset.min(segment.len());
         let end = segment.len().min(begin + len);
         if end > begin {
-            parts.push(segment.slice(begin..end));
+            slices.push(segment.slice(begin..end));
         }
         offset -= begin;
         len -= end - begin;
     }
-    parts
+    slices
 }
 
 #[cfg(test)]
@@ -328,7 +332,7 @@ mod tests {
         assert_eq!(arrived, frames);
     }
 
-    /// The words of all puts that there are now.
+    /// Takes all packets that can be put now.
     fn packets(queue: &mut SendQueue) -> Vec<Packet> {
         std::iter::from_fn(|| queue.next(CHUNK)).map(|put| put.packet).collect()
     }
@@ -337,17 +341,17 @@ mod tests {
     fn only_pending_packets_are_put_beyond_the_window() {
         let mut queue = SendQueue::default();
         queue.push(frame(&[20 * CHUNK]), Vec::new());
-        assert_eq!(queue.next(CHUNK - 1), None, "it is for who may put that much");
+        assert_eq!(queue.next(CHUNK - 1), None, "it is larger than the caller may put");
         assert_eq!(packets(&mut queue).len(), 8);
         queue.on_acknowledge(u64::MAX);
-        assert_eq!(queue.next(CHUNK), None, "more than was put cannot have been taken");
+        assert_eq!(queue.next(CHUNK), None, "more than was put cannot be acknowledged");
         queue.queue_acknowledge(5);
         assert_eq!(packets(&mut queue), [Packet::Acknowledge { cost: 5 }]);
         queue.on_acknowledge(cost(CHUNK));
         let offset = 8 * CHUNK as u64;
         assert_eq!(packets(&mut queue), [Packet::Chunk { number: 1, offset, total: 20 * CHUNK as u64 }]);
         queue.queue_close();
-        assert_eq!(packets(&mut queue), [Packet::Close], "a frame that was given up is not finished");
+        assert_eq!(packets(&mut queue), [Packet::Close], "a partly put frame is not finished");
     }
 
     #[test]
@@ -373,10 +377,10 @@ mod tests {
         assert_eq!(
             packets(&mut queue),
             [&[Packet::Probe { region: 7 }][..], &chunks(1)].concat(),
-            "nobody waits for the answer"
+            "the frame does not wait for the answer"
         );
         queue.on_probed(8, true);
-        assert_eq!(queue.path(), Path::Probing, "nobody probed for that one");
+        assert_eq!(queue.path(), Path::Probing, "region 8 was not probed");
         queue.on_probed(7, true);
         queue.on_probed(7, false);
         assert_eq!(queue.path(), Path::Reference, "the first answer counts");
@@ -391,11 +395,11 @@ mod tests {
         assert_eq!(
             packets(&mut queue),
             [&[Packet::Probe { region: 8 }][..], &chunks(4)].concat(),
-            "a region that is new"
+            "a new region is probed"
         );
         queue.on_acknowledge(queue.sent_cost);
         push(&mut queue, &[]);
-        assert_eq!(packets(&mut queue), chunks(5), "pixels that are elsewhere");
+        assert_eq!(packets(&mut queue), chunks(5), "pixels outside shared memory");
     }
 
     #[test]
@@ -424,7 +428,7 @@ mod tests {
             let number = u64::from(lost) * 2;
             assert_eq!(packets(&mut queue), [Packet::Reference { number }]);
             assert!(!queue.give_up_reference(number - 1) && queue.give_up_reference(number));
-            assert!(!queue.on_mapped(number), "it is too late");
+            assert!(!queue.on_mapped(number), "the confirmation is too late");
             arrive(&mut queue);
         }
         assert_eq!(queue.path(), Path::GivenUp);

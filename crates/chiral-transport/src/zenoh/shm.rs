@@ -1,6 +1,6 @@
-//! Memory that observations lie in and other processes of this host see, so that only a reference travels.
-//! Zenoh's own, with its safe collector only: the other one takes back memory that a stopped reader still
-//! looks at.
+//! Shared memory for observations: other processes of this host map it, so that only a reference travels. It
+//! is Zenoh's, with its safe garbage collector only: the other one reclaims memory that a stopped reader
+//! still reads.
 
 use std::{
     collections::HashMap,
@@ -31,20 +31,20 @@ use crate::lock::lock;
 
 /// Segments up to this size are copied, wherever they lie.
 const MAX_COPIED: usize = 4 * 1024;
-/// A region that is exhausted is replaced, but not more often than this: readers may just hold that much.
+/// An exhausted region is replaced, but not more often than this: readers may just hold that much.
 const EXHAUSTED_PERIOD: Duration = Duration::from_secs(10);
-/// What a probe carries.
+/// The payload of a probe.
 const PROBE: [u8; ALIGNMENT] = [0xC5; ALIGNMENT];
 
-/// Shared memory to write observations into. It is one region, allocated once; while a fresh one takes its
-/// place there are two, and never more.
+/// Shared memory to write observations into: one region, allocated once. While a fresh region takes its place
+/// there are two, never more.
 #[derive(Clone)]
 pub struct SharedMemory {
     inner: Arc<Inner>,
 }
 
 struct Inner {
-    /// Bytes of a region.
+    /// Bytes per region.
     len: usize,
     regions: Arc<Mutex<Regions>>,
     frozen: Arc<Mutex<Frozen>>,
@@ -53,15 +53,16 @@ struct Inner {
 
 struct Regions {
     current: Arc<Region>,
-    /// The one before, as long as anybody here still uses it.
+    /// The one before, as long as this process still uses it.
     previous: Weak<Region>,
-    /// Part of the current one is lost: a reader was killed, and never gives back what it had.
+    /// Part of the current region is lost: a reader was killed, and never returns what it held.
     has_lost_memory: bool,
     is_replacing: bool,
-    /// There is no memory for a second one. It is not tried again, since each failure costs some for good.
+    /// There is no memory for a second region. It is not tried again, since each failure leaks memory.
     is_out_of_memory: bool,
+    /// When the current region was created.
     created_at: Instant,
-    /// The number that the next one gets.
+    /// The number of the next region.
     next_number: u64,
 }
 
@@ -70,7 +71,7 @@ struct Region {
     provider: ShmProvider<PosixShmProviderBackend>,
 }
 
-/// What was written and is shared now, by where it begins.
+/// Buffers that were written and are shared now, each with its region's number, by start address.
 type Frozen = HashMap<usize, (ZShm, u64)>;
 
 #[derive(Default)]
@@ -80,24 +81,24 @@ struct Counts {
     exhausted: AtomicU64,
 }
 
-/// What became of shared memory so far.
+/// How frames used shared memory so far.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct SharedMemoryCounts {
     /// Frames with pixels that travelled by reference.
     pub by_reference: u64,
-    /// Those that travelled by the network although there is shared memory: the peer does not see it, or the
-    /// pixels lay elsewhere.
+    /// Frames with pixels that travelled by the network although there is shared memory: the peer cannot map
+    /// it, or the pixels lay elsewhere.
     pub by_network: u64,
-    /// How often there was no room, and the heap took its place.
+    /// How often there was no room, and the heap was used instead.
     pub exhausted: u64,
 }
 
 impl SharedMemory {
-    /// So many bytes of it.
+    /// Allocates `len` bytes of shared memory.
     ///
     /// # Errors
-    /// What the system says if there is none to be had: `/dev/shm` is too small, or the process may not lock
-    /// as much (`ulimit -l`).
+    /// The system's error if it cannot be allocated: `/dev/shm` is too small, or the process may not lock as
+    /// much (`ulimit -l`).
     pub fn new(len: usize) -> Result<SharedMemory, Box<dyn Error + Send + Sync>> {
         let len = len.next_multiple_of(ALIGNMENT).max(ALIGNMENT);
         let current = Arc::new(Region::new(0, len)?);
@@ -119,12 +120,12 @@ impl SharedMemory {
         Ok(SharedMemory { inner: Arc::new(inner) })
     }
 
-    /// For a pool to lend, as long as this is there.
+    /// Returns the provider for a pool, which lends buffers from it as long as this exists.
     pub fn provider(&self) -> Arc<dyn BufferProvider> {
         Arc::clone(&self.inner) as Arc<dyn BufferProvider>
     }
 
-    /// What became of it so far.
+    /// Returns how frames used it so far.
     pub fn counts(&self) -> SharedMemoryCounts {
         let Counts { by_reference, by_network, exhausted } = &self.inner.counts;
         let [by_reference, by_network, exhausted] =
@@ -132,14 +133,14 @@ impl SharedMemory {
         SharedMemoryCounts { by_reference, by_network, exhausted }
     }
 
-    /// A reader has gone without a word, and with it whatever it held: a fresh region takes the place of this
-    /// one, as soon as the one before is out of use.
+    /// Reports that a reader was lost, and with it the memory it held: a fresh region replaces the current
+    /// one, as soon as the previous one is out of use.
     pub fn report_lost_reader(&self) {
         lock(&self.inner.regions).has_lost_memory = true;
         self.inner.replace_if_needed();
     }
 
-    /// The regions that all of a frame's pixels lie in; none if some do not.
+    /// Returns the regions that all of a frame's pixels lie in; none if some lie elsewhere.
     pub(super) fn regions(&self, frame: &Frame) -> Vec<u64> {
         let frozen = lock(&self.inner.frozen);
         let mut regions = Vec::new();
@@ -153,11 +154,11 @@ impl SharedMemory {
         regions
     }
 
-    /// A frame's segments, by reference where they can be.
+    /// Returns a frame's segments as a payload, those in shared memory by reference.
     pub(super) fn payload_by_reference(&self, segments: Vec<Bytes>) -> ZBytes {
         let mut payload = ZBytes::writer();
         let frozen = lock(&self.inner.frozen);
-        // Borrowed, so that none is dropped under the lock, which who drops the last one takes.
+        // Borrow the segments: dropping the last reference to one takes the same lock.
         for segment in &segments {
             payload.append(match find_frozen(&frozen, segment) {
                 Some((shared, _)) => ZBytes::from(shared.clone()),
@@ -168,7 +169,7 @@ impl SharedMemory {
         payload.finish()
     }
 
-    /// A few bytes in this region, for the other side to say whether it sees them.
+    /// Returns the payload of a probe, which lies in this region.
     pub(super) fn probe(&self, region: u64) -> Option<ZBytes> {
         let found = {
             let regions = lock(&self.inner.regions);
@@ -176,11 +177,12 @@ impl SharedMemory {
                 [Some(Arc::clone(&regions.current)), regions.previous.upgrade()].into_iter().flatten();
             known.find(|known| known.number == region)?
         };
-        let mut piece = found.alloc(PROBE.len())?;
-        piece.as_mut().copy_from_slice(&PROBE);
-        Some(ZBytes::from(ZShm::from(piece)))
+        let mut buffer = found.alloc(PROBE.len())?;
+        buffer.as_mut().copy_from_slice(&PROBE);
+        Some(ZBytes::from(ZShm::from(buffer)))
     }
 
+    /// Counts a frame with pixels.
     pub(super) fn count(&self, is_by_reference: bool) {
         let Counts { by_reference, by_network, .. } = &self.inner.counts;
         let count = if is_by_reference { by_reference } else { by_network };
@@ -188,8 +190,8 @@ impl SharedMemory {
     }
 }
 
-/// Whether a session of Zenoh's can have any: tried once in a process, since each failure costs some for good
-/// (Zenoh leaves mapped what could not be locked).
+/// Whether Zenoh sessions can allocate shared memory. Tried once per process, since each failure leaks
+/// memory: Zenoh leaves mapped what could not be locked.
 pub(super) fn is_available() -> bool {
     static TRIED: LazyLock<bool> = LazyLock::new(|| {
         Region::new(0, 2 << 20)
@@ -212,7 +214,7 @@ impl fmt::Debug for SharedMemory {
 
 impl Region {
     fn new(number: u64, len: usize) -> Result<Region, Box<dyn Error + Send + Sync>> {
-        // A power of two.
+        // As a power of two.
         let alignment = AllocAlignment::new(ALIGNMENT.ilog2() as u8).map_err(|error| format!("{error:?}"))?;
         let provider =
             ShmProviderBuilder::default_backend((len, alignment)).wait().map_err(|error| cause(&error))?;
@@ -221,7 +223,7 @@ impl Region {
 
     fn alloc(&self, len: usize) -> Option<ZShmMut> {
         let alloc = || self.provider.alloc(len).wait().ok();
-        // Zenoh's policy of this name tries again only if one piece that came back is as large by itself.
+        // Zenoh's own collecting policy tries again only if a single freed buffer is large enough.
         alloc().or_else(|| {
             self.provider.garbage_collect();
             alloc()
@@ -230,19 +232,19 @@ impl Region {
 }
 
 impl Inner {
-    /// Puts a fresh region in place of a spoilt one, unless there are two already; on a thread, since the
-    /// whole of it is locked into memory.
+    /// Replaces a region that has lost memory, unless there are two already. Runs on a thread, since the
+    /// whole region is locked into memory.
     fn replace_if_needed(&self) {
         let mut regions = lock(&self.regions);
-        let must_stay =
+        let cannot_replace =
             regions.is_replacing || regions.is_out_of_memory || regions.previous.strong_count() > 0;
-        if !regions.has_lost_memory || must_stay {
+        if !regions.has_lost_memory || cannot_replace {
             return;
         }
-        let (ours, number, len) = (Arc::clone(&self.regions), regions.next_number, self.len);
+        let (shared_regions, number, len) = (Arc::clone(&self.regions), regions.next_number, self.len);
         let replace = move || {
             let fresh = Region::new(number, len);
-            let mut regions = lock(&ours);
+            let mut regions = lock(&shared_regions);
             regions.is_replacing = false;
             let fresh = match fresh {
                 Ok(fresh) => Arc::new(fresh),
@@ -257,7 +259,7 @@ impl Inner {
             regions.previous = Arc::downgrade(&old);
             (regions.has_lost_memory, regions.created_at) = (false, Instant::now());
             drop(regions);
-            tracing::debug!("shared memory begins afresh after a peer that was lost");
+            tracing::debug!("replaced the region of shared memory after a peer was lost");
         };
         regions.is_replacing = thread::Builder::new().name("chiral-memory".to_owned()).spawn(replace).is_ok();
         regions.next_number += 1;
@@ -270,7 +272,7 @@ impl BufferProvider for Inner {
         let region = Arc::clone(&lock(&self.regions).current);
         let Some(memory) = region.alloc(len) else {
             self.counts.exhausted.fetch_add(1, Ordering::Relaxed);
-            // A reader that held something when its process ended in good order does not give it back either.
+            // A reader that held memory when its process ended in good order does not return it either.
             let mut regions = lock(&self.regions);
             regions.has_lost_memory |= regions.created_at.elapsed() > EXHAUSTED_PERIOD;
             return None;
@@ -279,7 +281,7 @@ impl BufferProvider for Inner {
     }
 }
 
-/// PoolBuffer to be written.
+/// A buffer that is being written.
 struct WritableBuffer {
     memory: ZShmMut,
     region: Arc<Region>,
@@ -307,7 +309,7 @@ impl PoolBuffer for WritableBuffer {
     }
 }
 
-/// Written, and shared. While it is there, its region is.
+/// A buffer that was written and is shared. It keeps its region alive.
 struct SharedBuffer {
     memory: ZShm,
     _region: Arc<Region>,
@@ -326,7 +328,7 @@ impl Drop for SharedBuffer {
     }
 }
 
-/// The whole of what was frozen, and nothing less.
+/// Finds the frozen buffer that is exactly these bytes.
 fn find_frozen<'a>(frozen: &'a Frozen, bytes: &Bytes) -> Option<&'a (ZShm, u64)> {
     frozen.get(&bytes.as_ptr().addr()).filter(|(memory, _)| memory.len() == bytes.len())
 }
@@ -335,7 +337,7 @@ fn start_address(memory: &[u8]) -> usize {
     memory.as_ptr().addr()
 }
 
-/// A received payload's segments: what lies in shared memory as it is, the rest copied.
+/// Returns a received payload's segments: those in shared memory as they are, the rest copied.
 pub(super) fn received_segments(payload: &ZBytes) -> Vec<Bytes> {
     let slices = ZBuf::from(payload.clone()).into_zslices();
     let segment = |slice: ZBytes| match slice.as_shm() {
@@ -345,7 +347,7 @@ pub(super) fn received_segments(payload: &ZBytes) -> Vec<Bytes> {
     slices.map(|slice| segment(ZBytes::from(ZBuf::from(slice)))).collect()
 }
 
-/// Whether a probe's payload was seen in shared memory.
+/// Whether a probe's payload was mapped from shared memory.
 pub(super) fn is_shared_probe(probe: &ZBytes) -> bool {
     probe.as_shm().is_some_and(|shared| shared.as_ref() == &PROBE[..])
 }

@@ -1,4 +1,4 @@
-//! Threads on which Zenoh runs.
+//! Plain threads for the calls that Zenoh cannot make within a runtime, and how they are scheduled.
 
 use std::thread;
 
@@ -6,22 +6,22 @@ use tokio::sync::oneshot;
 
 use super::error::ZenohError;
 
-/// Runs what Zenoh does not do within a runtime.
+/// Runs a call on a thread of its own: Zenoh opens, closes and drops sessions there.
 pub(super) fn run_on_thread<T: Send + 'static>(
     call: impl FnOnce() -> T + Send + 'static,
 ) -> Result<oneshot::Receiver<T>, ZenohError> {
-    let (done, waiting) = oneshot::channel();
+    let (done, result) = oneshot::channel();
     let run = move || drop(done.send(call()));
     thread::Builder::new().name("chiral-zenoh".to_owned()).spawn(run).map_err(ZenohError::Thread)?;
-    Ok(waiting)
+    Ok(result)
 }
 
-/// Has Linux let whoever runs go on when the calling thread wakes up (`SCHED_BATCH`). Elsewhere, or if Linux
-/// refuses, it is merely slower.
+/// Makes the calling thread wake up without interrupting the thread that is running (Linux's `SCHED_BATCH`).
+/// Elsewhere, or if Linux refuses, sending is merely slower.
 ///
-/// Zenoh's writing thread frees a batch and wakes who waits to fill it, hundreds of times an observation.
-/// Where each time interrupts the writing, the two need a third longer on a core that they share; nor should
-/// an action wait until pixels are copied.
+/// Zenoh's writing thread frees a batch and wakes the thread that fills it, hundreds of times per
+/// observation. If each wake-up interrupts the writing, the two take a third longer on a core that they
+/// share; nor should an action wait until pixels are copied.
 pub(super) fn schedule_as_batch() {
     #[cfg(target_os = "linux")]
     {
@@ -29,14 +29,14 @@ pub(super) fn schedule_as_batch() {
             NormalThreadSchedulePolicy::Batch, ThreadPriority::Crossplatform, ThreadSchedulePolicy::Normal,
             unix,
         };
-        // What sets the policy sets a niceness with it, of which 48 stands for 0: who has chosen another one
-        // keeps all as it is.
+        // The call that sets the policy also sets a niceness, where 48 means 0. A thread with any other
+        // niceness is left as it is.
         if rustix::process::getpriority_process(None) == Ok(0)
-            && let Ok(usual) = 48_u8.try_into()
+            && let Ok(priority) = 48_u8.try_into()
         {
             let _ = unix::set_thread_priority_and_policy(
                 unix::thread_native_id(),
-                Crossplatform(usual),
+                Crossplatform(priority),
                 Normal(Batch),
             );
         }
@@ -51,13 +51,13 @@ mod tests {
 
     #[test]
     fn batch_scheduling_keeps_the_niceness() {
-        let gives_way = thread::spawn(|| {
+        let batch = thread::spawn(|| {
             schedule_as_batch();
             (unix::thread_schedule_policy().unwrap(), rustix::process::getpriority_process(None).unwrap())
         });
         let niceness = rustix::process::getpriority_process(None).unwrap();
         let policy =
             if niceness == 0 { NormalThreadSchedulePolicy::Batch } else { NormalThreadSchedulePolicy::Other };
-        assert_eq!(gives_way.join().unwrap(), (ThreadSchedulePolicy::Normal(policy), niceness));
+        assert_eq!(batch.join().unwrap(), (ThreadSchedulePolicy::Normal(policy), niceness));
     }
 }

@@ -34,17 +34,18 @@ const READY_PERIOD: Duration = Duration::from_millis(20);
 /// How long to wait for the close packets of both ends.
 const CLOSE_TIMEOUT: Duration = Duration::from_millis(500);
 
-/// What a connection is for, which says how urgent it is.
+/// What a lane carries, which decides its priority.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum LaneKind {
-    /// Everything without an observation in it: goes before everything else on the network.
+    /// The control lane: everything without observations. It has priority over everything else on the
+    /// network.
     Control,
-    /// What carries observations.
+    /// The observations lane.
     Observations,
 }
 
 impl LaneKind {
-    /// As it is asked for.
+    /// Returns the name by which a client requests it.
     pub(super) fn as_str(self) -> &'static str {
         match self {
             LaneKind::Control => "control",
@@ -64,22 +65,22 @@ impl LaneKind {
     }
 }
 
-/// What a connection is told.
+/// The options of a lane.
 #[derive(Clone, Debug)]
 pub struct ZenohOptions {
-    /// Larger frames are refused, in bytes.
+    /// The longest frame to accept, in bytes.
     pub max_frame: usize,
-    /// Where the memory of received frames comes from.
+    /// Supplies the memory of received frames.
     pub pool: Pool,
-    /// What was agreed with the peer.
+    /// The codec agreed with the peer.
     pub codec: Codec,
-    /// Where pixels may lie that are sent by reference.
+    /// The shared memory whose pixels are sent by reference.
     pub shared_memory: Option<SharedMemory>,
-    /// For how long nothing may arrive: the limit of [`ZenohTransport::idle_timeout`].
+    /// The limit of [`ZenohTransport::idle_timeout`].
     pub idle_timeout: Duration,
 }
 
-/// Frames on two keys of a Zenoh network, one for each direction.
+/// Carries frames on two keys of a Zenoh network, one for each direction.
 pub struct ZenohTransport {
     inbox: Mutex<Inbox>,
     /// Held while sending, so that frames keep their order.
@@ -91,6 +92,7 @@ pub struct ZenohTransport {
     _subscriber: Subscriber<()>,
     _liveliness_subscriber: Subscriber<()>,
     _token: LivelinessToken,
+    /// Counts against the listener's limit of lanes.
     _slot: Option<OwnedSemaphorePermit>,
     // Dropped last.
     _network: ZenohSession,
@@ -159,7 +161,7 @@ impl ZenohTransport {
         })
     }
 
-    /// Expires when nothing has arrived for too long; whoever uses the transport waits for it.
+    /// Returns the idle timeout. The transport records arrivals; its user waits for the expiry.
     pub fn idle_timeout(&self) -> IdleTimeout {
         self.idle_timeout.clone()
     }
