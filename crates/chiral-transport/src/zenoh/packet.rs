@@ -71,7 +71,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn words_come_back_and_nothing_else_is_one() {
+    fn only_encoded_packets_are_decoded() {
         let packets = [
             Packet::Ready,
             Packet::Frame { number: 1 },

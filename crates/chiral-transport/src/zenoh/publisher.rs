@@ -43,7 +43,7 @@ struct State {
     queue: SendQueue,
     /// Frames pushed so far.
     pushed: u64,
-    /// One thread puts a packet, and looks for more afterwards.
+    /// A thread is putting a packet, and looks for more afterwards.
     is_putting: bool,
     has_logged_no_answer: bool,
     is_stopped: bool,
