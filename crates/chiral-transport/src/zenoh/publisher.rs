@@ -275,7 +275,7 @@ impl LanePublisher {
                 let before = std::mem::replace(&mut awaited, state.queue.awaited_reference());
                 if before.is_some_and(|number| state.queue.give_up_reference(number)) {
                     tracing::warn!(
-                        "an observation to {} did not arrive by shared memory in time, and is sent by the network",
+                        "an observation to {} did not arrive by shared memory in time: sent by the network",
                         self.peer
                     );
                 }

@@ -78,8 +78,8 @@ impl ZenohSession {
             WARNED.call_once(|| {
                 tracing::warn!(
                     "Zenoh's connections by {UNSOUND_PROTOCOL} are not sound: under traffic in both \
-                     directions they break off, and may corrupt memory (eclipse-zenoh/zenoh#2557); use quic/, \
-                     which takes the same certificates"
+                     directions they break off, and may corrupt memory (eclipse-zenoh/zenoh#2557); use \
+                     quic/, which takes the same certificates"
                 );
             });
         }
