@@ -1,4 +1,4 @@
-//! The async client and the blocking one behind one face, so that what drives an episode is written once.
+//! The async and the blocking client behind one interface, so that the code that runs an episode exists once.
 
 use std::future::Future;
 use std::pin::pin;
@@ -13,20 +13,20 @@ use chiral_client::{
 
 type Result<T, E = Error> = std::result::Result<T, E>;
 
-/// Either client. Of the blocking one every future is ready when it is first polled, so that [`run_now`] can
-/// run it without a runtime.
+/// Either client. The blocking client's futures are ready when they are first polled, so that [`run_now`] can
+/// run them without a runtime.
 #[derive(Clone, Debug)]
 pub enum AnyClient {
-    /// Within a tokio runtime.
+    /// For use in a tokio runtime.
     Async(PolicyClient),
-    /// Without one.
+    /// For use without a runtime.
     Blocking(blocking::PolicyClient),
 }
 
-/// What both clients say alike: awaited here, blocking there.
+/// Calls a method of the same name on either client: awaits the async one, blocks on the other.
 macro_rules! either {
-    ($face:expr, $client:ident => $call:expr) => {
-        match $face {
+    ($any_client:expr, $client:ident => $call:expr) => {
+        match $any_client {
             AnyClient::Async($client) => $call.await,
             AnyClient::Blocking($client) => $call,
         }
@@ -69,7 +69,7 @@ impl AnyClient {
     /// See [`PolicyClient::start_action_dispatch`].
     ///
     /// # Errors
-    /// As there; so with every call.
+    /// Those of the client's method of this name, here and in every method below.
     pub fn start_action_dispatch(&self, hz: f64) -> Result<()> {
         match self {
             AnyClient::Async(client) => client.start_action_dispatch(hz),
@@ -102,8 +102,8 @@ impl AnyClient {
     }
 
     /// See [`PolicyClient::next_obs`].
-    pub async fn next_obs(&self, limit: Duration) -> Result<Arc<Observation>> {
-        either!(self, client => client.next_obs(limit))
+    pub async fn next_obs(&self, timeout: Duration) -> Result<Arc<Observation>> {
+        either!(self, client => client.next_obs(timeout))
     }
 
     /// See [`PolicyClient::put_chunk`].
@@ -117,10 +117,10 @@ impl AnyClient {
     }
 }
 
-/// Runs a future that never waits, such as all that is done with [`AnyClient::Blocking`].
+/// Runs a future that never waits, such as every call of [`AnyClient::Blocking`].
 ///
 /// # Panics
-/// If it does wait.
+/// If the future waits.
 pub fn run_now<F: Future>(future: F) -> F::Output {
     match pin!(future).poll(&mut Context::from_waker(Waker::noop())) {
         Poll::Ready(output) => output,

@@ -1,13 +1,12 @@
-//! The Franka Panda's arm: where its links are, how to bring its hand to a point, and the servo that moves
-//! it.
+//! The Franka Panda's arm: joint limits, forward and inverse kinematics, and [`Arm`], the rate-limited joint
+//! servo.
 //!
-//! Lives here: joint limits, forward and inverse kinematics, and [`Arm`], the rate-limited joint servo. Does
-//! not live here: what the arm looks like (`scene`), what it is told to do (`task`, the policy), and any
-//! clock: time arrives as `dt`.
+//! What the arm looks like is in `scene`, what it has to do in `task` and `policy`. There is no clock here:
+//! time is passed in as `dt`.
 //!
-//! The world frame is the robot's base: x forward, y left, z up, metres. Angles are radians, joints are
-//! counted from 0 in arrays. Numbers are Franka Emika's published ones (Franka Control Interface
-//! documentation, "Robot and interface specifications").
+//! The world frame is the robot's base: x forward, y left, z up, metres. Angles are radians, and arrays count
+//! joints from 0. The numbers are those published by Franka Emika (Franka Control Interface documentation,
+//! "Robot and interface specifications").
 
 use nalgebra::{Isometry3, Matrix3, Point3, SMatrix, SVector, Translation3, UnitQuaternion, Vector3};
 
@@ -23,8 +22,8 @@ pub const MAX_VELOCITY: Joints = [2.175, 2.175, 2.175, 2.175, 2.61, 2.61, 2.61];
 /// The highest acceleration of each joint, rad/s².
 pub const MAX_ACCELERATION: Joints = [15.0, 7.5, 10.0, 12.5, 15.0, 20.0, 20.0];
 
-/// Franka's "ready" posture, hand pointing straight down in front of the base: the posture that inverse
-/// kinematics leans towards.
+/// Franka's "ready" posture: the hand points straight down in front of the base. Inverse kinematics prefers
+/// postures close to it.
 pub const READY: Joints = {
     use std::f64::consts::{FRAC_PI_2, FRAC_PI_4};
     [0.0, -FRAC_PI_4, 0.0, -3.0 * FRAC_PI_4, 0.0, FRAC_PI_2, FRAC_PI_4]
@@ -47,11 +46,10 @@ const DH: [(f64, f64, f64); 7] = [
 ];
 const FLANGE: f64 = 0.107;
 
-/// Where every link is at one posture. Each pose maps a point of that frame to the base frame.
+/// The poses of all links in one posture. Each maps a point of the link's frame to the base frame.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Links {
-    /// Frame of each of the seven links, at and turning with its joint; the joint turns about the frame's z
-    /// axis.
+    /// The frame of each of the seven links. It sits at the link's joint and turns with it, about its z axis.
     pub joints: [Isometry3<f64>; 7],
     /// The flange, to which the gripper is screwed; z points out of the arm.
     pub flange: Isometry3<f64>,
@@ -103,17 +101,17 @@ impl Links {
     }
 }
 
-/// Brings every joint of `q` inside its limits.
+/// Clamps every joint of `q` to its limits.
 pub fn clamp_to_limits(q: &Joints) -> Joints {
     std::array::from_fn(|i| q[i].clamp(LOWER[i], UPPER[i]))
 }
 
-/// Inverse kinematics: a posture within the joint limits whose hand point is within 0.1 mm of `point` (base
-/// frame, m).
+/// Inverse kinematics: returns a posture within the joint limits whose hand point is within 0.1 mm of `point`
+/// (base frame, m), or `None` if the point is out of reach.
 ///
-/// The search begins at `start` and leans towards `rest` with whatever freedom the point leaves; if it gets
-/// stuck it begins again at `rest` and then at a few fixed postures. The same arguments always give the same
-/// answer. `None`: the point is out of reach.
+/// The search begins at `start` and uses the freedom that the point leaves to approach `rest`. If it gets
+/// stuck, it begins again at `rest` and then at a few fixed postures. The same arguments always give the same
+/// result.
 pub fn inverse_kinematics(point: &Point3<f64>, start: &Joints, rest: &Joints) -> Option<Joints> {
     const RESTARTS: usize = 8;
     let spread = |k: usize| -> Joints {
@@ -129,8 +127,8 @@ pub fn inverse_kinematics(point: &Point3<f64>, start: &Joints, rest: &Joints) ->
 }
 
 /// Damped least squares from one posture, with the pull towards `rest` in the null space (Y. Nakamura and H.
-/// Hanafusa, 1986; A. Liegeois, 1977). A joint that stands at its limit and would leave it is frozen for that
-/// step, so that the others do its share.
+/// Hanafusa, 1986; A. Liegeois, 1977). A joint that is at its limit and would leave it is frozen for that
+/// step, so that the others make up for it.
 fn descend(point: &Point3<f64>, mut q: Joints, rest: &Joints) -> Option<Joints> {
     const ITERATIONS: usize = 120;
     const TOLERANCE: f64 = 1e-4;
@@ -161,16 +159,16 @@ fn descend(point: &Point3<f64>, mut q: Joints, rest: &Joints) -> Option<Joints> 
 }
 
 fn damped_step(linear: &SMatrix<f64, 3, 7>, error: &Vector3<f64>, pull: &SVector<f64, 7>) -> SVector<f64, 7> {
-    // Far away the damping is strong, for calm steps near singular postures; close by it fades, for quick
-    // convergence.
+    // Far from the point the damping is strong, for calm steps near singular postures. Close to it the
+    // damping fades, for fast convergence.
     let damping = 1e-6 + 0.01 * error.norm_squared().min(0.25);
     let gram = linear * linear.transpose() + Matrix3::identity() * damping;
     let inverse = gram.try_inverse().expect("a Gram matrix plus a positive diagonal is positive definite");
     linear.transpose() * inverse * (error - linear * pull) + pull
 }
 
-/// The least time, s, in which [`Arm`] can travel from rest at `from` to rest at `to`: the slowest joint's
-/// trapezoid.
+/// The shortest time, s, in which [`Arm`] can move from rest at `from` to rest at `to`: the trapezoidal
+/// profile of the slowest joint.
 pub fn travel_time(from: &Joints, to: &Joints) -> f64 {
     (0..7)
         .map(|i| {
@@ -180,9 +178,9 @@ pub fn travel_time(from: &Joints, to: &Joints) -> f64 {
         .fold(0.0, f64::max)
 }
 
-/// A joint-position servo: every joint runs on its own to its commanded position, as fast as its velocity and
-/// acceleration limits let it, and stands there exactly, without overshoot unless the command changed too
-/// late to brake.
+/// A joint-position servo. Every joint moves to its commanded position as fast as its velocity and
+/// acceleration limits allow, and stops there exactly. It overshoots only if the command changed too late to
+/// brake.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Arm {
     position: Joints,
@@ -191,7 +189,7 @@ pub struct Arm {
 }
 
 impl Arm {
-    /// An arm at rest at `position` (rad), brought inside the limits.
+    /// An arm at rest at `position` (rad), clamped to the limits.
     pub fn new(position: &Joints) -> Self {
         let position = clamp_to_limits(position);
         Self { position, velocity: [0.0; 7], target: position }
@@ -207,41 +205,41 @@ impl Arm {
         &self.velocity
     }
 
-    /// Where the joints are going, rad.
+    /// The commanded joint positions, rad.
     pub fn target(&self) -> &Joints {
         &self.target
     }
 
-    /// Where the links are now.
+    /// The poses of the links now.
     pub fn links(&self) -> Links {
         Links::at(&self.position)
     }
 
-    /// Sends the joints to `target` (rad), brought inside the limits. The numbers must be finite, as
-    /// validated where they entered.
+    /// Commands the joints to move to `target` (rad), clamped to the limits. The numbers must be finite,
+    /// which is validated on entry to the program.
     pub fn command(&mut self, target: &Joints) {
         self.target = clamp_to_limits(target);
     }
 
-    /// Brakes every joint to a stand as soon as its acceleration limit allows.
+    /// Brakes every joint as fast as its acceleration limit allows.
     pub fn stop(&mut self) {
         let ahead = |i: usize| self.velocity[i] * self.velocity[i].abs() / (2.0 * MAX_ACCELERATION[i]);
         self.target = clamp_to_limits(&std::array::from_fn(|i| self.position[i] + ahead(i)));
     }
 
-    /// Whether every joint stands at its commanded position.
+    /// Whether every joint is at rest at its commanded position.
     pub fn is_settled(&self) -> bool {
         self.position == self.target && self.velocity == [0.0; 7]
     }
 
-    /// Moves the joints on by `dt` seconds (more than 0). Many short calls follow the trapezoid more closely
-    /// than a long one.
+    /// Advances the joints by `dt` seconds (more than 0). Many short calls follow the trapezoid more closely
+    /// than one long call.
     pub fn advance(&mut self, dt: f64) {
         for i in 0..7 {
             let ahead = self.target[i] - self.position[i];
             let reach = MAX_ACCELERATION[i] * dt;
-            // The last stretch, short enough to be covered and stopped from within one step's change of
-            // velocity.
+            // The rest of the way is so short that the joint can cover it and stop within one step's change
+            // of velocity.
             if ahead.abs() <= reach * dt && self.velocity[i].abs() <= reach * 2.0 {
                 self.position[i] = self.target[i];
                 self.velocity[i] = 0.0;
@@ -256,7 +254,7 @@ impl Arm {
     }
 }
 
-/// The highest speed that, kept for `dt`, still leaves room to brake within `distance`: the root of
+/// The highest speed that, kept for `dt`, leaves room to brake within `distance`: the root of
 /// `v dt + v²/(2a) = distance`.
 fn braking_speed(distance: f64, acceleration: f64, dt: f64) -> f64 {
     acceleration * ((dt * dt + 2.0 * distance / acceleration).sqrt() - dt)
@@ -266,7 +264,7 @@ fn braking_speed(distance: f64, acceleration: f64, dt: f64) -> f64 {
 mod tests {
     use super::*;
 
-    /// Postures spread over the whole joint space, the same ones every time.
+    /// Postures spread over the whole joint space, the same in every run.
     fn postures() -> impl Iterator<Item = Joints> + Clone {
         (0..200).map(|k| {
             std::array::from_fn(|i| {
@@ -277,7 +275,7 @@ mod tests {
         })
     }
 
-    /// The volume in which `scene` places targets, and some more.
+    /// Points in a volume slightly larger than the one in which `scene` places targets.
     fn work_volume() -> impl Iterator<Item = Point3<f64>> {
         let axis = |low: f64, high: f64| (0..7).map(move |k| low + (high - low) * f64::from(k) / 6.0);
         axis(0.32, 0.77).flat_map(move |x| {
@@ -353,17 +351,17 @@ mod tests {
     }
 
     #[test]
-    fn inverse_kinematics_finds_what_forward_kinematics_made() {
+    fn inverse_kinematics_inverts_forward_kinematics() {
         for q in postures() {
             let point = Links::at(&q).hand_point();
-            let found = inverse_kinematics(&point, &q, &q).expect("it begins at a solution");
+            let found = inverse_kinematics(&point, &q, &q).expect("the search begins at a solution");
             assert!((Links::at(&found).hand_point() - point).norm() < 1e-4);
         }
         assert_eq!(inverse_kinematics(&Point3::new(1.5, 0.0, 0.3), &READY, &READY), None);
     }
 
     #[test]
-    fn the_servo_keeps_its_limits_and_stops_where_it_was_told() {
+    fn the_servo_keeps_its_limits_and_stops_at_its_target() {
         let check = |from: Joints, to: Joints, dt: f64| {
             let mut arm = Arm::new(&from);
             arm.command(&to);
@@ -392,7 +390,7 @@ mod tests {
     }
 
     #[test]
-    fn stopping_brakes_at_once() {
+    fn stop_brakes_at_once() {
         let mut arm = Arm::new(&READY);
         arm.command(&UPPER);
         (0..200).for_each(|_| arm.advance(0.002));

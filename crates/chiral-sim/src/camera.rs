@@ -1,14 +1,12 @@
-//! The cameras: what a pixel sees, and where each camera of the robot is mounted.
+//! The pinhole model with its intrinsics K and extrinsics T, and the mounts of the robot's cameras.
 //!
-//! Lives here: the pinhole model with its intrinsics K and extrinsics T, and the mounts. Does not live here:
-//! what is in front of a camera (`scene`) and drawing it (`render`).
+//! What is in front of a camera is in `scene`, drawing it in `render`.
 //!
-//! Conventions, which are OpenCV's: camera axes are x right, y down, z forward. T is camera-to-world,
+//! The conventions are OpenCV's: camera axes are x right, y down, z forward. T is camera-to-world,
 //! `p_world = T p_camera`. Depth is z in the camera frame, not the distance along the ray. **The centre of
 //! the pixel in column `u` and row `v` is at the image coordinates `(u, v)` themselves**, so the upper left
-//! corner of the picture is at (-0.5, -0.5), the principal point of a centred camera is
-//! `((width - 1) / 2, (height - 1) / 2)`, and a pixel's indices can be put into [`Pinhole::back_project`] as
-//! they are.
+//! corner of the image is at (-0.5, -0.5), the principal point of a centred camera is
+//! `((width - 1) / 2, (height - 1) / 2)`, and [`Pinhole::back_project`] takes a pixel's indices unchanged.
 
 use nalgebra::{Isometry3, Matrix3, Matrix4, Point3, Rotation3, Translation3, UnitQuaternion, Vector3};
 
@@ -18,13 +16,13 @@ use crate::shape::Ray;
 /// A camera without lens distortion, at one instant.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Pinhole {
-    /// Columns of the picture.
+    /// Columns of the image.
     pub width: usize,
-    /// Rows of the picture.
+    /// Rows of the image.
     pub height: usize,
     /// K: `[fx 0 cx; 0 fy cy; 0 0 1]`, pixels.
     pub intrinsics: Matrix3<f64>,
-    /// T: camera-to-world, a rotation and the camera's place in metres.
+    /// T: camera-to-world, a rotation and the camera's position in metres.
     pub extrinsics: Matrix4<f64>,
 }
 
@@ -38,18 +36,18 @@ impl Pinhole {
         Self { width, height, intrinsics, extrinsics: pose.to_homogeneous() }
     }
 
-    /// Where the camera is in the world, m.
+    /// The camera's position in the world, m.
     pub fn position(&self) -> Point3<f64> {
         Point3::from(self.extrinsics.fixed_view::<3, 1>(0, 3).into_owned())
     }
 
-    /// The camera's axes in the world as columns.
+    /// The camera's axes in the world, as columns.
     pub fn rotation(&self) -> Matrix3<f64> {
         self.extrinsics.fixed_view::<3, 3>(0, 0).into_owned()
     }
 
     /// Image coordinates and depth `(u, v, z)` of a world point; `None` if it is not in front of the camera.
-    /// The coordinates may lie outside the picture.
+    /// The coordinates may lie outside the image.
     pub fn project(&self, point: &Point3<f64>) -> Option<(f64, f64, f64)> {
         let local = self.rotation().tr_mul(&(point - self.position()));
         let image = self.intrinsics * local;
@@ -69,20 +67,19 @@ impl Pinhole {
     }
 }
 
-/// Where a camera is mounted.
+/// The mount of a camera.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Mount {
     /// On the gripper, beside the fingers and looking along them: it moves with the hand.
     Wrist,
-    /// On a stand at the robot's right, looking down at the arm (left in the picture) and at the workspace
-    /// (right).
+    /// On a post at the robot's right, looking down at the arm (left in the image) and the workspace (right).
     Head,
-    /// One of any number of stands around the table, counted from 0.
+    /// On one of any number of posts around the table, counted from 0.
     Extra(usize),
 }
 
 impl Mount {
-    /// The first `count` cameras of a robot: wrist, head, then the stands.
+    /// The first `count` cameras of a robot: wrist, head, then the posts.
     pub fn first(count: usize) -> impl Iterator<Item = Self> {
         [Self::Wrist, Self::Head].into_iter().chain((0..).map(Self::Extra)).take(count)
     }
@@ -102,13 +99,13 @@ impl Mount {
         match self {
             Self::Wrist => Pinhole::new(width, height, degrees(78.0), &(links.hand * wrist_mount())),
             Self::Head => {
-                // Aimed well to the left of the workspace, so that no target stands near the optical axis,
-                // where a wrong focal length would do no harm and hence go unnoticed.
+                // Aimed well to the left of the workspace, so that no target is near the optical axis,
+                // where a wrong focal length would have no effect.
                 let pose = look_at(Point3::new(0.62, -1.0, 0.86), Point3::new(0.2, 0.0, 0.22));
                 Pinhole::new(width, height, degrees(66.0), &pose)
             }
             Self::Extra(i) => {
-                // The golden angle spreads any number of stands evenly round the table.
+                // The golden angle spreads any number of posts evenly around the table.
                 let angle = degrees(25.0 + 137.508 * i as f64);
                 let height_above = 0.55 + 0.25 * (i % 3) as f64;
                 let eye = Point3::new(0.4 + 1.25 * angle.cos(), 1.25 * angle.sin(), height_above);
@@ -118,8 +115,8 @@ impl Mount {
     }
 }
 
-/// From the wrist camera to the hand: beside the gripper, a little behind the fingertips, tilted so that the
-/// point between the fingertips lies in the lower part of the picture.
+/// The pose of the wrist camera in the hand's frame: beside the gripper, a little behind the fingertips,
+/// tilted so that the point between the fingertips lies in the lower part of the image.
 fn wrist_mount() -> Isometry3<f64> {
     // Camera x along the fingers' y, camera y towards the fingers.
     let axes = Matrix3::from_columns(&[Vector3::y(), -Vector3::x(), Vector3::z()]);
@@ -129,7 +126,7 @@ fn wrist_mount() -> Isometry3<f64> {
 }
 
 /// The pose of a camera at `eye` whose optical axis goes through `at`, with the world's z axis upwards in the
-/// picture. The line between them must not be vertical.
+/// image. The line between them must not be vertical.
 pub fn look_at(eye: Point3<f64>, at: Point3<f64>) -> Isometry3<f64> {
     let forward = (at - eye).normalize();
     let right = forward.cross(&Vector3::z()).normalize();
@@ -144,8 +141,7 @@ mod tests {
     use crate::arm::READY;
     use crate::scene::START;
 
-    /// Where `point` of the world appears to a camera of 5 x 3 pixels and 90 degrees at `eye` looking at
-    /// `at`.
+    /// Checks where a camera of 5 x 3 pixels and 90 degrees at `eye`, looking at `at`, sees `point`.
     fn check(eye: [f64; 3], at: [f64; 3], point: [f64; 3], expected: Option<(f64, f64, f64)>) {
         let camera = Pinhole::new(5, 3, std::f64::consts::FRAC_PI_2, &look_at(eye.into(), at.into()));
         let found = camera.project(&point.into());
@@ -205,7 +201,7 @@ mod tests {
     }
 
     #[test]
-    fn the_wrist_camera_sees_between_the_fingertips_and_beyond() {
+    fn the_wrist_camera_sees_the_points_between_and_beyond_the_fingertips() {
         let links = Links::at(&READY);
         let camera = Mount::Wrist.camera(&links, 160, 120);
         for ahead in [0.0, 0.1, 0.5] {

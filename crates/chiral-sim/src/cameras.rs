@@ -1,9 +1,9 @@
-//! The cameras as sensors: each draws one instant and publishes it with the matrices of that instant.
+//! The cameras as sensors: each draws one instant into its sensor's buffers and publishes it with the
+//! matrices of that instant, or replays instants that were drawn beforehand.
 //!
-//! Lives here: drawing into the sensors' buffers, and replaying instants that were drawn beforehand. Does not
-//! live here: when a camera looks (`robot`), and what it sees (`world`).
+//! When a camera captures is decided in `robot`, what it sees in `world`.
 
-use std::sync::Mutex;
+use std::sync::{Arc, Mutex};
 use std::thread;
 
 use chiral_proto::CameraSpec;
@@ -13,36 +13,38 @@ use crate::arm::{Links, READY, clamp_to_limits};
 use crate::camera::Mount;
 use crate::lock;
 use crate::render::Instant;
-use crate::robot::Tamper;
 use crate::scene::Scene;
 use crate::world::View;
+
+/// Changes the frame that a camera, given by its name, is about to publish. Tests use it to inject faults.
+pub type Tamper = Arc<dyn Fn(&str, CameraFrame) -> CameraFrame + Send + Sync>;
 
 /// One camera.
 pub(crate) struct Camera {
     mount: Mount,
     sensor: CameraSensor,
-    /// Frames to be replayed, over and over; none to draw what is there.
+    /// The frames to replay in a loop. If there are none, the camera draws the world.
     replay: Vec<CameraFrame>,
-    /// Number of the frame that is replayed next. Its lock is held from looking at the world until the
-    /// picture is published, so that no older instant follows a newer one.
-    turn: Mutex<usize>,
+    /// The index of the next frame to replay. Locked from viewing the world until the image is published, so
+    /// that no older instant follows a newer one.
+    next: Mutex<usize>,
     tamper: Option<Tamper>,
 }
 
 impl Camera {
     pub(crate) fn new(mount: Mount, sensor: CameraSensor, tamper: Option<Tamper>) -> Camera {
-        Camera { mount, sensor, replay: Vec::new(), turn: Mutex::default(), tamper }
+        Camera { mount, sensor, replay: Vec::new(), next: Mutex::default(), tamper }
     }
 
-    /// Publishes what `look` finds; nothing where it finds that it is not this camera's turn.
-    pub(crate) fn publish(&self, look: impl FnOnce() -> Option<View>) -> Result<(), SensorError> {
-        let mut turn = lock(&self.turn);
-        let Some(View { links, bodies, captured_at }) = look() else { return Ok(()) };
-        let frame = match self.replay.get(*turn) {
+    /// Publishes the view that `view` returns, if any.
+    pub(crate) fn publish(&self, view: impl FnOnce() -> Option<View>) -> Result<(), SensorError> {
+        let mut next = lock(&self.next);
+        let Some(View { links, bodies, captured_at }) = view() else { return Ok(()) };
+        let frame = match self.replay.get(*next) {
             Some(frame) => self.copy(frame),
             None => self.draw(&Instant::new(bodies), &links),
         };
-        *turn = (*turn + 1) % self.replay.len().max(1);
+        *next = (*next + 1) % self.replay.len().max(1);
         let frame = CameraFrame { captured_at: Some(captured_at), ..frame };
         let frame = match &self.tamper {
             Some(tamper) => tamper(&self.sensor.spec().name, frame),
@@ -51,7 +53,7 @@ impl Camera {
         self.sensor.publish(frame)
     }
 
-    /// The frame in the sensor's buffers, where a camera's driver would have put it.
+    /// Copies the frame into the sensor's buffers, where a camera driver would write it.
     fn copy(&self, frame: &CameraFrame) -> CameraFrame {
         let mut image = self.sensor.buffer();
         image.copy_from_slice(&frame.image);
@@ -78,12 +80,12 @@ impl Camera {
     }
 }
 
-/// What the first `count` cameras of a robot look like.
+/// The specifications of the first `count` cameras of a robot.
 pub(crate) fn specs(count: usize, width: usize, height: usize) -> impl Iterator<Item = CameraSpec> {
     Mount::first(count).map(move |mount| CameraSpec::rgbd(mount.name(), height, width))
 }
 
-/// Draws `count` instants for every camera, along a motion made up so that its end leads into its beginning.
+/// Draws `count` instants of a cyclic motion for every camera.
 pub(crate) fn prerender(cameras: &mut [Camera], scene: &Scene, count: usize) {
     let instants: Vec<(Instant, Links)> = (0..count)
         .map(|k| {

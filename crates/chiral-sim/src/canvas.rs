@@ -1,16 +1,16 @@
-//! A picture in memory: pictures pasted in, rings, small capital letters, PNG.
+//! An image in memory to draw on: pasted images, rings, small capital letters, PNG.
 //!
-//! Lives here: how to draw. Does not live here: what (`sheet`).
+//! What is drawn is decided in `sheet`.
 
 use std::io::{self, BufWriter, Write};
 
-/// Red, green, blue.
+/// 8-bit red, green and blue.
 pub(crate) type Rgb = [u8; 3];
 
 /// Width of a letter with the gap after it, pixels, at scale 1.
 pub(crate) const LETTER: usize = 6;
 
-/// A picture of 8-bit red, green and blue.
+/// An image of 8-bit red, green and blue.
 #[derive(Clone, Debug)]
 pub(crate) struct Canvas {
     width: usize,
@@ -23,7 +23,7 @@ impl Canvas {
         Canvas { width, height, pixels: vec![color; width * height] }
     }
 
-    /// Sets a pixel; outside the picture nothing.
+    /// Sets a pixel; does nothing outside the image.
     fn set(&mut self, x: isize, y: isize, color: Rgb) {
         if (0..self.width as isize).contains(&x) && (0..self.height as isize).contains(&y) {
             self.pixels[y as usize * self.width + x as usize] = color;
@@ -37,21 +37,21 @@ impl Canvas {
         }
     }
 
-    /// Pastes a picture of `width` columns in with its upper left corner at `(x, y)`, each of its pixels
-    /// `scale` times as large.
+    /// Pastes an image of `width` columns with its upper left corner at `(x, y)`, each pixel enlarged `scale`
+    /// times.
     pub(crate) fn paste(
         &mut self,
         [x, y]: [usize; 2],
         width: usize,
         scale: usize,
-        picture: impl Iterator<Item = Rgb>,
+        image: impl Iterator<Item = Rgb>,
     ) {
-        for (i, color) in picture.enumerate() {
+        for (i, color) in image.enumerate() {
             self.square([x + i % width * scale, y + i / width * scale], scale, color);
         }
     }
 
-    /// A ring with four ticks, its edges dark, that leaves what is within to be seen. Only within the box
+    /// Draws a ring with dark edges and four ticks that leaves its inside visible. It is clipped to the box
     /// from `low` to `high`.
     pub(crate) fn ring(
         &mut self,
@@ -80,8 +80,8 @@ impl Canvas {
         }
     }
 
-    /// Writes capital letters, digits and a few signs with their upper left corner at `(x, y)`. Small letters
-    /// become capital ones; what it has no letter for becomes a space.
+    /// Writes text with its upper left corner at `(x, y)`: capital letters, digits and a few signs. Lower
+    /// case is written in capitals, unknown characters as spaces.
     pub(crate) fn write(&mut self, [x, y]: [usize; 2], scale: usize, color: Rgb, text: &str) {
         for (i, letter) in text.chars().enumerate() {
             let letter = letter.to_ascii_uppercase();
@@ -92,7 +92,7 @@ impl Canvas {
         }
     }
 
-    /// As a PNG file.
+    /// Writes the image as a PNG file.
     pub(crate) fn encode(&self, writer: impl Write) -> io::Result<()> {
         let mut encoder = png::Encoder::new(BufWriter::new(writer), self.width as u32, self.height as u32);
         encoder.set_color(png::ColorType::Rgb);

@@ -1,7 +1,8 @@
-//! A simulated robot, a policy that drives it from pixels, and the tests and bench peers that need both ends.
+//! A simulated robot, a policy that drives it from pixels, and the tests and bench peers that need both a
+//! client and a server.
 //!
-//! Its data is consistent: every camera sees one instant of one scene, so that a wrong matrix, a torn frame
-//! or a swapped channel is caught by geometry.
+//! The simulated data is consistent: every camera shows one instant of one scene. A wrong matrix, a torn
+//! frame or a swapped channel contradicts the geometry, and the policy fails.
 //!
 //! ```
 //! use chiral_server::PolicyServer;

@@ -1,7 +1,7 @@
-//! An in-memory transport with latency and bandwidth, that can be cut or go silent: for tests on a virtual
-//! clock, where the network is not the subject.
+//! An in-memory transport with latency and bandwidth that can be cut or made silent, for tests on a virtual
+//! clock whose subject is not the network.
 //!
-//! All waiting is tokio's, so under `tokio::time::pause` nothing here takes real time.
+//! All waits are tokio's, so under `tokio::time::pause` they take no real time.
 
 use std::{sync::Arc, time::Duration};
 
@@ -11,83 +11,83 @@ use tokio::{
     time::{Instant, sleep_until},
 };
 
-/// What a link is like, the same in both directions.
+/// The properties of a link, the same in both directions.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
 pub struct LinkOptions {
-    /// From one end to the other, one way.
+    /// The one-way delay.
     pub latency: Duration,
-    /// Bits a second; `None` means that sending takes no time.
+    /// Bits per second; `None` means that sending takes no time.
     pub bandwidth: Option<f64>,
 }
 
-/// What has become of a link.
+/// The state of a link.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Fate {
+enum LinkState {
     Alive,
-    /// What is sent vanishes, and nobody is told: a cable pulled, a host without power.
+    /// Frames are lost and neither end gets an error, as with a pulled cable or a host without power.
     Silent,
-    /// Both ends are told: a connection reset.
+    /// Both ends get an error, as with a connection reset.
     Cut,
 }
 
 /// Breaks a link.
 #[derive(Clone, Debug)]
 pub struct LinkControl {
-    fate: Arc<watch::Sender<Fate>>,
+    state: Arc<watch::Sender<LinkState>>,
 }
 
 impl LinkControl {
-    /// Breaks the connection; both ends get an error.
+    /// Cuts the link; both ends get an error.
     pub fn cut(&self) {
-        self.fate.send_replace(Fate::Cut);
+        self.state.send_replace(LinkState::Cut);
     }
 
-    /// From now on what is sent vanishes, and nobody is told.
-    pub fn silence(&self) {
-        self.fate.send_replace(Fate::Silent);
+    /// Loses all frames from now on; neither end gets an error.
+    pub fn go_silent(&self) {
+        self.state.send_replace(LinkState::Silent);
     }
 }
 
-/// One end of a link. Dropping it is a clean close, as the other end sees it.
+/// One end of a link. If it is dropped, the other end sees a clean close.
 #[derive(Debug)]
 pub struct LinkEnd {
     options: LinkOptions,
-    fate: watch::Receiver<Fate>,
+    state: watch::Receiver<LinkState>,
     outgoing: Mutex<Outgoing>,
-    incoming: Mutex<Reassembly>,
+    incoming: Mutex<Incoming>,
     peer: &'static str,
 }
 
 #[derive(Debug)]
 struct Outgoing {
     frames: Option<mpsc::UnboundedSender<(Instant, Frame)>>,
-    /// When the line has carried what was sent.
+    /// When the last frame has been sent.
     free_at: Instant,
 }
 
 #[derive(Debug)]
-struct Reassembly {
+struct Incoming {
     frames: mpsc::UnboundedReceiver<(Instant, Frame)>,
-    /// A frame that has been sent and not arrived.
-    under_way: Option<(Instant, Frame)>,
+    /// A frame that was sent and has not arrived.
+    in_flight: Option<(Instant, Frame)>,
 }
 
-/// A link and the means to break it.
+/// Creates a link and the control that breaks it.
 pub fn link(options: LinkOptions) -> (LinkEnd, LinkEnd, LinkControl) {
-    let (fate, watched) = watch::channel(Fate::Alive);
+    let (state, state_receiver) = watch::channel(LinkState::Alive);
     let (to_b, from_a) = mpsc::unbounded_channel();
     let (to_a, from_b) = mpsc::unbounded_channel();
     let end = |frames, incoming, peer| LinkEnd {
         options,
-        fate: watched.clone(),
+        state: state_receiver.clone(),
         outgoing: Mutex::new(Outgoing { frames: Some(frames), free_at: Instant::now() }),
-        incoming: Mutex::new(Reassembly { frames: incoming, under_way: None }),
+        incoming: Mutex::new(Incoming { frames: incoming, in_flight: None }),
         peer,
     };
-    (end(to_b, from_b, "link end b"), end(to_a, from_a, "link end a"), LinkControl { fate: Arc::new(fate) })
+    (end(to_b, from_b, "link end b"), end(to_a, from_a, "link end a"), LinkControl { state: Arc::new(state) })
 }
 
-/// Tokio's own sleep takes a millisecond even for what is past.
+/// Sleeps until `instant`, not at all if it is past: tokio's sleep would still take a millisecond.
 async fn wait_until(instant: Instant) {
     if Instant::now() < instant {
         sleep_until(instant).await;
@@ -97,9 +97,9 @@ async fn wait_until(instant: Instant) {
 impl LinkEnd {
     /// Returns once the link is cut.
     async fn cut(&self) -> TransportError {
-        let mut fate = self.fate.clone();
-        if fate.wait_for(|fate| *fate == Fate::Cut).await.is_err() {
-            // Nobody is left who could cut it.
+        let mut state = self.state.clone();
+        if state.wait_for(|state| *state == LinkState::Cut).await.is_err() {
+            // The control was dropped: the link can no longer be cut.
             std::future::pending::<()>().await;
         }
         TransportError::lost("the link was cut")
@@ -110,13 +110,13 @@ impl Transport for LinkEnd {
     async fn send(&self, frame: Frame) -> Result<(), TransportError> {
         let deliver = async {
             let mut outgoing = self.outgoing.lock().await;
-            // In one piece, as a socket would bring it.
+            // In one piece, as a frame arrives from a socket.
             let frame = Frame::from(frame.into_bytes());
             let duration =
                 self.options.bandwidth.map_or(0.0, |bandwidth| frame.len() as f64 * 8.0 / bandwidth);
             outgoing.free_at = outgoing.free_at.max(Instant::now()) + Duration::from_secs_f64(duration);
             wait_until(outgoing.free_at).await;
-            if *self.fate.borrow() == Fate::Alive {
+            if *self.state.borrow() == LinkState::Alive {
                 let arrival = outgoing.free_at + self.options.latency;
                 let sent = outgoing.frames.as_ref().map(|frames| frames.send((arrival, frame)));
                 sent.and_then(Result::ok).ok_or_else(|| TransportError::lost("the other end is closed"))?;
@@ -132,16 +132,16 @@ impl Transport for LinkEnd {
     async fn recv(&self) -> Result<Option<Frame>, TransportError> {
         let arrive = async {
             let mut incoming = self.incoming.lock().await;
-            if incoming.under_way.is_none() {
-                incoming.under_way = incoming.frames.recv().await;
+            if incoming.in_flight.is_none() {
+                incoming.in_flight = incoming.frames.recv().await;
             }
-            if let Some((arrival, _)) = &incoming.under_way {
+            if let Some((arrival, _)) = &incoming.in_flight {
                 wait_until(*arrival).await;
             }
-            match incoming.under_way.take() {
+            match incoming.in_flight.take() {
                 Some((_, frame)) => Ok(Some(frame)),
-                // A dead cable does not carry the news of a close either.
-                None if *self.fate.borrow() == Fate::Silent => std::future::pending().await,
+                // A silent link does not deliver a close either.
+                None if *self.state.borrow() == LinkState::Silent => std::future::pending().await,
                 None => Ok(None),
             }
         };

@@ -1,13 +1,12 @@
-//! A policy that knows only what came over the wire: pixels, depth, K, T and joint positions.
+//! A policy that finds the red ball and plans towards it, from pixels, depth, K, T and joint positions alone.
 //!
-//! Lives here: finding the red ball, saying where it is, and planning towards it. Does not live here: how
-//! observations come and actions go (`episode`). Of an observation nothing is used but the cameras and
-//! `joint_pos`: no reward, no `extra`, no metadata.
+//! It uses only the cameras and `joint_pos` of an observation: no reward, no `extra`, no metadata. How
+//! observations are received and actions sent is in `episode`.
 //!
-//! Each camera that sees red measures the ball by itself: its red pixels are back-projected and must lie on a
-//! ball of the known size. The cameras must then agree. **Where they contradict each other, or what they saw
-//! is no ball, the arm stands still**: something between the sensors and here is wrong, and it is not for a
-//! policy to guess what.
+//! Each camera that sees red measures the ball separately: its red pixels are back-projected and must lie on
+//! a ball of the known size. The cameras must then agree. **If they contradict each other, or if what they
+//! see is no ball, the arm does not move**: something between the sensors and the policy is wrong, and the
+//! policy must not guess what.
 
 use chiral_proto::{ActionChunk, Camera, Observation};
 use nalgebra::{Matrix3, Point3, Vector3, Vector4};
@@ -16,55 +15,55 @@ use crate::arm::{Joints, MAX_VELOCITY, READY, inverse_kinematics};
 
 /// Rows of a chunk.
 pub const HORIZON: usize = 16;
-/// Rows of a chunk that are carried out before the next one is planned, where policy and robot are in step.
+/// Rows of a chunk that are executed before the next one is planned, if the robot waits for the policy.
 pub const EXECUTION_HORIZON: usize = 4;
 
-/// The ball's radius, m: what the policy was told of its task, with the ball's colour.
+/// The ball's radius, m. Radius and colour are what the policy knows of its task.
 const RADIUS: f64 = 0.025;
-/// Cameras that see fewer red pixels say nothing.
-const FEWEST_PIXELS: usize = 6;
-/// Red points may lie this far from the ball's surface (root of mean squares), m.
-const ROUNDNESS: f64 = 0.002;
-/// Points that lie this close to one plane (root of mean squares), m, may be of two balls, one on each side
-/// of it: too little to tell.
-const FLATNESS: f64 = 0.003;
-/// Two cameras may differ by this much, m.
-const AGREEMENT: f64 = 0.025;
+/// A camera that sees fewer red pixels is ignored.
+const MIN_PIXELS: usize = 6;
+/// How far red points may lie from the ball's surface (root mean square), m.
+const MAX_ROUNDNESS: f64 = 0.002;
+/// Points that lie closer than this to one plane (root mean square), m, fit two balls, one on each side of
+/// it.
+const MIN_FLATNESS: f64 = 0.003;
+/// How far the measurements of two cameras may differ, m.
+const MAX_DISAGREEMENT: f64 = 0.025;
 
-/// What one camera says of the ball.
+/// One camera's measurement of the ball.
 #[derive(Clone, Debug, PartialEq)]
-pub struct ScoutedRobot {
+pub struct Sighting {
     /// Name of the camera.
     pub camera: String,
     /// The ball's centre in the world, m.
     pub center: Point3<f64>,
-    /// How far the points lie from the ball's surface (root of mean squares), m.
+    /// How far the points lie from the ball's surface (root mean square), m.
     pub roundness: f64,
-    /// Red pixels.
+    /// The number of red pixels.
     pub pixels: usize,
 }
 
-/// What is to be done, and why.
+/// The next actions and the reason for them.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Plan {
     /// [`HORIZON`] rows of seven joint positions, rad.
     pub chunk: ActionChunk,
-    /// Where the target is, by all cameras together; `None` where none sees it, or they contradict each
-    /// other.
+    /// Where the target is, by all cameras together; `None` if none sees it or they contradict each other.
     pub target: Option<Point3<f64>>,
 }
 
-/// Plans, one observation after another.
+/// Plans from one observation after another.
 #[derive(Clone, Debug)]
 pub struct Policy {
     /// Seconds between two rows.
     period: f64,
-    /// Where the arm is going: to where the target was seen last, or looking for it.
+    /// The posture that reaches the target where it was seen last.
     goal: Option<Joints>,
+    /// The direction in which the arm turns to look for the target, 1 or -1.
     sweep: f64,
 }
 
-/// What the cameras say together.
+/// What all cameras together measured.
 enum Belief {
     Unseen,
     Contradiction,
@@ -72,18 +71,17 @@ enum Belief {
 }
 
 impl Policy {
-    /// A policy at the beginning of an episode, for a robot that runs `control_hz` rows a second.
+    /// A policy at the start of an episode, for a robot that executes `control_hz` rows per second.
     pub fn new(control_hz: f64) -> Policy {
         Policy { period: 1.0 / control_hz, goal: None, sweep: 1.0 }
     }
 
-    /// The next [`HORIZON`] rows. An observation without usable `joint_pos` leads nowhere: the chunk then is
-    /// empty.
+    /// Plans the next [`HORIZON`] rows. The chunk is empty if the observation has no usable `joint_pos`.
     pub fn plan(&mut self, obs: &Observation) -> Plan {
         let Some(joints) = joints(obs) else {
             return Plan { chunk: ActionChunk::from(Vec::<f32>::new()), target: None };
         };
-        let sightings: Vec<ScoutedRobot> = obs.cameras.iter().filter_map(|camera| measure(camera)).collect();
+        let sightings: Vec<Sighting> = obs.cameras.iter().filter_map(|camera| measure(camera)).collect();
         let (goal, target) = match believe(&sightings) {
             Belief::At(target) => {
                 self.goal = inverse_kinematics(&target, &joints, &READY).or(self.goal);
@@ -95,7 +93,7 @@ impl Policy {
         Plan { chunk: self.waypoints(&joints, &goal), target }
     }
 
-    /// The arm turned to one side, and once it is there to the other.
+    /// Turns the arm to one side and, once it is there, to the other.
     fn look_around(&mut self, joints: &Joints) -> Joints {
         const REACH: f64 = 0.9;
         if (joints[0] - self.sweep * REACH).abs() < 0.1 {
@@ -106,11 +104,11 @@ impl Policy {
         goal
     }
 
-    /// Rows from where the joints are towards `goal`, straight in joint space and as fast as the slowest
-    /// joint may.
+    /// Rows from the current joints towards `goal`, straight in joint space, as fast as the slowest joint
+    /// allows.
     fn waypoints(&self, from: &Joints, goal: &Joints) -> ActionChunk {
-        // The servo brakes before each waypoint; these rows ahead of it, it does not come near one before the
-        // last.
+        // The servo brakes before each waypoint. With waypoints this many rows ahead, it comes close only to
+        // the last one.
         const LEAD: usize = 3;
         const SPEED: f64 = 0.95;
         let rows = |i: usize| (goal[i] - from[i]).abs() / (MAX_VELOCITY[i] * SPEED * self.period);
@@ -129,41 +127,36 @@ fn joints(obs: &Observation) -> Option<Joints> {
     joints.iter().all(|joint| joint.is_finite()).then(|| joints.map(f64::from))
 }
 
-fn believe(sightings: &[ScoutedRobot]) -> Belief {
+fn believe(sightings: &[Sighting]) -> Belief {
     let pairs = || sightings.iter().flat_map(|a| sightings.iter().map(move |b| (a, b)));
-    let round = sightings.iter().all(|sighting| sighting.roundness < ROUNDNESS);
+    let round = sightings.iter().all(|sighting| sighting.roundness < MAX_ROUNDNESS);
     let pixels: usize = sightings.iter().map(|sighting| sighting.pixels).sum();
     if sightings.is_empty() {
         Belief::Unseen
-    } else if !round || pairs().any(|(a, b)| (a.center - b.center).norm() > AGREEMENT) {
+    } else if !round || pairs().any(|(a, b)| (a.center - b.center).norm() > MAX_DISAGREEMENT) {
         Belief::Contradiction
     } else {
-        // The nearer a camera, the more pixels, the better it can tell.
+        // A camera that is closer sees more pixels and measures more precisely.
         let weighted = sightings.iter().map(|sighting| sighting.center.coords * sighting.pixels as f64);
         Belief::At(Point3::from(weighted.sum::<Vector3<f64>>() / pixels as f64))
     }
 }
 
-/// Where this camera sees the ball; `None` if it sees too little of it.
-pub fn measure(camera: &Camera) -> Option<ScoutedRobot> {
+/// Measures the ball with this camera; `None` if it sees too little of it.
+pub fn measure(camera: &Camera) -> Option<Sighting> {
     let points = red_points(camera)?;
-    if points.len() < FEWEST_PIXELS {
+    if points.len() < MIN_PIXELS {
         return None;
     }
     let eye = camera.extrinsics.fixed_view::<3, 1>(0, 3).into_owned();
     let (center, roundness) = fit_ball(&points, &eye);
-    if roundness < ROUNDNESS && flatness(&points) < FLATNESS {
+    if roundness < MAX_ROUNDNESS && flatness(&points) < MIN_FLATNESS {
         return None;
     }
-    Some(ScoutedRobot {
-        camera: camera.name.to_string(),
-        center: center.into(),
-        roundness,
-        pixels: points.len(),
-    })
+    Some(Sighting { camera: camera.name.to_string(), center: center.into(), roundness, pixels: points.len() })
 }
 
-/// The world points of all red pixels whose depth is known.
+/// The world points of all red pixels with a known depth.
 fn red_points(camera: &Camera) -> Option<Vec<Vector3<f64>>> {
     let &[_, width, 3] = camera.image.shape() else { return None };
     let pixels = camera.image.values::<u8>().ok()?;
@@ -182,20 +175,20 @@ fn red_points(camera: &Camera) -> Option<Vec<Vector3<f64>>> {
     Some(red.map(place).collect())
 }
 
-/// How far the points lie from the plane that fits them best, root of mean squares, m.
+/// How far the points lie from the plane that fits them best (root mean square), m.
 fn flatness(points: &[Vector3<f64>]) -> f64 {
     let mean = points.iter().sum::<Vector3<f64>>() / points.len() as f64;
     let spread: Matrix3<f64> = points.iter().map(|point| (point - mean) * (point - mean).transpose()).sum();
     (spread.symmetric_eigenvalues().min().max(0.0) / points.len() as f64).sqrt()
 }
 
-/// The centre of the ball of the known radius on whose surface the points lie, as seen from `eye`, and the
-/// root of their mean squared distance from it. Gauss-Newton on the distances, from the points' mean pushed
-/// on by two thirds of the radius.
+/// Fits a ball of the known radius to points on its surface, seen from `eye`. Returns its centre and the
+/// points' root mean square distance from its surface. Gauss-Newton on the distances; the search starts at
+/// the points' mean, moved away from `eye` by two thirds of the radius.
 fn fit_ball(points: &[Vector3<f64>], eye: &Vector3<f64>) -> (Vector3<f64>, f64) {
     const ROUNDS: usize = 12;
-    const MOST_POINTS: usize = 500;
-    let points = || points.iter().step_by(points.len().div_ceil(MOST_POINTS));
+    const MAX_POINTS: usize = 500;
+    let points = || points.iter().step_by(points.len().div_ceil(MAX_POINTS));
     let mean = points().sum::<Vector3<f64>>() / points().count() as f64;
     let start = mean + (mean - eye).normalize() * (RADIUS * 2.0 / 3.0);
     let mut center = start;
@@ -210,7 +203,7 @@ fn fit_ball(points: &[Vector3<f64>], eye: &Vector3<f64>) -> (Vector3<f64>, f64) 
         let Some(inverse) = normal.try_inverse() else { break };
         center -= inverse * gradient;
     }
-    // Points that are no ball may lead anywhere.
+    // With points that are no ball the search may end anywhere.
     let center = if (center - start).norm() < 2.0 * RADIUS { center } else { start };
     let squares: f64 = points().map(|point| ((center - point).norm() - RADIUS).powi(2)).sum();
     (center, (squares / points().count() as f64).sqrt())
@@ -228,7 +221,7 @@ mod tests {
     use crate::render::Instant;
     use crate::scene::Scene;
 
-    /// What two cameras and the joints say at the beginning of an episode.
+    /// The first observation of an episode, with two cameras.
     fn first_obs(scene: &Scene) -> Observation {
         const SIZE: [usize; 2] = [120, 160];
         let links = Links::at(&scene.start);
@@ -259,13 +252,13 @@ mod tests {
         }
     }
 
-    fn stands_still(plan: &Plan) -> bool {
+    fn does_not_move(plan: &Plan) -> bool {
         let first = plan.chunk.iter().next().unwrap();
         plan.chunk.iter().all(|row| row == first)
     }
 
     #[test]
-    fn the_ball_is_measured_to_a_millimetre() {
+    fn the_ball_is_located_to_within_a_millimetre() {
         for seed in 0..60 {
             let scene = Scene::sample(seed);
             let plan = Policy::new(20.0).plan(&first_obs(&scene));
@@ -282,7 +275,7 @@ mod tests {
     }
 
     #[test]
-    fn rows_keep_the_joints_limits() {
+    fn rows_keep_the_joint_velocity_limits() {
         let plan = Policy::new(20.0).plan(&first_obs(&Scene::sample(1)));
         let rows: Vec<_> = plan.chunk.iter().collect();
         for pair in rows.windows(2) {
@@ -293,29 +286,32 @@ mod tests {
     }
 
     #[test]
-    fn a_contradiction_stops_the_arm() {
+    fn the_arm_does_not_move_if_two_cameras_contradict_each_other() {
         let scene = Scene::sample(3);
-        let sound = first_obs(&scene);
+        let valid = first_obs(&scene);
         let mut policy = Policy::new(20.0);
-        assert!(!stands_still(&policy.plan(&sound)));
+        assert!(!does_not_move(&policy.plan(&valid)));
         for camera in 0..2 {
-            let mut obs = sound.clone();
+            let mut obs = valid.clone();
             Arc::make_mut(&mut obs.cameras[camera]).extrinsics[(0, 3)] += 0.05;
             let plan = policy.plan(&obs);
-            assert!(stands_still(&plan) && plan.target.is_none());
+            assert!(does_not_move(&plan) && plan.target.is_none());
         }
-        assert!(!stands_still(&policy.plan(&sound)));
+        assert!(!does_not_move(&policy.plan(&valid)));
     }
 
     #[test]
-    fn out_of_sight_is_not_out_of_mind() {
-        let sound = first_obs(&Scene::sample(3));
-        let blind = Observation { cameras: Vec::new(), ..sound.clone() };
+    fn the_policy_moves_on_to_the_last_known_target_when_no_camera_sees_it() {
+        let valid = first_obs(&Scene::sample(3));
+        let blind = Observation { cameras: Vec::new(), ..valid.clone() };
         let mut policy = Policy::new(20.0);
-        let seen = policy.plan(&sound);
+        let seen = policy.plan(&valid);
         let from_memory = policy.plan(&blind);
         assert_eq!((from_memory.chunk, from_memory.target), (seen.chunk, None));
-        assert!(!stands_still(&Policy::new(20.0).plan(&blind)), "it looks around for what it has never seen");
+        assert!(
+            !does_not_move(&Policy::new(20.0).plan(&blind)),
+            "the policy searches for a target that it has never seen"
+        );
         assert_eq!(policy.plan(&Observation::default()).chunk.rows(), 0);
     }
 }

@@ -1,45 +1,42 @@
-//! A small ray caster: colour and depth of one instant through one camera.
+//! A small ray caster: draws colour and depth of one instant through one camera.
 //!
-//! Lives here: which body each pixel sees, whether the lamp reaches it, and the bookkeeping that makes it
-//! fast. Does not live here: what bodies there are (`scene`), where the camera is (`camera`), and colours
-//! (`shade`).
+//! The bodies are in `scene`, the camera's position in `camera`, colours in `shade`. Here is which body each
+//! pixel sees, whether the lamp reaches it, and the data structures that make this fast.
 //!
 //! Every pixel's depth belongs to the ray through its centre. Colours are smoothed along edges, but a pixel
-//! only takes on some colour of what lies behind the body its depth belongs to, never of one before it: **a
-//! body's colour is only seen where its depth is**.
+//! takes on colour only from bodies behind the one its depth belongs to, never from one in front of it: **a
+//! body's colour appears only where its depth does**.
 
 use nalgebra::{Matrix3, Point3, Vector3};
 
 use crate::camera::Pinhole;
-use crate::shade::{Color, Place, background, shade, shown, through_haze};
+pub use crate::shade::MAX_DEPTH;
+use crate::shade::{Color, Place, background, shade, through_haze, to_display};
 use crate::shape::{Primitive, Ray};
 
-/// Bodies further away than this along the optical axis, m, are background and have depth 0.
-pub const MAX_DEPTH: f64 = 6.0;
-
-/// What is nearer to the camera than this, m, is not looked for.
-const NEAREST: f64 = 1e-3;
-/// Side of the square tiles of the picture for which the bodies in sight are listed, pixels.
+/// Bodies nearer to the camera than this, m, are not drawn.
+const MIN_DEPTH: f64 = 1e-3;
+/// Side of the square image tiles for which the visible bodies are listed, pixels.
 const TILE: usize = 4;
-/// The grid of shadow casters covers this much of the world around `SHADOW_CENTER` across the light, m, with
-/// this many cells each way.
+/// The grid of shadow casters extends this far from `SHADOW_CENTER` across the light, m, with this many cells
+/// each way.
 const SHADOW_REACH: f64 = 1.6;
 const SHADOW_CELLS: usize = 64;
 const SHADOW_CENTER: Point3<f64> = Point3::new(0.4, 0.0, 0.0);
 
-/// The bodies of one instant, made ready to be looked at by any number of cameras.
+/// The bodies of one instant, prepared to be drawn by any number of cameras.
 #[derive(Debug, Clone)]
 pub struct Instant {
     bodies: Vec<Primitive>,
-    /// The highest z of each body: as light comes from above, it shades only what is lower.
+    /// The highest z of each body. Light comes from above, so a body shades only what is lower.
     tops: Vec<f64>,
-    /// The light's axes as rows; the third points to the light.
+    /// The light's axes as rows; the third points to the lamp.
     light: Matrix3<f64>,
     casters: Bins,
 }
 
 impl Instant {
-    /// Makes `bodies` ready.
+    /// Prepares these bodies.
     pub fn new(bodies: Vec<Primitive>) -> Self {
         let to_light = Vector3::new(-0.38, -0.42, 1.0).normalize();
         let side = to_light.cross(&Vector3::x()).normalize();
@@ -79,12 +76,12 @@ impl Instant {
             (width * height * 3, width * height),
             "rgb and depth of {width} x {height} pixels"
         );
-        let in_sight = self.in_sight(camera);
+        let visible = self.visible_bodies(camera);
         let pixels = || (0..height).flat_map(move |v| (0..width).map(move |u| (u, v)));
-        let candidates = |u: usize, v: usize| in_sight.list(u / TILE, v / TILE);
+        let candidates = |u: usize, v: usize| visible.list(u / TILE, v / TILE);
 
         let samples: Vec<Sample> =
-            pixels().map(|(u, v)| self.look(&camera.ray(u as f64, v as f64), candidates(u, v))).collect();
+            pixels().map(|(u, v)| self.sample(&camera.ray(u as f64, v as f64), candidates(u, v))).collect();
         for (pixel, (u, v)) in pixels().enumerate() {
             let inside = [
                 (u > 0, -1),
@@ -100,13 +97,13 @@ impl Instant {
         }
     }
 
-    /// For each tile of the picture, the bodies that may be seen in it.
-    fn in_sight(&self, camera: &Pinhole) -> Bins {
+    /// Lists the bodies that may be visible in each tile of the image.
+    fn visible_bodies(&self, camera: &Pinhole) -> Bins {
         let (columns, rows) = (camera.width.div_ceil(TILE), camera.height.div_ceil(TILE));
         let (rotation, origin, k) = (camera.rotation().transpose(), camera.position(), &camera.intrinsics);
         let span = |(index, body): (u16, &Primitive)| {
             let Some((low, high)) = body.shape.extent(&rotation, &origin) else {
-                // Whatever else a ray meets stands before the plane.
+                // Every other body that a ray meets is in front of the plane.
                 return Some(Span {
                     index,
                     near: MAX_DEPTH,
@@ -114,12 +111,12 @@ impl Instant {
                     rows: [0, rows as isize - 1],
                 });
             };
-            if high.z < NEAREST {
+            if high.z < MIN_DEPTH {
                 return None;
             }
-            // A box in front of the camera looks widest at its near or at its far face; one pixel more
-            // against rounding.
-            let near = low.z.max(NEAREST);
+            // A box in front of the camera appears widest at its near or at its far face. One pixel more
+            // allows for rounding.
+            let near = low.z.max(MIN_DEPTH);
             let tiles = |low_side: f64, high_side: f64, focal: f64, center: f64| {
                 let first = focal * (low_side / near).min(low_side / high.z) + center - 1.0;
                 let last = focal * (high_side / near).max(high_side / high.z) + center + 1.0;
@@ -131,8 +128,8 @@ impl Instant {
         Bins::new(columns, rows, &mut (0..).zip(&self.bodies).filter_map(span).collect::<Vec<_>>())
     }
 
-    /// What `ray` sees of the candidates; its parameter is the depth.
-    fn look(&self, ray: &Ray, candidates: &[(f64, u16)]) -> Sample {
+    /// Finds the nearest of the candidates along `ray`, whose parameter is the depth.
+    fn sample(&self, ray: &Ray, candidates: &[(f64, u16)]) -> Sample {
         let mut nearest = (MAX_DEPTH, None);
         for &(near, index) in candidates {
             if near > nearest.0 {
@@ -145,7 +142,7 @@ impl Instant {
             }
         }
         let (t, Some(index)) = nearest else {
-            return Sample { color: shown(background(&ray.direction)), depth: 0.0, what: 0 };
+            return Sample { color: to_display(background(&ray.direction)), depth: 0.0, surface_id: 0 };
         };
         let body = &self.bodies[index as usize];
         let point = ray.at(t);
@@ -153,7 +150,7 @@ impl Instant {
         let lit = normal.dot(&self.to_light()) > 0.0 && !self.in_shadow(&(point + normal * 1e-4));
         let color = shade(&body.surface, &Place { point, normal, lit }, &ray.direction, &self.to_light());
         let color = through_haze(color, t, &ray.direction);
-        Sample { color: shown(color), depth: t as f32, what: 2 * index + 1 + u16::from(lit) }
+        Sample { color: to_display(color), depth: t as f32, surface_id: 2 * index + 1 + u16::from(lit) }
     }
 
     fn to_light(&self) -> Vector3<f64> {
@@ -174,26 +171,26 @@ impl Instant {
     }
 }
 
-/// What one ray sees.
+/// The result of one ray.
 struct Sample {
-    /// As shown, 0 to 1.
+    /// Display values, 0 to 1.
     color: Color,
     /// m along the optical axis, 0 for the background.
     depth: f32,
-    /// Which body, and whether it is lit there: an edge is where this changes.
-    what: u16,
+    /// Identifies the body and whether it is lit there. An edge is where this changes.
+    surface_id: u16,
 }
 
 impl Sample {
-    /// The colour with a little of those neighbours' that see something else, behind this or, where bodies
-    /// touch, at the same depth.
+    /// Mixes in a little of the neighbours that see another surface, which is behind this one or, where
+    /// bodies touch, at the same depth.
     fn smoothed(&self, neighbours: [Option<&Self>; 4]) -> Color {
         const SAME_DEPTH: f32 = 0.02;
         const SHARE: f32 = 0.12;
         let mut color = self.color;
-        for other in neighbours.into_iter().flatten().filter(|other| other.what != self.what) {
-            let before = other.depth > 0.0 && (self.depth == 0.0 || other.depth < self.depth - SAME_DEPTH);
-            if !before {
+        for other in neighbours.into_iter().flatten().filter(|other| other.surface_id != self.surface_id) {
+            let in_front = other.depth > 0.0 && (self.depth == 0.0 || other.depth < self.depth - SAME_DEPTH);
+            if !in_front {
                 color += (other.color - self.color) * SHARE;
             }
         }
@@ -205,7 +202,7 @@ fn shadow_cell(across: f64) -> isize {
     ((across / SHADOW_REACH + 1.0) / 2.0 * SHADOW_CELLS as f64) as isize
 }
 
-/// The cells of a grid, first and last, in which a body may be met; they may lie outside the grid.
+/// The first and last cells of a grid that a body may occupy. They may lie outside the grid.
 struct Span {
     index: u16,
     columns: [isize; 2],
@@ -214,7 +211,7 @@ struct Span {
     near: f64,
 }
 
-/// A grid of lists of bodies, each with its `near`, nearest first.
+/// A grid of lists of bodies. Each body is stored with its `near`, and each list has the nearest first.
 #[derive(Debug, Clone)]
 struct Bins {
     columns: usize,
@@ -279,19 +276,19 @@ mod tests {
 
     fn draw(bodies: Vec<Primitive>, camera: &Pinhole) -> (Vec<u8>, Vec<f32>) {
         let pixels = camera.width * camera.height;
-        // What the buffers held before must not matter.
+        // The buffers' previous contents must not matter.
         let (mut rgb, mut depth) = (vec![77; pixels * 3], vec![f32::NAN; pixels]);
         Instant::new(bodies).render(camera, &mut rgb, &mut depth);
         (rgb, depth)
     }
 
     #[test]
-    fn the_nearest_point_of_a_sphere_is_a_radius_before_its_centre() {
+    fn the_nearest_point_of_a_sphere_is_one_radius_in_front_of_its_centre() {
         let camera = camera(CENTER);
         let (_, depth) = draw(vec![ball([0.8, 0.0, 0.0])], &camera);
         let expected = (CENTER - camera.position()).norm() - RADIUS;
         assert!((f64::from(depth[60 * 161 + 80]) - expected).abs() < 1e-6);
-        assert_eq!(depth[0], 0.0, "nothing is there");
+        assert_eq!(depth[0], 0.0, "expected no body in the corner");
     }
 
     #[test]
@@ -326,7 +323,7 @@ mod tests {
     }
 
     #[test]
-    fn tiles_leave_nothing_out() {
+    fn tiles_omit_no_visible_body() {
         let boxed =
             |x: f64, y: f64, z: f64| Shape::upright_box(Point3::new(x, y, z), Vector3::new(0.1, 0.2, 0.05));
         let capsule =
@@ -349,7 +346,7 @@ mod tests {
     }
 
     #[test]
-    fn a_colour_is_only_seen_where_its_depth_is() {
+    fn a_colour_appears_only_where_its_depth_does() {
         let camera = camera(Point3::new(0.3, 0.0, 0.3));
         let wall =
             body(Shape::upright_box(Point3::new(0.3, 1.0, 0.3), Vector3::new(3.0, 0.1, 3.0)), [0.1; 3]);
@@ -363,7 +360,7 @@ mod tests {
     }
 
     #[test]
-    fn things_cast_shadows_away_from_the_light() {
+    fn bodies_cast_shadows_away_from_the_light() {
         let ground = body(Shape::Plane { normal: Vector3::z(), height: 0.0 }, [0.5; 3]);
         let camera = camera(CENTER);
         let (bare, _) = draw(vec![ground], &camera);

@@ -1,16 +1,15 @@
-//! The simulated robot: a [`Robot`] and its [`Sensors`], with the threads that make them live.
+//! The simulated robot: a [`Robot`] and its [`Sensors`], with the threads that advance and publish them.
 //!
-//! Lives here: when time passes, when cameras look, and in which order what they saw is published. Does not
-//! live here: what a tick does (`world`) and how a picture is made (`cameras`).
+//! What a tick does is in `world`, how an image is made in `cameras`.
 //!
-//! Two paces. In *real time*, one thread advances the arm at 500 Hz and each camera has a thread that looks
-//! at its rate. In *lock-step*, the world moves only within `step`, by exactly `1 / control_hz` a row, and
-//! `step` publishes every sensor itself. An episode's time begins with its first action: `apply_action`
-//! begins (or resumes) real time, `step` begins lock-step.
+//! There are two paces. In *real time*, one thread advances the arm at 500 Hz and each camera has a thread
+//! that captures at its rate. In *lock-step*, the world moves only within `step`, by exactly `1 / control_hz`
+//! per row, and `step` publishes every sensor. An episode's time begins with its first action: `apply_action`
+//! begins or resumes real time, `step` begins lock-step.
 //!
-//! Locks: a camera's before the world's. Joints are published under the world's lock and pictures under their
-//! camera's, both from looking at the world until it is done, so that **nothing older is ever published after
-//! something newer**.
+//! Lock order: a camera's lock before the world's. Joints are published under the world's lock and images
+//! under their camera's. Both locks are held from reading the world until the publication is done, so that
+//! **nothing older is ever published after something newer**.
 
 use std::collections::hash_map::RandomState;
 use std::fmt;
@@ -21,50 +20,46 @@ use std::time::{Duration, Instant};
 
 use chiral_proto::action::Action;
 use chiral_proto::{ActionChunk, ActionSpec, ProprioSpec, Value, ValueMap, value};
-use chiral_server::{
-    ActionContext, CameraFrame, Error, Robot, RobotError, SensorError, Sensors, StepOutcome, monotonic,
-};
+use chiral_server::{ActionContext, Error, Robot, RobotError, SensorError, Sensors, StepOutcome, monotonic};
 use nalgebra::Point3;
 
 use crate::arm::{LOWER, UPPER};
 use crate::camera::Mount;
+pub use crate::cameras::Tamper;
 use crate::cameras::{self, Camera};
 use crate::lock;
 use crate::scene::Scene;
 use crate::world::{Pace, World};
 
-/// How often joints are published in real time, and about how finely time is cut in lock-step, Hz.
+/// The rate at which joints are published in real time, and about the rate of the ticks in lock-step, Hz.
 pub const PHYSICS_HZ: f64 = 500.0;
 
-/// Changes what a camera, given by its name, is about to publish. For tests that show what a fault does.
-pub type Tamper = Arc<dyn Fn(&str, CameraFrame) -> CameraFrame + Send + Sync>;
-
-/// What robot to simulate.
+/// The robot to simulate.
 #[derive(Clone)]
 pub struct SimConfig {
-    /// Columns of every camera's picture.
+    /// Columns of every camera's image.
     pub width: usize,
-    /// Rows of every camera's picture.
+    /// Rows of every camera's image.
     pub height: usize,
-    /// Pictures a second of every camera, in real time.
+    /// Images per second of every camera, in real time.
     pub fps: f64,
-    /// How many cameras: `wrist_cam`, `head_cam`, then fixed ones around the table.
+    /// The number of cameras: `wrist_cam`, `head_cam`, then fixed ones around the table.
     pub cameras: usize,
-    /// Rows a second of a chunk.
+    /// Rows of a chunk per second.
     pub control_hz: f64,
-    /// After how many seconds of its own time an episode is truncated.
+    /// The simulated time after which an episode is truncated, s.
     pub time_limit: f64,
-    /// How long a reset takes, as an arm takes to move home, in seconds.
+    /// How long a reset takes, as a real arm needs time to move home, s.
     pub homing: f64,
-    /// Draw so many instants once and replay them, whatever the arm does: for load tests, which are to
-    /// measure the transport.
+    /// Draw this many instants once and replay them, whatever the arm does. For load tests, which measure the
+    /// transport.
     pub prerender: Option<usize>,
-    /// For tests only: a fault between drawing and publishing.
+    /// For tests: a fault between drawing and publishing.
     pub tamper: Option<Tamper>,
 }
 
 impl Default for SimConfig {
-    /// Two cameras of 320 x 240 at 30 Hz, actions at 20 Hz, 6 s an episode.
+    /// Two cameras of 320 x 240 at 30 Hz, actions at 20 Hz, episodes of at most 6 s.
     fn default() -> SimConfig {
         SimConfig {
             width: 320,
@@ -81,13 +76,13 @@ impl Default for SimConfig {
 }
 
 impl SimConfig {
-    /// Ticks of the world a row.
-    fn ticks_a_row(&self) -> u32 {
+    /// Ticks of the world per row.
+    fn ticks_per_row(&self) -> u32 {
         (PHYSICS_HZ / self.control_hz).round().max(1.0) as u32
     }
 
     fn new_world(&self, scene: Scene) -> World {
-        World::new(scene, self.time_limit, 1.0 / (self.control_hz * f64::from(self.ticks_a_row())))
+        World::new(scene, self.time_limit, 1.0 / (self.control_hz * f64::from(self.ticks_per_row())))
     }
 }
 
@@ -101,11 +96,11 @@ impl fmt::Debug for SimConfig {
     }
 }
 
-/// Starts the robot's threads, which end when the robot is dropped. On return every sensor has published
-/// once.
+/// Starts the robot's threads, which end when the robot is dropped. Every sensor has published once before
+/// this returns.
 ///
 /// # Errors
-/// [`Error::Declaration`] if a size or rate cannot be, [`Error::Start`] if there can be no threads.
+/// [`Error::Declaration`] for an invalid size or rate, [`Error::Start`] if a thread cannot be started.
 pub fn start(config: SimConfig) -> Result<(SimRobot, Sensors), Error> {
     for (name, value) in
         [("fps", config.fps), ("control_hz", config.control_hz), ("time_limit", config.time_limit)]
@@ -117,7 +112,7 @@ pub fn start(config: SimConfig) -> Result<(SimRobot, Sensors), Error> {
     let SimConfig { width, height, cameras: count, .. } = config;
     if width == 0 || height == 0 {
         return Err(Error::Declaration(format!(
-            "expected pictures of at least one pixel, found {width} x {height}"
+            "expected images of at least one pixel, found {width} x {height}"
         )));
     }
     let proprios = [ProprioSpec::new("joint_pos", 7, "rad"), ProprioSpec::new("joint_vel", 7, "rad/s")];
@@ -147,7 +142,7 @@ pub fn start(config: SimConfig) -> Result<(SimRobot, Sensors), Error> {
     Ok((robot, sensors))
 }
 
-/// A Panda arm before a table, to be served by a [`PolicyServer`](chiral_server::PolicyServer).
+/// A Panda arm in front of a table, to be served by a [`PolicyServer`](chiral_server::PolicyServer).
 ///
 /// `reset` takes the option `target`, a list of x, y, z in metres, in place of the seed's own target; it
 /// ignores other options.
@@ -205,7 +200,7 @@ impl Robot for SimRobot {
         let mut reward = 0.0;
         for row in chunk.iter() {
             world.command(row);
-            for _ in 0..self.shared.config.ticks_a_row() {
+            for _ in 0..self.shared.config.ticks_per_row() {
                 reward += world.advance().reward;
             }
             let outcome = world.outcome();
@@ -241,8 +236,7 @@ impl Robot for SimRobot {
         true
     }
 
-    /// Stops the arm where it is; time runs on by the clock, so that whoever watches goes on seeing the
-    /// robot.
+    /// Stops the arm where it is. Real time continues, so that observers still receive images.
     fn hold(&mut self) {
         let mut world = lock(&self.shared.world);
         world.stop();
@@ -271,7 +265,7 @@ struct Shared {
 }
 
 impl Shared {
-    /// Publishes all that is not a picture. The lock tells that nothing newer has been published.
+    /// Publishes everything but the images. The lock guarantees that nothing newer has been published.
     fn publish_joints(&self, world: &MutexGuard<'_, World>) {
         let [position, velocity] = world.joints();
         let now = monotonic().now();
@@ -282,15 +276,15 @@ impl Shared {
         self.sensors.set_extra(world.extra());
     }
 
-    /// Publishes a picture of every camera; where time stands still, of one and the same instant.
+    /// Publishes an image of every camera. In lock-step all of them show the same instant.
     fn publish_cameras(&self) -> Result<(), SensorError> {
         let now = monotonic().now();
         self.cameras.iter().try_for_each(|camera| camera.publish(|| Some(lock(&self.world).view(now))))
     }
 
     fn run_physics(&self) {
-        // After a longer delay than this many ticks the world has lost time rather than rush after it.
-        const MOST_AT_ONCE: u32 = 50;
+        // After a delay of more ticks than this the world skips the rest instead of catching up.
+        const MAX_TICKS_AT_ONCE: u32 = 50;
         let tick = Duration::from_secs_f64(1.0 / PHYSICS_HZ);
         let mut due = Instant::now() + tick;
         while self.stop.wait_until(due) {
@@ -298,7 +292,7 @@ impl Shared {
             due += tick * ticks;
             let mut world = lock(&self.world);
             if world.pace == Pace::RealTime {
-                for _ in 0..ticks.min(MOST_AT_ONCE) {
+                for _ in 0..ticks.min(MAX_TICKS_AT_ONCE) {
                     world.advance();
                 }
             }
@@ -314,12 +308,12 @@ impl Shared {
         while self.stop.wait_until(due) {
             let late = Instant::now().duration_since(due).as_secs_f64();
             due += period * (1 + (late / period.as_secs_f64()) as u32);
-            let look = || {
+            let view = || {
                 let world = lock(&self.world);
                 (world.pace != Pace::LockStep).then(|| world.view(monotonic().now()))
             };
-            if let Err(error) = camera.publish(look) {
-                tracing::error!("not published: {error}");
+            if let Err(error) = camera.publish(view) {
+                tracing::error!("camera stopped, cannot publish: {error}");
                 return;
             }
         }
@@ -332,38 +326,38 @@ impl fmt::Debug for Shared {
     }
 }
 
-/// Tells threads to end, also those that wait for their next deadline.
+/// Ends threads, including those that wait for their next deadline.
 #[derive(Default)]
 struct Stop {
-    told: Mutex<bool>,
+    is_set: Mutex<bool>,
     changed: Condvar,
 }
 
 impl Stop {
     fn set(&self) {
-        *lock(&self.told) = true;
+        *lock(&self.is_set) = true;
         self.changed.notify_all();
     }
 
-    /// Waits, and returns whether to go on.
+    /// Waits until `deadline`; returns whether the thread should continue.
     fn wait_until(&self, deadline: Instant) -> bool {
-        let mut told = lock(&self.told);
+        let mut is_set = lock(&self.is_set);
         loop {
             let left = deadline.saturating_duration_since(Instant::now());
-            if *told || left.is_zero() {
-                return !*told;
+            if *is_set || left.is_zero() {
+                return !*is_set;
             }
-            told = self.changed.wait_timeout(told, left).unwrap_or_else(PoisonError::into_inner).0;
+            is_set = self.changed.wait_timeout(is_set, left).unwrap_or_else(PoisonError::into_inner).0;
         }
     }
 }
 
-/// Another number every time.
+/// Returns a different number every time.
 fn fresh_seed() -> u64 {
     RandomState::new().build_hasher().finish()
 }
 
-/// A place that a peer asked for, m.
+/// Parses the position of a target requested by a peer, m.
 fn point(value: &Value) -> Result<Point3<f64>, RobotError> {
     let numbers: Option<Vec<f64>> = value.as_list().and_then(|list| list.iter().map(Value::as_f64).collect());
     match numbers.as_deref() {

@@ -1,12 +1,12 @@
-//! The world at one instant: table, target, decoys and the arm's body, all from one seed.
+//! The bodies in the world at one instant, with their colours: table, target, decoys and the arm, from one
+//! seed.
 //!
-//! Lives here: what stands where and in which colour. Does not live here: the arm's movement (`arm`), cameras
-//! (`camera`), drawing (`render`).
+//! The arm's motion is in `arm`, the cameras are in `camera`, drawing is in `render`.
 //!
-//! The frame is the robot's base (`arm`), the table top is at z = 0. Each thing is drawn from a random stream
-//! of its own, and the target comes last: **moving the target changes nothing else**, so that only pixels and
-//! depth can tell where it is. The target is the only red thing: `r > 2 max(g, b)` holds for its pixels and
-//! for no others.
+//! The frame is the robot's base (`arm`); the table top is at z = 0. Start posture, decoys and target each
+//! have a random stream of their own, and the target is sampled last. **Moving the target changes nothing
+//! else**, so that only pixels and depth reveal where it is. The target is the only red body:
+//! `r > 2 max(g, b)` holds for its pixels and for no others.
 
 use nalgebra::{Matrix3, Point3, Vector3};
 
@@ -19,15 +19,15 @@ pub const VOLUME_LOW: [f64; 3] = [0.34, -0.26, 0.08];
 /// Highest corner of the volume in which targets' centres are placed, base frame, m.
 pub const VOLUME_HIGH: [f64; 3] = [0.75, 0.26, 0.40];
 
-/// Radius of the target, a sphere, m. A camera sees the sphere's surface, which is nearer than its centre:
-/// averaged over a small sphere's visible pixels, by two thirds of the radius along the ray.
+/// Radius of the target, a sphere, m. A camera sees the sphere's surface, which is nearer than its centre: by
+/// two thirds of the radius along the ray, averaged over the visible pixels of a small sphere.
 pub const TARGET_RADIUS: f64 = 0.025;
 
-/// The posture around which every episode starts, rad: hand raised and drawn back, clear of the volume,
-/// looking down into it.
+/// The posture close to which every episode starts, rad: the hand is raised and drawn back, clear of the
+/// volume, and the wrist camera looks down into it.
 pub const START: Joints = [0.0, -0.95, 0.0, -2.45, 0.0, 2.17, READY[6]];
 
-/// No decoy comes nearer to the target's surface than this, m.
+/// The smallest distance between a decoy and the target's surface, m.
 const CLEARANCE: f64 = 0.05;
 
 const RED: Surface = plain([0.80, 0.008, 0.012], 0.1);
@@ -40,19 +40,19 @@ const fn plain(color: [f32; 3], gloss: f32) -> Surface {
     Surface { color, pattern: Pattern::Plain, gloss }
 }
 
-/// Everything about an episode's world but the arm's posture, which changes.
+/// The parts of an episode's world that do not change: all but the arm's posture.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Scene {
     /// The target's centre, base frame, m.
     pub target: Point3<f64>,
-    /// The posture in which the arm starts, rad.
+    /// The arm's posture at the start, rad.
     pub start: Joints,
-    /// Bodies of other colours and shapes.
+    /// Bodies of other colours, some of other shapes.
     pub decoys: Vec<Primitive>,
 }
 
 impl Scene {
-    /// The world of a seed: always the same for the same seed.
+    /// The scene of a seed, the same for the same seed.
     pub fn sample(seed: u64) -> Self {
         let start = sample_start(&mut Stream::new(seed, 1));
         let decoys = sample_decoys(&mut Stream::new(seed, 2));
@@ -60,13 +60,13 @@ impl Scene {
         Self { target, start, decoys }
     }
 
-    /// The same world, but for the target's place (base frame, m). The place is taken as it is: it may be
-    /// hidden or out of reach.
+    /// The same scene with the target at another position (base frame, m). The position is not checked: it
+    /// may be hidden or out of reach.
     pub fn with_target(self, target: Point3<f64>) -> Self {
         Self { target, ..self }
     }
 
-    /// Every body while the arm's links are at `links`.
+    /// All bodies while the arm's links are at `links`.
     pub fn bodies(&self, links: &Links) -> Vec<Primitive> {
         let mut bodies = surroundings(links, &self.decoys);
         bodies.extend(on_stalk(self.target, RED));
@@ -81,7 +81,7 @@ fn surroundings(links: &Links, decoys: &[Primitive]) -> Vec<Primitive> {
     bodies
 }
 
-/// A ball of the target's size and the stalk under it.
+/// A ball of the target's size with the stalk under it.
 fn on_stalk(center: Point3<f64>, surface: Surface) -> [Primitive; 2] {
     let stalk = [Point3::new(center.x, center.y, 0.0), center - Vector3::z() * (TARGET_RADIUS + 0.002)];
     let foot = Shape::Capsule { ends: stalk, radius: 0.004 };
@@ -111,11 +111,11 @@ fn furniture() -> Vec<Primitive> {
     bodies
 }
 
-/// The arm and its gripper, in proportions close to the real ones, from the frames of its links.
+/// The arm and its gripper, close to the real proportions, placed by the frames of the links.
 fn arm_body(links: &Links) -> Vec<Primitive> {
     let [_, shoulder, upper, elbow, wrist, _, last] = links.joints;
     let origin = |i: usize| Point3::from(links.joints[i].translation.vector);
-    // A point of a link's frame, given in it.
+    // A point given in a link's frame.
     let point = |frame: &nalgebra::Isometry3<f64>, x: f64, y: f64, z: f64| frame * Point3::new(x, y, z);
     let across = |frame: &nalgebra::Isometry3<f64>, half: f64| {
         [point(frame, 0.0, 0.0, -half), point(frame, 0.0, 0.0, half)]
@@ -151,7 +151,7 @@ fn arm_body(links: &Links) -> Vec<Primitive> {
         in_hand([0.0, 0.0, -0.040], [0.020, 0.092, 0.006], JOINT),
         in_hand([0.0, 0.042, -0.014], [0.010, 0.007, 0.024], JOINT),
         in_hand([0.0, -0.042, -0.014], [0.010, 0.007, 0.024], JOINT),
-        // The wrist camera's housing, wholly behind its lens.
+        // The wrist camera's housing, entirely behind its lens.
         in_hand([0.054, 0.0, -0.106], [0.026, 0.036, 0.011], JOINT),
     ]);
     bodies
@@ -170,7 +170,7 @@ fn sample_decoys(stream: &mut Stream) -> Vec<Primitive> {
         plain([0.02, 0.40, 0.42], 0.1),
         plain([0.75, 0.76, 0.74], 0.1),
     ];
-    // Places around the volume, low where the head camera looks over them.
+    // Positions around the volume, low where the head camera looks over them.
     let mut places = [
         (0.24, 0.42),
         (0.50, 0.44),
@@ -188,7 +188,7 @@ fn sample_decoys(stream: &mut Stream) -> Vec<Primitive> {
         let foot = Point3::new(x + stream.uniform(-0.03, 0.03), y + stream.uniform(-0.03, 0.03), 0.0);
         decoys.push(standing(k % 4, foot, surface, stream));
     }
-    // A blue twin of the target, inside the volume: who mistakes blue for red will go there.
+    // A blue copy of the target inside the volume: a policy that confuses red and blue moves there.
     let twin =
         Point3::new(stream.uniform(0.40, 0.70), stream.uniform(-0.22, 0.22), stream.uniform(0.10, 0.22));
     decoys.extend(on_stalk(twin, BLUE));
@@ -218,7 +218,7 @@ fn standing(kind: usize, foot: Point3<f64>, surface: Surface, stream: &mut Strea
     Primitive { shape, surface }
 }
 
-/// A place in the volume that is clear of the decoys and in full sight of the head camera.
+/// A position in the volume that is clear of the decoys and fully visible to the head camera.
 fn sample_target(stream: &mut Stream, start: &Joints, decoys: &[Primitive]) -> Point3<f64> {
     let links = Links::at(start);
     let bodies = surroundings(&links, decoys);
@@ -249,8 +249,8 @@ fn sample_target(stream: &mut Stream, start: &Joints, decoys: &[Primitive]) -> P
         .expect("most of the volume is clear and in sight")
 }
 
-/// A stream of random numbers (splitmix64: S. Vigna, prng.di.unimi.it/splitmix64.c), the same ones for the
-/// same seed and purpose.
+/// A stream of random numbers (splitmix64: S. Vigna, prng.di.unimi.it/splitmix64.c), the same for the same
+/// seed and purpose.
 struct Stream(u64);
 
 impl Stream {
@@ -287,8 +287,7 @@ mod tests {
 
     const SEEDS: u64 = 200;
 
-    /// The first instant of a scene as one camera sees it: the camera, and the world points of all red
-    /// pixels.
+    /// Draws the first instant of a scene; returns the camera and the world points of all red pixels.
     fn red_points(scene: &Scene, mount: Mount) -> (Pinhole, Vec<Point3<f64>>) {
         let (width, height) = (160, 120);
         let links = Links::at(&scene.start);
@@ -306,7 +305,7 @@ mod tests {
     }
 
     #[test]
-    fn the_head_camera_alone_tells_where_the_target_is() {
+    fn the_head_camera_alone_locates_the_target() {
         for seed in 0..SEEDS {
             let scene = Scene::sample(seed);
             let (camera, points) = red_points(&scene, Mount::Head);
@@ -322,7 +321,7 @@ mod tests {
     fn the_wrist_camera_mostly_sees_the_target_from_the_start() {
         let seen =
             (0..SEEDS).filter(|&seed| red_points(&Scene::sample(seed), Mount::Wrist).1.len() >= 8).count();
-        assert!(seen > 180, "in {seen} scenes of {SEEDS}");
+        assert!(seen > 180, "visible in {seen} scenes of {SEEDS}");
     }
 
     #[test]
@@ -349,7 +348,7 @@ mod tests {
     }
 
     #[test]
-    fn targets_are_within_quick_reach_and_so_are_their_surroundings() {
+    fn targets_and_the_points_around_them_are_within_2_s_of_reach() {
         for seed in 0..SEEDS {
             let Scene { target, start, .. } = Scene::sample(seed);
             let outward = Vector3::new(target.x, target.y, 0.0).normalize() * 0.03;
@@ -396,7 +395,7 @@ mod tests {
     }
 
     #[test]
-    fn a_seed_is_a_scene() {
+    fn the_same_seed_gives_the_same_scene() {
         assert_eq!(Scene::sample(7), Scene::sample(7));
         assert_ne!(Scene::sample(7).target, Scene::sample(8).target);
         assert_ne!(Scene::sample(7).start, Scene::sample(8).start);

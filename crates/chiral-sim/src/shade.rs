@@ -1,28 +1,29 @@
-//! How a surface is lit: its colour and pattern, one lamp, the light of sky and ground, a highlight, haze.
+//! The colours of surfaces: albedo and pattern, one lamp, the light of sky and ground, a highlight, haze.
 //!
-//! Lives here: everything about colour. Does not live here: which surface a pixel sees and whether the lamp
-//! reaches it (`render`). Shading keeps hues: a red surface stays red in the shade and under the highlight,
-//! so that it can be found by its colour.
+//! Which surface a pixel sees and whether the lamp reaches it is decided in `render`. Shading keeps hues: a
+//! red surface stays red in the shade and under the highlight, so that its colour identifies it.
 
 use nalgebra::{Point3, Vector3};
 
-use crate::render::MAX_DEPTH;
 use crate::shape::{Pattern, Surface};
 
-/// Red, green and blue, linear light unless told otherwise.
+/// Bodies further away than this along the optical axis, m, are background and have depth 0.
+pub const MAX_DEPTH: f64 = 6.0;
+
+/// Red, green and blue, linear light unless stated otherwise.
 pub(crate) type Color = Vector3<f32>;
 
 /// A point of a surface.
 pub(crate) struct Place {
     pub(crate) point: Point3<f64>,
-    /// Unit vector outwards.
+    /// The outward unit normal.
     pub(crate) normal: Vector3<f64>,
     /// Whether the lamp reaches the point.
     pub(crate) lit: bool,
 }
 
-/// The light that a surface sends back at `place` to where `view` comes from; the lamp is in the direction
-/// `to_light` (unit).
+/// The light that a surface reflects at `place` towards the origin of the ray `view`; `to_light` is the unit
+/// direction of the lamp.
 pub(crate) fn shade(surface: &Surface, place: &Place, view: &Vector3<f64>, to_light: &Vector3<f64>) -> Color {
     const KEY: f32 = 0.78;
     const SKY: Color = Color::new(0.36, 0.39, 0.44);
@@ -50,7 +51,7 @@ fn albedo(surface: &Surface, point: &Point3<f64>) -> Color {
     match surface.pattern {
         Pattern::Plain => color,
         Pattern::Grid => {
-            // As soft and wide as a pixel of a small picture, so that the lines do not break up in it.
+            // As soft and wide as a pixel of a small image, so that the lines do not break up.
             let line = |x: f64| 1.0 - (fraction(x / 0.1 + 0.08) / 0.08 - 1.0).abs().min(1.0);
             color * (1.0 + 0.8 * line(point.x - 0.04).max(line(point.y))) as f32
         }
@@ -66,28 +67,27 @@ fn albedo(surface: &Surface, point: &Point3<f64>) -> Color {
     }
 }
 
-/// What `x` has more than the next lower whole number. Right for `x` above -1000, and faster than `floor`
-/// without SSE 4.1.
+/// The fractional part of `x`, for `x` above -1000. Faster than `floor` without SSE 4.1.
 fn fraction(x: f64) -> f64 {
     let x = x + 1000.0;
     x - x as i64 as f64
 }
 
-/// A smooth wave from 0 at whole numbers to 1 midway, made of parabolas.
+/// A smooth wave of parabolas, 0 at integers and 1 midway.
 fn wave(x: f64) -> f64 {
     let x = fraction(x);
     4.0 * x * (1.0 - x)
 }
 
-/// The colour behind everything: bright at the horizon, calmer above.
+/// The colour of the background: bright at the horizon, darker above.
 pub(crate) fn background(direction: &Vector3<f64>) -> Color {
     let up = (direction.z / direction.norm()) as f32;
     let (horizon, above) = (Color::new(0.70, 0.74, 0.78), Color::new(0.30, 0.40, 0.52));
     horizon.lerp(&above, (up * 1.6).clamp(0.0, 1.0))
 }
 
-/// `color` as seen through the haze from the depth `t`, in a direction: at [`MAX_DEPTH`] nothing but the
-/// background is left of it.
+/// `color` as seen through haze at the depth `t` in this direction. At [`MAX_DEPTH`] only the background
+/// remains.
 pub(crate) fn through_haze(color: Color, t: f64, direction: &Vector3<f64>) -> Color {
     const START: f64 = 1.8;
     if t <= START {
@@ -97,8 +97,8 @@ pub(crate) fn through_haze(color: Color, t: f64, direction: &Vector3<f64>) -> Co
     color.lerp(&background(direction), share * (2.0 - share))
 }
 
-/// From linear light to what is shown, 0 to 1, with a gamma of 2.
-pub(crate) fn shown(light: Color) -> Color {
+/// Converts linear light to display values, 0 to 1, with a gamma of 2.
+pub(crate) fn to_display(light: Color) -> Color {
     light.map(|c| c.clamp(0.0, 1.0).sqrt())
 }
 
@@ -119,7 +119,8 @@ mod tests {
                 continue;
             }
             let lit = normal.dot(&to_light) > 0.0 && k % 3.0 > 0.0;
-            let seen = shown(shade(&red, &Place { point: Point3::origin(), normal, lit }, &view, &to_light));
+            let seen =
+                to_display(shade(&red, &Place { point: Point3::origin(), normal, lit }, &view, &to_light));
             assert!(
                 seen.x > 0.3 && seen.x > 2.0 * seen.y.max(seen.z),
                 "{seen} with normal {normal} seen along {view}"
@@ -128,7 +129,7 @@ mod tests {
     }
 
     #[test]
-    fn haze_ends_in_the_background() {
+    fn haze_fades_into_the_background() {
         let (color, direction) = (Color::new(0.1, 0.2, 0.3), Vector3::new(0.5, 0.5, -0.1));
         assert_eq!(through_haze(color, 1.0, &direction), color);
         assert!((through_haze(color, MAX_DEPTH, &direction) - background(&direction)).norm() < 1e-6);

@@ -1,19 +1,19 @@
-//! The shapes a scene is made of, and where a ray meets them.
+//! The shapes of a scene (planes, spheres, capsules and boxes), the colours of their surfaces, and where a
+//! ray meets them.
 //!
-//! Lives here: planes, spheres, capsules and boxes, their surfaces' colours, and the arithmetic of one ray
-//! against one shape. Does not live here: which shapes there are (`scene`) and how they are lit (`render`).
+//! Which shapes a scene has is in `scene`, how they are lit in `shade`.
 //!
-//! Lengths are metres in the world frame (`arm` says which). Formulas: the quadratic of each shape, as in I.
-//! Quilez, "Intersectors" (iquilezles.org/articles/intersectors), for directions of any length.
+//! Lengths are metres in the world frame, which `arm` defines. Formulas: the quadratic of each shape, as in
+//! I. Quilez, "Intersectors" (iquilezles.org/articles/intersectors), for directions of any length.
 
 use nalgebra::{Matrix3, Point3, Vector3};
 
-/// The part of a line that lies ahead of its origin: the points `origin + t direction` with `t > 0`.
+/// The part of a line ahead of its origin: the points `origin + t direction` with `t > 0`.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Ray {
     /// Where the ray begins.
     pub origin: Point3<f64>,
-    /// Where it goes; its length is the unit of `t`.
+    /// Its direction; its length is the unit of `t`.
     pub direction: Vector3<f64>,
 }
 
@@ -37,25 +37,25 @@ pub enum Shape {
     },
     /// All points at `radius` from `center`.
     Sphere {
-        /// The middle.
+        /// The centre.
         center: Point3<f64>,
         /// m.
         radius: f64,
     },
     /// All points at `radius` from the segment between `ends`.
     Capsule {
-        /// The middles of the two caps.
+        /// The centres of the two caps.
         ends: [Point3<f64>; 2],
         /// m.
         radius: f64,
     },
-    /// A box standing any way round.
+    /// A box in any orientation.
     Box {
-        /// The middle.
+        /// The centre.
         center: Point3<f64>,
         /// The box's three axes as columns, orthonormal.
         axes: Matrix3<f64>,
-        /// From the middle to each pair of faces, m.
+        /// The distance from the centre to each pair of faces, m.
         half: Vector3<f64>,
     },
 }
@@ -131,9 +131,9 @@ impl Shape {
         }
     }
 
-    /// The smallest box along the axes of another frame that holds the shape, as its lowest and highest
+    /// The smallest box along the axes of another frame that contains the shape, as its lowest and highest
     /// corner in that frame, where `rotation` and `origin` take a world point to `rotation (p - origin)`.
-    /// `None` for a plane, which has no end.
+    /// `None` for a plane, which is infinite.
     pub fn extent(
         &self,
         rotation: &Matrix3<f64>,
@@ -177,7 +177,7 @@ fn hit_capsule(ray: &Ray, [start, end]: &[Point3<f64>; 2], radius: f64) -> Optio
     if discriminant < 0.0 {
         return None;
     }
-    // Along the axis the cylinder is never met (a = 0): the cap that the ray comes to first decides.
+    // A ray along the axis never meets the cylinder (a = 0): the first cap on its way decides.
     let place = if a > 0.0 { aside + along * (-b - discriminant.sqrt()) / a } else { -along };
     if a > 0.0 && (0.0..=length2).contains(&place) {
         let t = (-b - discriminant.sqrt()) / a;
@@ -186,16 +186,16 @@ fn hit_capsule(ray: &Ray, [start, end]: &[Point3<f64>; 2], radius: f64) -> Optio
     hit_sphere(ray, if place < 0.0 { start } else { end }, radius)
 }
 
-/// The components of `v` along the columns of `axes` (nalgebra's `tr_mul` does the same in a loop, several
-/// times slower).
+/// The components of `v` along the columns of `axes`. nalgebra's `tr_mul` does the same in a loop that is
+/// several times slower.
 fn along(axes: &Matrix3<f64>, v: &Vector3<f64>) -> Vector3<f64> {
     Vector3::new(axes.column(0).dot(v), axes.column(1).dot(v), axes.column(2).dot(v))
 }
 
 fn hit_box(ray: &Ray, center: &Point3<f64>, axes: &Matrix3<f64>, half: &Vector3<f64>) -> Option<f64> {
     let (origin, direction) = (along(axes, &(ray.origin - center)), along(axes, &ray.direction));
-    // Along a face the quotients are infinite and the comparisons still right. Not `f64::min`, whose care for
-    // NaN is slow.
+    // For a ray along a face the quotients are infinite and the comparisons still correct. `f64::min` is
+    // slow, since it handles NaN.
     let lesser = |a: f64, b: f64| if a < b { a } else { b };
     let greater = |a: f64, b: f64| if a > b { a } else { b };
     let inverse = direction.map(|d| 1.0 / d);
@@ -247,7 +247,7 @@ mod tests {
         }
     }
 
-    /// Rays from all round towards, past and away from the shapes.
+    /// Rays from all sides towards, past and away from the shapes.
     fn rays() -> impl Iterator<Item = Ray> {
         (0..400).map(|k| {
             let k = f64::from(k);
@@ -258,7 +258,7 @@ mod tests {
     }
 
     #[test]
-    fn hits_lie_on_the_surface_and_nothing_lies_before_them() {
+    fn hits_lie_on_the_surface_and_no_part_of_the_shape_is_in_front() {
         for shape in shapes() {
             let (mut hits, mut misses) = (0, 0);
             for ray in rays() {
@@ -278,7 +278,10 @@ mod tests {
                 }
                 for k in 0..40 {
                     let before = ray.at(end * f64::from(k) / 40.0);
-                    assert!(distance(&shape, &before) > -1e-9, "{shape:?} {ray:?} is met before {end}");
+                    assert!(
+                        distance(&shape, &before) > -1e-9,
+                        "{shape:?} {ray:?} is inside the shape before {end}"
+                    );
                 }
             }
             assert!(hits > 30 && misses > 30, "{shape:?}: {hits} hits, {misses} misses");
@@ -286,7 +289,7 @@ mod tests {
     }
 
     #[test]
-    fn rays_along_an_axis_are_met_too() {
+    fn rays_along_an_axis_hit_too() {
         let check = |shape: Shape, origin: [f64; 3], direction: [f64; 3], expected: Option<f64>| {
             let found = shape.hit(&Ray { origin: origin.into(), direction: direction.into() });
             assert_eq!(found.map(|t| (t * 1e9).round()), expected.map(|t| (t * 1e9).round()), "{shape:?}");
@@ -307,10 +310,10 @@ mod tests {
     }
 
     #[test]
-    fn extents_hold_every_hit() {
+    fn extents_contain_every_hit() {
         let (rotation, origin) = (tilted().transpose(), Point3::new(0.3, -0.2, 0.1));
         for shape in shapes() {
-            let (low, high) = shape.extent(&rotation, &origin).expect("these shapes end");
+            let (low, high) = shape.extent(&rotation, &origin).expect("these shapes are finite");
             for point in rays().filter_map(|ray| shape.hit(&ray).map(|t| ray.at(t))) {
                 let local = rotation * (point - origin);
                 assert!((local - low).min() > -1e-9 && (high - local).min() > -1e-9, "{shape:?}");

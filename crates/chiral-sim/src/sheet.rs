@@ -1,6 +1,6 @@
-//! A sheet of what the cameras saw in an episode, as it came over the wire: for people.
+//! A contact sheet of an episode, for people: what the policy received from each camera, depth in colours.
 //!
-//! Lives here: the layout, and depth as colours. Does not live here: how to draw (`canvas`).
+//! The drawing operations are in `canvas`.
 
 use std::fs::File;
 use std::io;
@@ -12,14 +12,14 @@ use nalgebra::{Point3, Vector4};
 use crate::canvas::{Canvas, LETTER, Rgb};
 use crate::episode::{Episode, Snapshot};
 
-/// Between pictures, and around them, pixels.
+/// The space between and around images, pixels.
 const MARGIN: usize = 8;
-/// Height of a caption's line, pixels.
+/// Height of a caption, pixels.
 const LINE: usize = 15;
 /// Height of the title, pixels.
 const TITLE: usize = 34;
-/// Pictures are shown at least this wide, pixels.
-const LEAST_WIDTH: usize = 320;
+/// Images are enlarged to at least this width, pixels.
+const MIN_WIDTH: usize = 320;
 
 const DARK: Rgb = [17, 19, 24];
 const TEXT: Rgb = [150, 158, 172];
@@ -27,11 +27,11 @@ const BRIGHT: Rgb = [236, 240, 246];
 const GOOD: Rgb = [120, 220, 140];
 const BAD: Rgb = [255, 120, 100];
 
-/// Writes the sheet as PNG: for each camera colour and depth, first above last, with a ring where the policy
-/// believed the target to be.
+/// Writes the sheet as PNG: colour and depth of each camera, the first observation above the last, with a
+/// ring where the policy believed the target to be.
 ///
 /// # Errors
-/// The file's.
+/// Those of the file.
 pub fn save(episode: &Episode, path: &Path) -> io::Result<()> {
     draw(episode).encode(File::create(path)?)
 }
@@ -64,24 +64,24 @@ fn title(canvas: &mut Canvas, episode: &Episode) {
     let at = [MARGIN, MARGIN + 3];
     let name = format!("seed {}", episode.seed);
     canvas.write(at, 2, BRIGHT, &name);
-    let (word, color) = if episode.success { ("reached", GOOD) } else { ("not reached", BAD) };
-    canvas.write([at[0] + (name.len() + 2) * LETTER * 2, at[1]], 2, color, word);
+    let (outcome, color) = if episode.success { ("reached", GOOD) } else { ("not reached", BAD) };
+    canvas.write([at[0] + (name.len() + 2) * LETTER * 2, at[1]], 2, color, outcome);
     let figures = format!("{:.2} s, {} actions", episode.last.obs.timestamp, episode.steps);
-    canvas.write([at[0] + (name.len() + word.len() + 4) * LETTER * 2, at[1]], 2, TEXT, &figures);
+    canvas.write([at[0] + (name.len() + outcome.len() + 4) * LETTER * 2, at[1]], 2, TEXT, &figures);
 }
 
-/// How one camera's pictures are shown.
+/// The layout of one camera's images.
 struct Panel {
     camera: String,
     size: [usize; 2],
     scale: usize,
-    /// m, over both observations.
+    /// The range of depths in both observations, m.
     nearest: f32,
     farthest: f32,
 }
 
 impl Panel {
-    /// `None` for a camera that is not of 8-bit red, green and blue.
+    /// `None` for a camera whose images are not 8-bit red, green and blue.
     fn of(camera: &Camera, episode: &Episode) -> Option<Panel> {
         let &[height, width, 3] = camera.image.shape() else { return None };
         camera.image.values::<u8>().ok()?;
@@ -90,12 +90,12 @@ impl Panel {
             snapshots.into_iter().flat_map(|snapshot| depths(find(snapshot, &camera.name))).collect();
         depths.retain(|z| z.is_finite() && *z > 0.0);
         depths.sort_unstable_by(f32::total_cmp);
-        // A few pixels at either end should not cost the others their colours.
+        // Ignore a few extreme pixels at either end, so that the colours cover the others.
         let share = |percent: usize| depths.get(depths.len().saturating_sub(1) * percent / 100).copied();
         Some(Panel {
             camera: camera.name.to_string(),
             size: [width, height],
-            scale: LEAST_WIDTH.div_ceil(width),
+            scale: MIN_WIDTH.div_ceil(width),
             nearest: share(4).unwrap_or(0.1),
             farthest: share(86).unwrap_or(1.0),
         })
@@ -109,7 +109,7 @@ impl Panel {
         self.size[1] * self.scale
     }
 
-    /// Colour and depth side by side, captions above.
+    /// Draws colour and depth side by side with captions above.
     fn draw(&self, canvas: &mut Canvas, corner: [usize; 2], snapshot: &Snapshot, when: &str) {
         let camera = find(snapshot, &self.camera);
         let [left, top] = [corner[0], corner[1] + LINE];
@@ -147,24 +147,25 @@ impl Panel {
         }
     }
 
-    /// Where the target is in the scaled picture, and the radius of a ring around it.
+    /// The target's position in the scaled image, and the radius of a ring around it.
     fn place(&self, camera: &Camera, target: &Point3<f64>) -> Option<(f64, f64, f64)> {
         const RING: f64 = 0.032;
         let to_camera = camera.extrinsics.try_inverse()?;
         let local = (to_camera * Vector4::new(target.x, target.y, target.z, 1.0)).xyz();
         let image = camera.intrinsics * local;
-        // A pixel's middle is at its whole number; scaled, it is half a large pixel further.
+        // A pixel's centre is at its integer coordinates; in the scaled image it is half a large pixel
+        // further.
         let scaled = |image: f64| (image + 0.5) * self.scale as f64;
         let radius = (camera.intrinsics[(0, 0)] * RING / local.z * self.scale as f64).max(7.0);
         (local.z > 0.01).then(|| (scaled(image.x / image.z), scaled(image.y / image.z), radius))
     }
 
-    /// Near is warm, far is cold, unknown is dark.
+    /// Near depths are warm, far ones cold, unknown ones dark.
     fn color(&self, z: f32) -> Rgb {
         if !(z.is_finite() && z > 0.0) {
             return [34, 36, 42];
         }
-        // By its logarithm, so that what is near is told apart as well as what is far.
+        // A logarithmic scale separates near depths as well as far ones.
         let share = (self.farthest / z).ln() / (self.farthest / self.nearest).ln().max(1e-3);
         turbo(0.05 + 0.9 * share.clamp(0.0, 1.0))
     }

@@ -1,8 +1,8 @@
 //! The task: bring the hand to the target and hold it there.
 //!
-//! Lives here: reward, success and the time limit, as a pure state machine fed with the hand's position. Does
-//! not live here: where the target stands (`scene`) or how the hand moves (`arm`). Nothing it says before the
-//! first movement depends on the target, so that a policy can learn the target's place from pixels only.
+//! A pure state machine that takes the hand's position and computes reward, success and the time limit. The
+//! target's position is chosen in `scene`, the hand moves in `arm`. No outcome before the first movement
+//! depends on the target, so that a policy can learn the target's position only from pixels.
 
 use nalgebra::Point3;
 
@@ -11,15 +11,15 @@ pub const REACH: f64 = 0.02;
 /// How long the hand must stay there, s.
 pub const HOLD: f64 = 0.2;
 
-/// What one advance of the world brought.
+/// The outcome of one advance of the world.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Outcome {
-    /// How much nearer the hand came to the target's centre, m (negative: further away). The rewards of an
+    /// How much closer the hand came to the target's centre, m; negative if it moved away. The rewards of an
     /// episode add up to the distance covered.
     pub reward: f64,
-    /// The episode ended by the hand having held the target.
+    /// The episode ended because the hand held the target.
     pub terminated: bool,
-    /// The episode ended by its time limit.
+    /// The episode ended at its time limit.
     pub truncated: bool,
     /// Whether the target was held; with this task the same as `terminated`.
     pub success: bool,
@@ -48,10 +48,10 @@ impl Task {
         self.elapsed
     }
 
-    /// Tells the task that `dt` seconds passed and the hand is now at `hand` (base frame, m). Once the
-    /// episode has ended it stays ended the same way, with no further reward.
+    /// Advances the task by `dt` seconds to the hand's position `hand` (base frame, m). An episode that has
+    /// ended keeps its outcome, with no further reward.
     pub fn advance(&mut self, hand: Point3<f64>, dt: f64) -> Outcome {
-        // Sums of many small steps fall short of the limit by rounding.
+        // By rounding, a sum of many small steps can be slightly below the limit.
         const ROUNDING: f64 = 1e-9;
         if let Some(outcome) = self.ended {
             return Outcome { reward: 0.0, ..outcome };
@@ -76,8 +76,8 @@ mod tests {
 
     const DT: f64 = 0.02;
 
-    /// Runs the hand through `distances` from the target, one per step of `DT`, and tells at which step and
-    /// how the episode ended.
+    /// Moves the hand through `distances` from the target, one per step of `DT`, and checks at which step the
+    /// episode ends and whether successfully.
     fn check(distances: impl IntoIterator<Item = f64>, limit: f64, expected: Option<(usize, bool)>) {
         let target = Point3::new(0.5, 0.1, 0.2);
         let at = |distance: f64| target + nalgebra::Vector3::new(0.0, 0.0, distance);
@@ -100,20 +100,20 @@ mod tests {
     }
 
     #[test]
-    fn episodes_end_as_they_should() {
+    fn episodes_end_on_success_or_at_the_time_limit() {
         let steady = |distance: f64| std::iter::repeat_n(distance, 100);
         check(steady(0.0), 4.0, Some((10, true)));
         check(steady(0.0199), 4.0, Some((10, true)));
         check(steady(0.0201), 1.0, Some((50, false)));
         check(steady(0.3), 4.0, None);
-        // Passing through is not holding, and leaving for one step starts the hold again.
+        // Passing through is not holding, and leaving for one step restarts the hold.
         check((0..100).map(|k| if k % 9 == 8 { 0.03 } else { 0.01 }), 4.0, None);
         check((0..100).map(|k| if k == 5 { 0.03 } else { 0.01 }), 4.0, Some((16, true)));
         check((0..100).map(|k| 0.5 - 0.05 * f64::from(k.min(10))), 4.0, Some((20, true)));
     }
 
     #[test]
-    fn standing_still_earns_nothing() {
+    fn no_movement_earns_no_reward() {
         let hand = Point3::new(0.3, 0.0, 0.5);
         let outcomes: Vec<_> = [Point3::new(0.5, 0.1, 0.2), Point3::new(0.7, -0.2, 0.4)]
             .map(|target| Task::new(target, hand, 4.0).advance(hand, DT))

@@ -1,7 +1,6 @@
-//! The world in time: scene, arm and task of one episode, advanced tick by tick.
+//! The simulated world of one episode: scene, arm and task, advanced tick by tick.
 //!
-//! Lives here: what one tick does, and what the world says of itself. Does not live here: clocks and threads
-//! (`robot`), and who looks (`cameras`).
+//! Clocks and threads are in `robot`, the cameras in `cameras`.
 
 use chiral_proto::{Timestamp, ValueMap, value};
 
@@ -10,19 +9,19 @@ use crate::scene::Scene;
 use crate::shape::Primitive;
 use crate::task::{Outcome, Task};
 
-/// What makes the world's time pass.
+/// What advances the world's time.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Pace {
-    /// Nothing yet: an episode's time begins with its first action, so that its first observation is the same
+    /// Nothing yet. An episode's time begins with its first action, so that its first observation is the same
     /// whenever it is taken.
     Ready,
-    /// The clock on the wall.
+    /// The wall clock.
     RealTime,
-    /// `step`, and nothing else.
+    /// Only `step`.
     LockStep,
 }
 
-/// What cameras need to know of one instant.
+/// What a camera draws: one instant of the world.
 #[derive(Clone, Debug)]
 pub(crate) struct View {
     pub(crate) links: Links,
@@ -37,16 +36,16 @@ pub(crate) struct World {
     arm: Arm,
     task: Task,
     outcome: Outcome,
-    /// Of the whole episode.
+    /// The sum over the episode.
     reward: f64,
     ticks: u64,
-    /// Seconds a tick.
+    /// Seconds per tick.
     tick: f64,
     pub(crate) pace: Pace,
 }
 
 impl World {
-    /// The beginning of an episode in `scene` that is truncated after `limit` seconds, `tick` seconds a tick.
+    /// The start of an episode in `scene` with ticks of `tick` seconds, truncated after `limit` seconds.
     pub(crate) fn new(scene: Scene, limit: f64, tick: f64) -> World {
         let arm = Arm::new(&scene.start);
         let task = Task::new(scene.target, arm.links().hand_point(), limit);
@@ -54,7 +53,7 @@ impl World {
         World { scene, arm, task, outcome, reward: 0.0, ticks: 0, tick, pace: Pace::Ready }
     }
 
-    /// Sends the arm to these joint positions, rad.
+    /// Commands the arm to move to these joint positions, rad.
     pub(crate) fn command(&mut self, values: &[f32]) {
         let mut target = *self.arm.target();
         target.iter_mut().zip(values).for_each(|(joint, value)| *joint = f64::from(*value));
@@ -66,7 +65,7 @@ impl World {
         self.arm.stop();
     }
 
-    /// One tick; what it brought.
+    /// Advances the world by one tick; returns its outcome.
     pub(crate) fn advance(&mut self) -> Outcome {
         self.arm.advance(self.tick);
         self.ticks += 1;
@@ -75,7 +74,7 @@ impl World {
         self.outcome
     }
 
-    /// What the last tick brought.
+    /// The outcome of the last tick.
     pub(crate) fn outcome(&self) -> Outcome {
         self.outcome
     }
@@ -85,7 +84,7 @@ impl World {
         self.ticks as f64 * self.tick
     }
 
-    /// What there is to be seen.
+    /// The current instant for the cameras.
     pub(crate) fn view(&self, captured_at: Timestamp) -> View {
         let links = self.arm.links();
         View { bodies: self.scene.bodies(&links), links, captured_at }
@@ -97,8 +96,8 @@ impl World {
         [rounded(self.arm.position()), rounded(self.arm.velocity())]
     }
 
-    /// What observations say of the episode besides what the sensors see: for whoever evaluates a policy, not
-    /// for the policy.
+    /// The `extra` of observations: the state of the episode, for evaluating a policy. The policy must not
+    /// use it.
     pub(crate) fn extra(&self) -> ValueMap {
         value::map([
             ("success", self.outcome.success.into()),
