@@ -1,4 +1,4 @@
-"""The Franka Panda, by its published numbers: where its hand is, how to bring it to a point, how fast its joints may turn."""
+"""The Franka Panda's kinematics and joint limits, from its published numbers."""
 
 import numpy as np
 
@@ -7,7 +7,8 @@ UPPER = np.array([2.8973, 1.7628, 2.8973, -0.0698, 2.8973, 3.7525, 2.8973])
 MAX_VELOCITY = np.array([2.175, 2.175, 2.175, 2.175, 2.61, 2.61, 2.61])
 READY = np.array([0, -np.pi / 4, 0, -3 * np.pi / 4, 0, np.pi / 2, np.pi / 4])
 
-# a, d, alpha: Denavit and Hartenberg's parameters as Craig counts them; behind them flange and fingertips, on the last axis.
+# a, d, alpha: Denavit-Hartenberg parameters in Craig's convention. Flange and fingertips follow on the last
+# axis.
 DH = [
     (0, 0.333, 0),
     (0, 0, -np.pi / 2),
@@ -22,11 +23,12 @@ FLANGE, TOOL = 0.107, 0.1034
 
 def link(a, d, alpha, angle):
     ca, sa, c, s = np.cos(alpha), np.sin(alpha), np.cos(angle), np.sin(angle)
-    return np.array([[c, -s, 0, a], [s * ca, c * ca, -sa, -d * sa], [s * sa, c * sa, ca, d * ca], [0, 0, 0, 1]])
+    rows = [c, -s, 0, a], [s * ca, c * ca, -sa, -d * sa], [s * sa, c * sa, ca, d * ca], [0, 0, 0, 1]
+    return np.array(rows)
 
 
 def frames(q):
-    """The pose of each joint, and last the hand's: z is where it points, its fingers open along y."""
+    """Returns the pose of each joint, then the hand's: the hand points along z, its fingers open along y."""
     poses = [np.eye(4)]
     for row, angle in zip(DH, q):
         poses.append(poses[-1] @ link(*row, angle))
@@ -38,12 +40,16 @@ def hand_point(q):
 
 
 def inverse_kinematics(point, start):
-    """Joint positions with the hand at `point`, as near to READY as that leaves them, by damped least squares; None if there are none."""
+    """Finds joint positions with the hand at `point`, as close to READY as possible, by damped least squares.
+
+    Returns None if there are none.
+    """
     for q in (start, READY, np.array([0.5, 0.3, 0.5, -1.5, 0, 1.8, 0.8])):
         for _ in range(150):
             *joints, hand = frames(q)
             error = point - hand[:3, 3]
-            jacobian = np.column_stack([np.cross(pose[:3, 2], hand[:3, 3] - pose[:3, 3]) for pose in joints])
+            columns = [np.cross(pose[:3, 2], hand[:3, 3] - pose[:3, 3]) for pose in joints]
+            jacobian = np.column_stack(columns)
             inverse = jacobian.T @ np.linalg.inv(jacobian @ jacobian.T + 1e-4 * np.eye(3))
             pull = 0.2 * (READY - q)
             step = inverse @ error + pull - inverse @ (jacobian @ pull)

@@ -1,6 +1,9 @@
-"""A policy that brings the Panda's hand to the red ball, over WebSocket or Zenoh, as a client of either generation of the msgpack wire.
+"""A policy that moves the Panda's hand to the red ball, as a legacy client of either generation.
 
-Usage: client.py ws://HOST:PORT | tcp/HOST:PORT [--generation streaming|gym] [--episodes N] [--seed S] [--json] [--quiet]
+Connects over WebSocket or Zenoh and uses the msgpack wire.
+
+Usage: client.py ws://HOST:PORT | tcp/HOST:PORT [--generation streaming|gym] [--episodes N] [--seed S]
+                 [--json] [--quiet]
 """
 
 import argparse
@@ -15,16 +18,16 @@ import numpy as np
 import wire
 
 BALL_RADIUS = 0.025
-FEWEST_POINTS, FLAT, AGREEMENT = 6, 0.003, 0.025
+MIN_POINTS, MIN_FLATNESS, MAX_DISAGREEMENT = 6, 0.003, 0.025
 OBS_HZ = 30
-CHUNK = 4  # rows of an action, in the gym-like generation
-LEAD = 3  # so many rows ahead of the arm, that it does not brake for each of them
-EPISODE_LIMIT = 30.0
+CHUNK = 4  # rows of an action in the gym-like generation
+LEAD = 3  # how many rows the targets are ahead of the arm, so that it does not brake for each of them
+EPISODE_TIMEOUT = 30.0
 
 
 @contextlib.contextmanager
 def over_websocket(uri):
-    """How to send and to receive a frame, once there is a server."""
+    """Waits for a server; yields functions that send and receive a frame."""
     from websockets.sync.client import connect
 
     with contextlib.ExitStack() as stack:
@@ -39,7 +42,7 @@ def over_websocket(uri):
 
 @contextlib.contextmanager
 def over_zenoh(locator):
-    """The same, once a server answers probes; the first answer is dropped."""
+    """Probes until a server replies, drops that reply, and yields functions that send and receive frames."""
     import zenoh
 
     config = zenoh.Config()
@@ -50,11 +53,11 @@ def over_zenoh(locator):
     with zenoh.open(config) as session:
         session.declare_subscriber("chiral/s2c", lambda sample: frames.put(sample.payload.to_bytes()))
         publisher = session.declare_publisher("chiral/c2s", congestion_control=zenoh.CongestionControl.BLOCK)
-        answered = False
-        while not answered:
+        replied = False
+        while not replied:
             publisher.put(wire.pack({"type": "metadata"}))
             with contextlib.suppress(queue.Empty):
-                answered = frames.get(timeout=0.5)
+                replied = frames.get(timeout=0.5)
         yield publisher.put, lambda: frames.get(timeout=60)
 
 
@@ -68,7 +71,7 @@ class Client:
             header, payload = wire.unpack(self.recv())
             if header["type"] == kind:
                 return header, payload
-            # Over Zenoh, answers to earlier probes may come at any time.
+            # Over Zenoh, replies to earlier probes may arrive at any time.
             if header["type"] != "metadata_response":
                 raise RuntimeError(f"expected {kind}, found {header['type']}")
 
@@ -85,7 +88,8 @@ class Client:
         self.send(wire.pack_action("apply_action", action, capture_times(obs)))
 
     def step(self, actions, obs):
-        header, payload = self.request(wire.pack_action("action", actions, capture_times(obs)), "step_response")
+        frame = wire.pack_action("action", actions, capture_times(obs))
+        header, payload = self.request(frame, "step_response")
         return wire.unpack_observation(header, payload), header
 
 
@@ -94,7 +98,7 @@ def capture_times(obs):
 
 
 def red_points(camera):
-    """World points of the camera's red pixels."""
+    """Returns the world points of the camera's red pixels."""
     red, green, blue = (camera["image"][..., i].astype(int) for i in range(3))
     depth = camera["depth"]
     rows, columns = np.nonzero((red > 60) & (red > 2 * np.maximum(green, blue)) & (depth > 0))
@@ -104,12 +108,15 @@ def red_points(camera):
 
 
 def flatness(points):
-    """How far points lie from the plane that fits them best; near to it, they may be of two balls, one on each side."""
+    """Returns how far points lie from the plane that fits them best.
+
+    Points close to a plane fit two balls, one on each side of it.
+    """
     return np.linalg.svd(points - points.mean(axis=0), compute_uv=False)[-1] / np.sqrt(len(points))
 
 
 def fit_ball(points, eye):
-    """The centre of the ball of known radius whose surface the points are, by Gauss and Newton's method."""
+    """Fits a ball of the known radius to points on its surface with Gauss-Newton; returns its centre."""
     mean = points.mean(axis=0)
     center = mean + (mean - eye) / np.linalg.norm(mean - eye) * BALL_RADIUS * 2 / 3
     for _ in range(10):
@@ -121,20 +128,24 @@ def fit_ball(points, eye):
     return center
 
 
+def is_measurable(points):
+    return len(points) >= MIN_POINTS and flatness(points) > MIN_FLATNESS
+
+
 class Policy:
     def __init__(self, control_hz):
         self.reach = np.outer(np.arange(1, CHUNK + 1) + LEAD, arm.MAX_VELOCITY / control_hz)
         self.goal = None
 
     def act(self, obs):
-        """CHUNK rows of joint positions on the way to where the ball was seen last."""
+        """Returns CHUNK rows of joint positions on the way to where the ball was seen last."""
         joints = obs["proprios"]["joint_pos"].astype(float)
         views = [(red_points(camera), camera["T"][:3, 3]) for camera in obs["cameras"]]
-        views = [(points, eye) for points, eye in views if len(points) >= FEWEST_POINTS and flatness(points) > FLAT]
+        views = [(points, eye) for points, eye in views if is_measurable(points)]
         if views:
             centers = [fit_ball(points, eye) for points, eye in views]
-            if np.ptp(centers, axis=0).max() > AGREEMENT:
-                # What the cameras say of themselves cannot be true.
+            if np.ptp(centers, axis=0).max() > MAX_DISAGREEMENT:
+                # The cameras contradict each other.
                 return np.tile(joints, (CHUNK, 1))
             ball = np.average(centers, axis=0, weights=[len(points) for points, _ in views])
             if self.goal is None or np.linalg.norm(arm.hand_point(self.goal) - ball) > 2e-3:
@@ -143,14 +154,14 @@ class Policy:
         return joints + np.clip(goal - joints, -self.reach, self.reach)
 
 
-def has_ended(words):
-    return bool(words.get("terminated") or words.get("truncated"))
+def has_ended(values):
+    return bool(values.get("terminated") or values.get("truncated"))
 
 
 def stream_episode(client, policy, measured):
-    """Observes and acts at OBS_HZ while the robot goes on by itself; `extra` says how the robot does."""
+    """Observes and acts at OBS_HZ in real time. Each observation's `extra` has the state of the episode."""
     obs, due = client.reset(), time.monotonic()
-    deadline = due + EPISODE_LIMIT
+    deadline = due + EPISODE_TIMEOUT
     while not has_ended(obs["extra"]) and time.monotonic() < deadline:
         client.apply_action(policy.act(obs)[0], obs)
         due = max(due + 1 / OBS_HZ, time.monotonic())
@@ -161,28 +172,28 @@ def stream_episode(client, policy, measured):
 
 
 def gym_episode(client, policy, measured):
-    """Steps, a few rows at a time; every answer says how the robot does."""
-    obs, result, deadline = client.reset(), {}, time.monotonic() + EPISODE_LIMIT
+    """Steps a few rows at a time. Each reply has the state of the episode."""
+    obs, result, deadline = client.reset(), {}, time.monotonic() + EPISODE_TIMEOUT
     while not has_ended(result) and time.monotonic() < deadline:
-        actions, asked = policy.act(obs), time.monotonic()
+        actions, requested = policy.act(obs), time.monotonic()
         obs, result = client.step(actions, obs)
-        measured.append(time.monotonic() - asked)
+        measured.append(time.monotonic() - requested)
     return bool(result.get("info", {}).get("success"))
 
 
 def play(client, arguments):
-    """All episodes: what was measured in them, how many succeeded, and how long they took."""
+    """Plays all episodes; returns the measurements, the number of successes and the duration."""
     metadata = client.metadata()
     if not arguments.quiet:
         print(metadata, file=sys.stderr)
     episode = stream_episode if arguments.generation == "streaming" else gym_episode
-    measured, successes, began = [], 0, time.monotonic()
+    measured, successes, started = [], 0, time.monotonic()
     for number in range(arguments.episodes):
         success = episode(client, Policy(metadata.get("control_hz", 10)), measured)
         successes += success
         if not arguments.quiet:
             print(f"episode {number}: {'reached' if success else 'NOT REACHED'}", file=sys.stderr)
-    return measured, successes, time.monotonic() - began
+    return measured, successes, time.monotonic() - started
 
 
 def main():
@@ -190,8 +201,8 @@ def main():
     parser.add_argument("uri")
     parser.add_argument("--generation", choices=["streaming", "gym"], default="streaming")
     parser.add_argument("--episodes", type=int, default=1)
-    parser.add_argument("--seed", type=int, help="taken and ignored: on this wire a reset has no seed")
-    parser.add_argument("--json", action="store_true", help="print one JSON object in place of words")
+    parser.add_argument("--seed", type=int, help="ignored: a reset on this wire has no seed")
+    parser.add_argument("--json", action="store_true", help="print the report as one JSON object")
     parser.add_argument("--quiet", action="store_true")
     arguments = parser.parse_args()
 
@@ -214,7 +225,8 @@ def main():
         "step_ms_p99": None if streaming else p99,
         "seconds": seconds,
     }
-    print(json.dumps(report) if arguments.json else f"{successes} of {arguments.episodes} episodes reached the ball in {seconds:.1f} s")
+    summary = f"{successes} of {arguments.episodes} episodes reached the ball in {seconds:.1f} s"
+    print(json.dumps(report) if arguments.json else summary)
     sys.exit(successes < arguments.episodes)
 
 

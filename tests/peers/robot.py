@@ -1,4 +1,4 @@
-"""A simulated Panda that is to bring its hand to a red ball and hold it, and its two cameras."""
+"""A simulated Panda with two cameras. Its task is to move its hand to a red ball and hold it."""
 
 import arm
 import numpy as np
@@ -21,19 +21,19 @@ def look_at(eye, at):
 
 
 HEAD = look_at([0.62, -1.0, 0.86], [0.5, 0.0, 0.2])
-# Beside the gripper, its picture upright with the fingers at the lower edge, tilted towards them.
+# Beside the gripper and tilted towards the fingers, which are at the lower edge of its upright image.
 TILT = np.array([[1, 0, 0], [0, np.cos(0.32), np.sin(0.32)], [0, -np.sin(0.32), np.cos(0.32)]])
 WRIST_IN_HAND = np.eye(4)
 WRIST_IN_HAND[:3] = np.column_stack([np.array([[0, -1, 0], [1, 0, 0], [0, 0, 1]]) @ TILT, [0.07, 0, -0.08]])
 
 
 class World:
-    """Time passes by `advance` alone."""
+    """The world of one episode. Only `advance` advances its time."""
 
     def __init__(self, rng, width, height):
         self.width, self.height = width, height
         self.ball = rng.uniform([0.34, -0.26, 0.08], [0.75, 0.26, 0.40])
-        # Further away from the head camera than the ball, so that it hides nothing.
+        # Further away from the head camera than the ball, so that it does not hide the ball.
         self.decoy = np.array([rng.uniform(0.4, 0.7), self.ball[1] + rng.uniform(0.15, 0.3), 0.05])
         self.joints = START + rng.uniform(-0.06, 0.06, 7)
         self.target = self.joints
@@ -47,7 +47,7 @@ class World:
         self.target = np.clip(joints, arm.LOWER, arm.UPPER)
 
     def advance(self, seconds):
-        """Moves the joints on to where they are told, each as fast as it may; returns the reward."""
+        """Moves each joint towards its target as fast as it may; returns the reward."""
         before = self.distance()
         for _ in range(round(seconds / PHYSICS_S)):
             reach = arm.MAX_VELOCITY * PHYSICS_S
@@ -63,10 +63,11 @@ class World:
 
     def cameras(self, timestamp):
         hand = arm.frames(self.joints)[-1]
-        return [self.picture("wrist_cam", timestamp, hand @ WRIST_IN_HAND, 78), self.picture("head_cam", timestamp, HEAD, 50)]
+        wrist = self.draw("wrist_cam", timestamp, hand @ WRIST_IN_HAND, 78)
+        return [wrist, self.draw("head_cam", timestamp, HEAD, 50)]
 
-    def picture(self, name, timestamp, pose, degrees):
-        """Casts a ray through every pixel; the length of a ray is its depth, since each has z = 1 in the camera's frame."""
+    def draw(self, name, timestamp, pose, degrees):
+        """Casts a ray through every pixel. Its z in the camera's frame is 1: its parameter is the depth."""
         focal = self.width / 2 / np.tan(np.radians(degrees) / 2)
         K = np.array([[focal, 0, (self.width - 1) / 2], [0, focal, (self.height - 1) / 2], [0, 0, 1]])
         rows, columns = np.mgrid[: self.height, : self.width]

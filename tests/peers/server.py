@@ -1,6 +1,7 @@
-"""A robot, over WebSocket or Zenoh, as a server of either generation of the msgpack wire.
+"""A robot as a legacy server of either generation, over WebSocket or Zenoh with the msgpack wire.
 
-Usage: server.py ws://HOST:PORT | tcp/HOST:PORT [--generation streaming|gym] [--width W] [--height H] [--seed S]
+Usage: server.py ws://HOST:PORT | tcp/HOST:PORT [--generation streaming|gym] [--width W] [--height H]
+                 [--seed S]
 """
 
 import argparse
@@ -20,7 +21,7 @@ FRAGMENT = 32 * 1024
 
 
 class Robot:
-    """Answers frames; what it does not understand it ignores, as other generations' requests."""
+    """Replies to frames. It ignores unknown ones, such as requests of the other generation."""
 
     def __init__(self, arguments):
         self.rng = np.random.default_rng(arguments.seed)
@@ -33,14 +34,14 @@ class Robot:
         self.reset_world()
 
     def handle(self, frame):
-        """The answer to a frame; None if there is none."""
+        """Returns the reply to a frame, or None if there is none."""
         header, payload = wire.unpack(frame)
         handler = self.handlers.get(header["type"])
         return handler(header, payload) if handler else None
 
     def reset_world(self):
         self.world = World(self.rng, *self.size)
-        # Time runs from the first action on, in the streaming generation.
+        # In the streaming generation, time starts with the first action.
         self.now = None
 
     def metadata(self, header, payload):
@@ -74,7 +75,7 @@ class Robot:
         return self.observation("step_response", reward=reward, info={"success": world.terminated}, **end)
 
     def catch_up(self):
-        """Moves the world on to this moment."""
+        """Advances the world to the present."""
         if self.now is not None:
             ticks = int((time.monotonic() - self.now) / PHYSICS_S)
             self.now += ticks * PHYSICS_S
@@ -82,7 +83,8 @@ class Robot:
 
     def observation(self, kind, **more):
         header = {"type": kind, "timestamp": self.world.seconds}
-        return wire.pack_observation(header, self.world.cameras(time.monotonic()), {"joint_pos": self.world.joints}, **more)
+        cameras = self.world.cameras(time.monotonic())
+        return wire.pack_observation(header, cameras, {"joint_pos": self.world.joints}, **more)
 
 
 async def serve_websocket(robot, address, fragmented):
@@ -90,12 +92,12 @@ async def serve_websocket(robot, address, fragmented):
 
     async def handler(connection):
         async for frame in connection:
-            answer = robot.handle(frame)
-            if answer is None:
+            reply = robot.handle(frame)
+            if reply is None:
                 continue
-            if fragmented and len(answer) > FRAGMENT:
-                answer = [answer[i : i + FRAGMENT] for i in range(0, len(answer), FRAGMENT)]
-            await connection.send(answer)
+            if fragmented and len(reply) > FRAGMENT:
+                reply = [reply[i : i + FRAGMENT] for i in range(0, len(reply), FRAGMENT)]
+            await connection.send(reply)
 
     async with serve(handler, address.hostname, address.port, max_size=None) as server:
         await server.serve_forever()
@@ -113,11 +115,11 @@ def serve_zenoh(robot, locator):
         session.declare_subscriber("chiral/c2s", lambda sample: frames.put(sample.payload.to_bytes()))
         publisher = session.declare_publisher("chiral/s2c", congestion_control=zenoh.CongestionControl.BLOCK)
         while True:
-            # Python notices an interrupt that comes just before it begins to wait only when the wait is over.
+            # An interrupt just before the wait is handled only after it, so the wait must be short.
             with contextlib.suppress(queue.Empty):
-                answer = robot.handle(frames.get(timeout=0.5))
-                if answer is not None:
-                    publisher.put(answer)
+                reply = robot.handle(frames.get(timeout=0.5))
+                if reply is not None:
+                    publisher.put(reply)
 
 
 def main():
@@ -126,15 +128,16 @@ def main():
     parser.add_argument("--generation", choices=["streaming", "gym"], default="streaming")
     parser.add_argument("--width", type=int, default=96)
     parser.add_argument("--height", type=int, default=72)
-    parser.add_argument("--seed", type=int, help="of the first episode; the others follow from it")
+    parser.add_argument("--seed", type=int, help="seed of the first episode; the later ones follow from it")
     arguments = parser.parse_args()
-    # Who is started in the background by a shell's script is told to ignore it.
+    # A shell script starts its background processes with SIGINT ignored.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     robot = Robot(arguments)
     try:
         if arguments.uri.startswith("ws"):
-            # Peers of the gym-like generation are those that send large messages in fragments.
-            asyncio.run(serve_websocket(robot, urlsplit(arguments.uri), fragmented=arguments.generation == "gym"))
+            # Servers of the gym-like generation send large messages in fragments.
+            fragmented = arguments.generation == "gym"
+            asyncio.run(serve_websocket(robot, urlsplit(arguments.uri), fragmented))
         else:
             serve_zenoh(robot, arguments.uri)
     except KeyboardInterrupt:

@@ -1,4 +1,8 @@
-"""Frames of the msgpack wire: a little-endian u32, as many bytes of header (one MessagePack map), and the buffers that the header refers to."""
+"""Frames of the msgpack wire.
+
+A frame is a little-endian u32, that many bytes of header (one MessagePack map), and the buffers that the
+header refers to.
+"""
 
 import struct
 
@@ -27,7 +31,11 @@ def unpack_action(header, payload):
 
 
 def pack_observation(header, cameras, proprios, **more):
-    """`header` says the type; cameras are dicts with name, timestamp, image, K, T and maybe depth, proprios vectors by their names."""
+    """Packs an observation into a frame.
+
+    `header` has the message type. Each camera is a dict with name, timestamp, image, K, T and optionally
+    depth. `proprios` maps names to vectors.
+    """
     buffers, offset = [], 0
 
     def place(array):
@@ -55,7 +63,7 @@ def pack_observation(header, cameras, proprios, **more):
 
 
 def unpack_observation(header, payload):
-    """What `pack_observation` was given, with `timestamp`, `extra`, `cameras` and `proprios` in one dict."""
+    """Returns what `pack_observation` packed: `timestamp`, `extra`, `cameras` and `proprios` in one dict."""
 
     def array(shape, dtype, offset, size):
         return np.frombuffer(payload[offset : offset + size], dtype).reshape(shape)
@@ -67,7 +75,9 @@ def unpack_observation(header, payload):
         camera["T"] = np.reshape(entry["extrinsics"], (4, 4)).astype(float)
         for part in "image", "depth":
             if f"{part}_shape" in entry:
-                camera[part] = array(*(entry[f"{part}_{field}"] for field in ("shape", "dtype", "offset", "size")))
+                fields = "shape", "dtype", "offset", "size"
+                camera[part] = array(*(entry[f"{part}_{field}"] for field in fields))
         cameras.append(camera)
     proprios = {p["name"]: array(-1, p["dtype"], p["offset"], p["size"]) for p in header.get("proprios", [])}
-    return {"timestamp": header["timestamp"], "extra": header.get("extra", {}), "cameras": cameras, "proprios": proprios}
+    obs = {"timestamp": header["timestamp"], "extra": header.get("extra", {})}
+    return obs | {"cameras": cameras, "proprios": proprios}
