@@ -1,5 +1,5 @@
-//! What keeps the simulation honest: only pixels and depth tell where the target is, and whatever is wrong
-//! with what a camera says makes the policy fail.
+//! What makes the simulation a valid test: only pixels and depth reveal where the target is, and every fault
+//! in a camera's data makes the policy fail.
 
 #![allow(clippy::unwrap_used, reason = "helpers of tests, too, fail by panicking")]
 
@@ -21,12 +21,12 @@ const SEEDS: std::ops::Range<u64> = 0..10;
 const WIDTH: usize = 160;
 const HEIGHT: usize = 120;
 
-/// Small pictures, and next to none but those that `reset` and `step` publish.
+/// Small images, and hardly any but those that `reset` and `step` publish.
 fn small() -> SimConfig {
     SimConfig { width: WIDTH, height: HEIGHT, fps: 1.0, ..SimConfig::default() }
 }
 
-/// A robot, served on an ephemeral port, and a client of it.
+/// Serves a robot on an ephemeral port and connects a client to it.
 async fn connect(config: SimConfig) -> (PolicyClient, ServerHandle) {
     let (robot, sensors) = robot::start(config).unwrap();
     let server = PolicyServer::new(robot, sensors).unwrap();
@@ -37,8 +37,8 @@ async fn connect(config: SimConfig) -> (PolicyClient, ServerHandle) {
     (PolicyClient::connect(&uri).await.unwrap(), handle)
 }
 
-/// Plays the seeds over a faulty wire; how many episodes succeed.
-async fn successes(tamper: Option<Tamper>) -> usize {
+/// Plays the seeds with a fault in the cameras; returns how many episodes succeed.
+async fn count_successes(tamper: Option<Tamper>) -> usize {
     let (client, server) = connect(SimConfig { tamper, ..small() }).await;
     let (client, interrupted) = (AnyClient::Async(client), AtomicBool::new(false));
     let runner = Runner::start(&client, Coupling::Step, 30.0, &interrupted).await.unwrap();
@@ -52,7 +52,7 @@ async fn successes(tamper: Option<Tamper>) -> usize {
     successes
 }
 
-/// A fault that changes each frame by itself.
+/// A fault that changes each frame on its own.
 fn fault(change: impl Fn(&mut CameraFrame) + Send + Sync + 'static) -> Option<Tamper> {
     Some(Arc::new(move |_, mut frame| {
         change(&mut frame);
@@ -60,7 +60,7 @@ fn fault(change: impl Fn(&mut CameraFrame) + Send + Sync + 'static) -> Option<Ta
     }))
 }
 
-/// A fault that gives each frame something of the one that the same camera published `LAG` frames earlier.
+/// A fault that puts part of the frame that the same camera published `LAG` frames earlier into each frame.
 fn lagging(change: impl Fn(&mut CameraFrame, &CameraFrame) + Send + Sync + 'static) -> Option<Tamper> {
     const LAG: usize = 10;
     let earlier: Mutex<HashMap<String, VecDeque<CameraFrame>>> = Mutex::default();
@@ -77,14 +77,14 @@ fn lagging(change: impl Fn(&mut CameraFrame, &CameraFrame) + Send + Sync + 'stat
 }
 
 async fn check_fault(name: &str, tamper: Option<Tamper>) {
-    let successes = successes(tamper).await;
+    let successes = count_successes(tamper).await;
     let most = SEEDS.end as usize - 8;
     assert!(successes <= most, "{name}: expected at most {most} episodes to succeed, found {successes}");
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn without_a_fault_every_episode_succeeds() {
-    assert_eq!(successes(None).await, SEEDS.count());
+    assert_eq!(count_successes(None).await, SEEDS.count());
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -116,7 +116,7 @@ async fn a_wrong_focal_length_is_caught() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn scaled_depth_is_caught() {
     let scale = |frame: &mut CameraFrame| {
-        // What the simulation publishes is aligned.
+        // The simulation publishes aligned depth.
         let depth: &[f32] = bytemuck::cast_slice(frame.depth.as_ref().unwrap());
         let scaled: Vec<f32> = depth.iter().map(|z| z * 1.2).collect();
         frame.depth = Some(bytemuck::cast_slice(&scaled).to_vec().into());
@@ -130,8 +130,8 @@ async fn depth_of_another_instant_is_caught() {
         .await;
 }
 
-/// All of an observation but pixels and depth, and the numbers and times of its taking.
-fn beside_pixels(obs: &Observation) -> String {
+/// Everything in an observation but pixels, depth, sequence numbers and capture times.
+fn without_pixels(obs: &Observation) -> String {
     let cameras: Vec<_> =
         obs.cameras.iter().map(|c| (&c.name, c.image.shape(), &c.intrinsics, &c.extrinsics)).collect();
     let proprios: Vec<_> = obs.proprios.iter().map(|p| (&p.name, p.data.shape(), p.data.data())).collect();
@@ -150,27 +150,27 @@ async fn moving_the_target_changes_nothing_but_pixels_and_depth() {
             assert_eq!(obs.timestamp, 0.0);
             seen.push((obs, info, metadata));
         }
-        let words = |(obs, info, metadata): &(Arc<Observation>, ValueMap, ValueMap)| {
-            (beside_pixels(obs), format!("{info:?}"), format!("{metadata:?}"))
+        let other_data = |(obs, info, metadata): &(Arc<Observation>, ValueMap, ValueMap)| {
+            (without_pixels(obs), format!("{info:?}"), format!("{metadata:?}"))
         };
-        assert_eq!(words(&seen[0]), words(&seen[1]));
-        assert_eq!(words(&seen[0]), words(&seen[2]));
+        assert_eq!(other_data(&seen[0]), other_data(&seen[1]));
+        assert_eq!(other_data(&seen[0]), other_data(&seen[2]));
         let pixels =
             |i: usize, camera: &str| (seen[i].0[camera].image.clone(), seen[i].0[camera].depth.clone());
-        assert_ne!(pixels(0, "head_cam"), pixels(1, "head_cam"), "the target is somewhere else");
+        assert_ne!(pixels(0, "head_cam"), pixels(1, "head_cam"), "the target has moved");
         assert_eq!(
             pixels(0, "head_cam"),
             pixels(2, "head_cam"),
-            "the same seed and target are the same picture"
+            "the same seed and target give the same image"
         );
         assert_eq!(pixels(0, "wrist_cam"), pixels(2, "wrist_cam"));
-        assert!(!format!("{:?}", words(&seen[0])).contains("target"));
+        assert!(!format!("{:?}", other_data(&seen[0])).contains("target"));
     }
     server.shutdown_and_wait().await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_target_that_is_none_is_refused() {
+async fn an_invalid_target_is_refused() {
     let (client, server) = connect(small()).await;
     for target in [Value::Null, vec![0.5, 0.1].into(), vec![0.5, f64::NAN, 0.1].into(), "there".into()] {
         let error = client.reset_with(Some(0), value::map([("target", target)])).await.unwrap_err();
@@ -180,7 +180,7 @@ async fn a_target_that_is_none_is_refused() {
     server.shutdown_and_wait().await;
 }
 
-/// Moves the arm about in lock-step; each observation.
+/// Moves the arm about in lock-step; returns all observations.
 async fn wander(client: &PolicyClient, seed: u64) -> Vec<Arc<Observation>> {
     let (first, _) = client.reset_with(Some(seed), ValueMap::new()).await.unwrap();
     let from = first.proprio("joint_pos").unwrap().values().into_owned();
@@ -194,13 +194,16 @@ async fn wander(client: &PolicyClient, seed: u64) -> Vec<Arc<Observation>> {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn in_lock_step_everything_is_of_one_instant() {
-    // Camera threads that look all the time must not get between.
+async fn in_lock_step_all_sensors_show_one_instant() {
+    // Camera threads that render all the time must not publish in between.
     let (width, height) = (32, 24);
     let (client, server) = connect(SimConfig { width, height, fps: 1000.0, ..SimConfig::default() }).await;
     for seed in 0..20 {
         for (k, obs) in wander(&client, seed).await.iter().enumerate() {
-            assert!((obs.timestamp - 0.05 * k as f64).abs() < 1e-9, "step moves time by 1 / control_hz");
+            assert!(
+                (obs.timestamp - 0.05 * k as f64).abs() < 1e-9,
+                "step advances the time by 1 / control_hz"
+            );
             let joints: Joints =
                 std::array::from_fn(|i| f64::from(obs.proprio("joint_pos").unwrap().values()[i]));
             for mount in Mount::first(2) {
@@ -221,12 +224,12 @@ async fn in_lock_step_everything_is_of_one_instant() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_seed_and_actions_make_an_episode() {
+async fn the_same_seed_and_actions_reproduce_an_episode() {
     let (client, server) = connect(small()).await;
     let everything = |obs: &Arc<Observation>| {
         let pixels: Vec<_> =
             obs.cameras.iter().map(|camera| (camera.image.clone(), camera.depth.clone())).collect();
-        (beside_pixels(obs), pixels)
+        (without_pixels(obs), pixels)
     };
     let runs = [wander(&client, 7).await, wander(&client, 8).await, wander(&client, 7).await];
     let [first, other, again] = runs.map(|run| run.iter().map(everything).collect::<Vec<_>>());

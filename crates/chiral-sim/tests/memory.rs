@@ -1,6 +1,6 @@
-//! What observations cost in memory: server and client in this process, over real sockets. What is allocated
-//! for each is counted by the allocator; what is held is what the system says, since large buffers are mapped
-//! without it.
+//! The memory that observations cost, with server and client in this process over real sockets. The allocator
+//! counts what is allocated for each. The operating system counts what is held, since large buffers are
+//! mapped without the allocator.
 #![allow(clippy::unwrap_used, reason = "helpers of tests, too, fail by panicking")]
 
 mod support;
@@ -17,48 +17,50 @@ use bytes::Bytes;
 use chiral_client::{Observation, PolicyClient};
 use chiral_server::{CameraFrame, CameraSpec, PolicyServer, Sensors, ServerHandle};
 use stats_alloc::{INSTRUMENTED_SYSTEM, StatsAlloc};
-use support::harness::ScriptedRobot;
+use support::{TEST_TIMEOUT, client_builder, harness::ScriptedRobot};
 use tokio::{net::TcpListener, sync::Mutex, task::JoinHandle, time::sleep};
 
 #[global_allocator]
 static ALLOCATOR: &StatsAlloc<System> = &INSTRUMENTED_SYSTEM;
 
-/// For what must come; no test measures time by it.
-const GUARD: Duration = Duration::from_secs(20);
 const MB: usize = 1_000_000;
 
-/// All that is allocated, in bytes.
+/// The bytes that are allocated now.
 fn in_use() -> usize {
     let stats = ALLOCATOR.stats();
     stats.bytes_allocated - stats.bytes_deallocated
 }
 
-/// Has one test run at a time, since the allocator's counters are the whole process's; and what it took it
-/// must give back.
+/// Runs one test at a time, since the allocator's counters are the whole process's. Checks that the test
+/// frees all it allocated.
 async fn alone(test: impl Future<Output = ()>) {
     static ONE_AT_A_TIME: Mutex<()> = Mutex::const_new(());
-    let _turn = ONE_AT_A_TIME.lock().await;
+    let _guard = ONE_AT_A_TIME.lock().await;
     let before = in_use();
     test.await;
-    let began = Instant::now();
+    let started = Instant::now();
     while in_use() > before + MB {
-        assert!(began.elapsed() < GUARD, "{} bytes are left of a session that is over", in_use() - before);
+        assert!(
+            started.elapsed() < TEST_TIMEOUT,
+            "{} bytes are still allocated after the session",
+            in_use() - before
+        );
         sleep(Duration::from_millis(1)).await;
     }
 }
 
-/// Where the pixels that are published lie.
+/// The memory of the published pixels.
 #[derive(Clone, Copy, Debug)]
 enum Pixels {
-    /// In memory of the application's, prepared once.
+    /// Memory of the application, prepared once.
     Prepared,
-    /// In a camera's pooled buffers.
+    /// A camera's pooled buffers.
     Pooled,
 }
 
 /// How the policy gets its observations.
 #[derive(Clone, Copy, Debug)]
-enum Way {
+enum Delivery {
     GetObs,
     Stream,
 }
@@ -74,7 +76,7 @@ struct Robot {
 }
 
 impl Robot {
-    /// One that has published.
+    /// Serves a robot that has published once.
     async fn serve(cameras: usize, [height, width]: [usize; 2], pixels: Pixels) -> Robot {
         let specs = (0..cameras).map(|i| CameraSpec::rgbd(format!("cam_{i}"), height, width));
         let sensors = Sensors::new(specs, []).unwrap();
@@ -88,7 +90,7 @@ impl Robot {
         robot
     }
 
-    /// A new instant of every camera.
+    /// Publishes a new instant of every camera.
     fn publish(&self) {
         for spec in self.sensors.camera_specs() {
             let camera = self.sensors.camera(&spec.name).unwrap();
@@ -106,12 +108,7 @@ impl Robot {
     }
 
     async fn connect(&self) -> PolicyClient {
-        PolicyClient::builder(&format!("ws://{}", self.address))
-            .quiet()
-            .deadline(GUARD)
-            .connect()
-            .await
-            .unwrap()
+        client_builder(format!("ws://{}", self.address)).connect().await.unwrap()
     }
 
     async fn stop(self, env: PolicyClient) {
@@ -128,39 +125,39 @@ fn pixel_bytes(observation: &Observation) -> usize {
 
 // ---- Allocated --------------------------------------------------------------------------------------------
 
-/// What one more observation has both ends allocate, in bytes, and how many pixels it has.
-async fn allocated_per_observation(size: [usize; 2], pixels: Pixels, way: Way) -> (usize, usize) {
+/// Returns the bytes that both ends allocate for one more observation, and the bytes of its pixels.
+async fn allocated_per_observation(size: [usize; 2], pixels: Pixels, delivery: Delivery) -> (usize, usize) {
     const WARM_UP: usize = 50;
     const ROUNDS: usize = 5;
-    const A_ROUND: u64 = 20;
+    const PER_ROUND: u64 = 20;
 
     let robot = Robot::serve(2, size, pixels).await;
     let env = robot.connect().await;
-    if let Way::Stream = way {
+    if let Delivery::Stream = delivery {
         env.start_obs_stream(100.0).await.unwrap();
     }
     let next = async || {
         robot.publish();
-        match way {
-            Way::GetObs => env.get_obs().await.unwrap(),
-            Way::Stream => env.next_obs(GUARD).await.unwrap(),
+        match delivery {
+            Delivery::GetObs => env.get_obs().await.unwrap(),
+            Delivery::Stream => env.next_obs(TEST_TIMEOUT).await.unwrap(),
         }
     };
     let mut held = next().await;
     for _ in 0..WARM_UP {
         held = next().await;
     }
-    // The least of some rounds: where the machine is busy, the policy now and then holds more observations
-    // than in the last seconds, and the pool's spare buffer is not there any more. That is not once per
-    // observation; what is, is in every round.
+    // Take the lowest of several rounds. On a busy machine the policy sometimes holds more observations than
+    // in the last seconds, and the pool has already freed its spare buffer. An allocation per observation
+    // appears in every round.
     let mut least = usize::MAX;
     for _ in 0..ROUNDS {
         let (first, before) = (held.seq, ALLOCATOR.stats().bytes_allocated);
-        while held.seq < first + A_ROUND {
+        while held.seq < first + PER_ROUND {
             held = next().await;
         }
         let allocated = ALLOCATOR.stats().bytes_allocated - before;
-        // A stream may skip some, which have arrived nevertheless.
+        // `next_obs` may skip some of a stream, which have arrived nevertheless.
         least = least.min(allocated / (held.seq - first) as usize);
     }
     let pixel_bytes = pixel_bytes(&held);
@@ -170,22 +167,23 @@ async fn allocated_per_observation(size: [usize; 2], pixels: Pixels, way: Way) -
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn no_observation_has_memory_allocated_that_grows_with_its_pixels() {
-    /// Some 7 kB an observation are headers, requests and reference counts, the same at every size. What
-    /// differs are pings, which come by the second, and what it takes to wait where the link was not ready at
-    /// once: some hundred bytes. One copy of the larger image would be 218,880.
+async fn memory_allocated_per_observation_does_not_grow_with_its_pixels() {
+    /// Headers, requests and reference counts take about 7 kB per observation at every size. What differs is
+    /// some hundred bytes: pings, which are sent every second, and waiting for a link that is not ready at
+    /// once. One copy of the larger image would be 218,880 bytes.
     const MARGIN: usize = 2_000;
-    /// An observation of these is less than the 1 MiB from which on buffers are mapped, which the allocator
-    /// would not count.
+    /// An observation of this size is below 1 MiB, from which on buffers are mapped and the allocator would
+    /// not count them.
     const LARGE: [usize; 2] = [240, 304];
     alone(async {
-        for way in [Way::GetObs, Way::Stream] {
+        for delivery in [Delivery::GetObs, Delivery::Stream] {
             for pixels in [Pixels::Prepared, Pixels::Pooled] {
-                let (small, small_pixels) = allocated_per_observation([48, 64], pixels, way).await;
-                let (large, large_pixels) = allocated_per_observation(LARGE, pixels, way).await;
+                let (small, small_pixels) = allocated_per_observation([48, 64], pixels, delivery).await;
+                let (large, large_pixels) = allocated_per_observation(LARGE, pixels, delivery).await;
                 assert!(
                     small.abs_diff(large) < MARGIN,
-                    "{way:?}, {pixels:?}: expected the same, found {small} bytes for {small_pixels} of pixels, {large} for {large_pixels}"
+                    "{delivery:?}, {pixels:?}: expected the same, found {small} bytes for \
+                     {small_pixels} of pixels, {large} for {large_pixels}"
                 );
             }
         }
@@ -195,34 +193,34 @@ async fn no_observation_has_memory_allocated_that_grows_with_its_pixels() {
 
 // ---- Held -------------------------------------------------------------------------------------------------
 
-/// This process's memory that is in RAM and is no file's, in bytes: large buffers are mapped, and the
-/// allocator knows nothing of them.
+/// This process's anonymous resident memory, in bytes. It includes large buffers, which are mapped without
+/// the allocator.
 fn resident() -> usize {
     let status = fs::read_to_string("/proc/self/status").unwrap();
     let line = status.lines().find_map(|line| line.strip_prefix("RssAnon:")).unwrap();
     line.trim().strip_suffix(" kB").unwrap().parse::<usize>().unwrap() * 1024
 }
 
-/// A policy holds one observation, then `KEPT` more, then one again. Streamed ones go on arriving all the
-/// time; for others it then does not ask any more.
-async fn check_what_is_held(way: Way) {
+/// A policy holds one observation, then `KEPT` more, then one again. A stream continues in the last phase;
+/// with `get_obs` the policy requests no more then.
+async fn check_held_memory(delivery: Delivery) {
     const WARM_UP: usize = 30;
     const KEPT: usize = 10;
     /// What connections, requests and the allocator itself take.
-    const SMALL_THINGS: usize = 4 * MB;
+    const OVERHEAD: usize = 4 * MB;
 
-    // As large as the bench's largest. Publishing what was prepared takes nothing, so that what is measured
-    // is the client's.
+    // The size of the largest case in the bench. Publishing prepared pixels allocates nothing, so that only
+    // the client's memory is measured.
     let robot = Robot::serve(8, [480, 640], Pixels::Prepared).await;
     let before = resident();
     let since_connect = || resident().saturating_sub(before);
     let env = robot.connect().await;
-    if let Way::Stream = way {
+    if let Delivery::Stream = delivery {
         env.start_obs_stream(30.0).await.unwrap();
     }
-    let next = async || match way {
-        Way::GetObs => env.get_obs().await.unwrap(),
-        Way::Stream => env.next_obs(GUARD).await.unwrap(),
+    let next = async || match delivery {
+        Delivery::GetObs => env.get_obs().await.unwrap(),
+        Delivery::Stream => env.next_obs(TEST_TIMEOUT).await.unwrap(),
     };
     let mut held = next().await;
     let one = pixel_bytes(&held);
@@ -232,11 +230,11 @@ async fn check_what_is_held(way: Way) {
         let found = since_connect();
         assert!(
             found <= bound,
-            "{way:?}, holding one of {one} bytes: expected at most {bound} resident, found {found}"
+            "{delivery:?}, holding one of {one} bytes: expected at most {bound} resident, found {found}"
         );
     }
 
-    // The pool never blocks: that they come at all shows it.
+    // That these observations arrive at all shows that the pool never blocks.
     let mut kept = Vec::new();
     for _ in 0..KEPT {
         kept.push(next().await);
@@ -244,26 +242,27 @@ async fn check_what_is_held(way: Way) {
     let (expected, found) = ((KEPT + 1) * one..=KEPT * one + bound, since_connect());
     assert!(
         expected.contains(&found),
-        "{way:?}, holding {KEPT} more of {one} bytes: expected {expected:?} resident, found {found}"
+        "{delivery:?}, holding {KEPT} more of {one} bytes: expected {expected:?} resident, found {found}"
     );
 
-    // That the pool keeps few idle buffers is enough for the bound. That it frees these, too, shows only
-    // below it: what is left is what is held, and with a stream also its latest and one that arrives.
+    // The bound above holds if the pool keeps few idle buffers. This lower one shows that it frees them too:
+    // what is left is what the policy holds and, with a stream, the latest observation and the one that
+    // arrives.
     drop(kept);
-    let left = SMALL_THINGS
-        + match way {
-            Way::GetObs => one,
-            Way::Stream => 3 * one,
+    let left = OVERHEAD
+        + match delivery {
+            Delivery::GetObs => one,
+            Delivery::Stream => 3 * one,
         };
     assert!(left <= bound);
-    let let_go = Instant::now();
+    let dropped = Instant::now();
     while since_connect() > left {
         let found = since_connect();
         assert!(
-            let_go.elapsed() < GUARD,
-            "{way:?}, holding one of {one} bytes again: expected at most {left} resident, found {found}"
+            dropped.elapsed() < TEST_TIMEOUT,
+            "{delivery:?}, holding one of {one} bytes again: expected at most {left} resident, found {found}"
         );
-        if let Way::Stream = way {
+        if let Delivery::Stream = delivery {
             held = next().await;
         }
         sleep(Duration::from_millis(10)).await;
@@ -273,11 +272,11 @@ async fn check_what_is_held(way: Way) {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn observations_that_are_kept_cost_their_memory_and_it_is_given_back_while_others_arrive() {
-    alone(check_what_is_held(Way::Stream)).await;
+async fn memory_of_kept_observations_is_freed_while_a_stream_continues() {
+    alone(check_held_memory(Delivery::Stream)).await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn observations_that_are_kept_cost_their_memory_and_it_is_given_back_though_none_arrives() {
-    alone(check_what_is_held(Way::GetObs)).await;
+async fn memory_of_kept_observations_is_freed_while_none_arrives() {
+    alone(check_held_memory(Delivery::GetObs)).await;
 }

@@ -1,5 +1,5 @@
-//! What only real sockets show: waiting for a server, what it means when something else answers, TLS, limits,
-//! embedding and stopping.
+//! What only real sockets show: waiting for a server, replies from something that is not one, TLS, limits,
+//! embedding and shutdown.
 #![allow(clippy::unwrap_used, reason = "helpers of tests, too, fail by panicking")]
 
 mod support;
@@ -7,20 +7,20 @@ mod support;
 use std::{net::SocketAddr, sync::Arc, time::Duration};
 
 use axum::{Router, http::StatusCode, routing::get};
-use chiral_client::{Error, PolicyClient, PolicyClientBuilder, blocking};
+use chiral_client::{Error, PolicyClient, blocking};
 use futures_util::{SinkExt, StreamExt};
-use support::harness::{DIMENSION, Event, Harness};
+use support::{
+    TEST_TIMEOUT, client_builder,
+    harness::{DIMENSION, Event, Harness},
+};
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt, copy_bidirectional},
     net::{TcpListener, TcpStream},
-    task::JoinHandle,
     time::{sleep, timeout},
 };
 use tokio_rustls::{TlsAcceptor, rustls};
 use tokio_tungstenite::tungstenite::{Message, client::IntoClientRequest};
 
-/// For what must come; no test measures time by it.
-const GUARD: Duration = Duration::from_secs(20);
 const CERTIFICATE: &[u8] = include_bytes!("tls/cert.pem");
 const KEY: &[u8] = include_bytes!("tls/test-only-key.pem");
 
@@ -30,40 +30,29 @@ async fn listener() -> (TcpListener, SocketAddr) {
     (listener, address)
 }
 
-/// A stand that listens; its task ends when the server was shut down.
-async fn serve(stand: &Harness) -> (SocketAddr, JoinHandle<()>) {
-    let (listener, address) = listener().await;
-    let server = stand.server.clone();
-    (address, tokio::spawn(async move { server.serve_on(listener).await.unwrap() }))
-}
-
-fn builder(uri: impl std::fmt::Display) -> PolicyClientBuilder {
-    PolicyClient::builder(&uri.to_string()).quiet().deadline(GUARD)
-}
-
-/// Connecting fails at once with an error that `is_expected`.
+/// Connecting fails immediately with an error that `is_expected`.
 async fn check_fails_at_once(uri: impl std::fmt::Display, is_expected: impl Fn(&Error) -> bool) {
-    let error = builder(uri).connect().await.unwrap_err();
+    let error = client_builder(uri).connect().await.unwrap_err();
     assert!(is_expected(&error), "{error:?}");
 }
 
 #[tokio::test]
-async fn connect_waits_until_there_is_a_server() {
+async fn connect_waits_until_a_server_listens() {
     let (reserved, address) = listener().await;
     drop(reserved);
-    let connecting = tokio::spawn(builder(format!("ws://{address}")).connect());
+    let connecting = tokio::spawn(client_builder(format!("ws://{address}")).connect());
     sleep(Duration::from_millis(250)).await;
     assert!(!connecting.is_finished());
-    let stand = Harness::new();
+    let harness = Harness::new();
     let listener = TcpListener::bind(address).await.unwrap();
-    tokio::spawn(stand.server.clone().serve_on(listener));
+    tokio::spawn(harness.server.clone().serve_on(listener));
     let env = connecting.await.unwrap().unwrap();
-    assert_eq!(env.robot().name, "stand");
+    assert_eq!(env.robot().name, "test-robot");
     assert_eq!(env.reset().await.unwrap().0.episode, 1);
 }
 
 #[tokio::test]
-async fn a_deadline_ends_the_wait_and_says_what_was_the_matter() {
+async fn a_deadline_ends_the_wait_with_an_error_that_names_the_address() {
     let (reserved, address) = listener().await;
     drop(reserved);
     let silent = TcpListener::bind("127.0.0.1:0").await.unwrap();
@@ -85,7 +74,7 @@ async fn a_deadline_ends_the_wait_and_says_what_was_the_matter() {
 }
 
 #[tokio::test]
-async fn what_is_no_chiral_server_is_said_at_once() {
+async fn connecting_to_something_else_than_a_chiral_server_fails_at_once() {
     for uri in ["localhost:8765", "http://localhost", "udp/localhost:7447", "ws://", ""] {
         check_fails_at_once(uri, |error| matches!(error, Error::Address { .. })).await;
     }
@@ -107,10 +96,11 @@ async fn what_is_no_chiral_server_is_said_at_once() {
 }
 
 #[tokio::test]
-async fn a_busy_robot_names_its_holder() {
-    let stand = Harness::new();
-    let (address, _serving) = serve(&stand).await;
-    let _holder = builder(format!("ws://{address}")).name("the night shift").connect().await.unwrap();
+async fn the_error_of_a_busy_robot_names_its_controller() {
+    let harness = Harness::new();
+    let (address, _serving) = harness.serve_websocket().await;
+    let _controller =
+        client_builder(format!("ws://{address}")).name("the night shift").connect().await.unwrap();
     check_fails_at_once(
         format!("ws://{address}"),
         |error| matches!(error, Error::Busy(fault) if fault.text.contains("the night shift")),
@@ -119,9 +109,9 @@ async fn a_busy_robot_names_its_holder() {
 }
 
 #[tokio::test]
-async fn tls_by_a_proxy_works_and_distrust_is_said_at_once() {
-    let stand = Harness::new();
-    let (address, _serving) = serve(&stand).await;
+async fn a_client_connects_through_a_tls_proxy_and_rejects_an_unknown_certificate_at_once() {
+    let harness = Harness::new();
+    let (address, _serving) = harness.serve_websocket().await;
     let (listener, proxy) = listener().await;
     tokio::spawn(async move {
         use rustls::pki_types::{CertificateDer, PrivateKeyDer, pem::PemObject};
@@ -147,52 +137,52 @@ async fn tls_by_a_proxy_works_and_distrust_is_said_at_once() {
     });
     let uri = format!("wss://localhost:{}", proxy.port());
     check_fails_at_once(&uri, |error| matches!(error, Error::Tls(_))).await;
-    let env = builder(&uri).root_certificates(CERTIFICATE).connect().await.unwrap();
+    let env = client_builder(&uri).root_certificates(CERTIFICATE).connect().await.unwrap();
     assert_eq!(env.get_obs().await.unwrap().cameras.len(), 1);
 }
 
 #[tokio::test]
-async fn a_server_that_stops_says_goodbye_holds_the_robot_and_returns() {
-    let stand = Harness::new();
-    let (address, serving) = serve(&stand).await;
-    let env = builder(format!("ws://{address}")).connect().await.unwrap();
+async fn a_server_that_shuts_down_sends_the_reason_holds_the_robot_and_returns() {
+    let harness = Harness::new();
+    let (address, serving) = harness.serve_websocket().await;
+    let env = client_builder(format!("ws://{address}")).connect().await.unwrap();
     env.start_obs_stream(100.0).await.unwrap();
-    env.next_obs(GUARD).await.unwrap();
-    // A connection that never says anything does not keep it.
+    env.next_obs(TEST_TIMEOUT).await.unwrap();
+    // A connection that never sends anything does not delay the shutdown.
     let _idle = TcpStream::connect(address).await.unwrap();
-    stand.handle.shutdown();
-    timeout(GUARD, serving).await.expect("it returns").unwrap();
+    harness.handle.shutdown();
+    timeout(TEST_TIMEOUT, serving).await.expect("serve returns").unwrap().unwrap();
     let error = loop {
-        if let Err(error) = env.next_obs(GUARD).await {
+        if let Err(error) = env.next_obs(TEST_TIMEOUT).await {
             break error;
         }
     };
     assert_eq!(error.to_string(), "disconnected: the server is shutting down");
-    assert_eq!(stand.script.events(), [Event::Held, Event::Disconnected]);
+    assert_eq!(harness.script.events(), [Event::Held, Event::Disconnected]);
 }
 
 #[tokio::test]
-async fn a_client_that_is_dropped_frees_the_robot() {
-    let stand = Harness::new();
-    let (address, _serving) = serve(&stand).await;
+async fn dropping_a_client_releases_the_robot() {
+    let harness = Harness::new();
+    let (address, _serving) = harness.serve_websocket().await;
     for _ in 0..3 {
-        let env = builder(format!("ws://{address}")).connect().await.unwrap();
+        let env = client_builder(format!("ws://{address}")).connect().await.unwrap();
         env.reset().await.unwrap();
         drop(env);
-        stand.until("the robot is free", |stand| stand.handle.stats().sessions == 0).await;
+        harness.wait_until_robot_is_free().await;
     }
 }
 
 #[tokio::test]
-async fn garbage_text_and_oversized_messages_end_their_connection_and_no_other() {
-    let stand = Harness::new();
-    let (address, _serving) = serve(&stand).await;
-    let watching = builder(format!("ws://{address}")).observer().connect().await.unwrap();
+async fn garbage_text_and_oversized_messages_end_only_their_own_connection() {
+    let harness = Harness::new();
+    let (address, _serving) = harness.serve_websocket().await;
+    let observer = client_builder(format!("ws://{address}")).observer().connect().await.unwrap();
 
     let mut garbage = TcpStream::connect(address).await.unwrap();
     garbage.write_all(&[0xff; 4096]).await.unwrap();
-    let mut answer = Vec::new();
-    let _ = timeout(GUARD, garbage.read_to_end(&mut answer)).await.expect("the connection ends");
+    let mut response = Vec::new();
+    let _ = timeout(TEST_TIMEOUT, garbage.read_to_end(&mut response)).await.expect("the connection ends");
 
     let offer = || {
         let mut request = format!("ws://{address}").into_client_request().unwrap();
@@ -203,15 +193,17 @@ async fn garbage_text_and_oversized_messages_end_their_connection_and_no_other()
         let (mut socket, _) = tokio_tungstenite::connect_async(offer()).await.unwrap();
         let _ = socket.send(message).await;
         let ended = async { while let Some(Ok(_)) = socket.next().await {} };
-        timeout(GUARD, ended).await.expect("the connection ends");
+        timeout(TEST_TIMEOUT, ended).await.expect("the connection ends");
     }
 
-    assert!(watching.get_obs().await.is_ok());
-    stand.until("only the watcher is left", |stand| stand.handle.stats().sessions == 1).await;
+    assert!(observer.get_obs().await.is_ok());
+    harness
+        .wait_until("only the observer is connected", |harness| harness.handle.stats().sessions == 1)
+        .await;
 }
 
 #[tokio::test]
-async fn servers_nest_in_a_host_under_any_path() {
+async fn servers_can_be_nested_in_a_host_application_under_any_path() {
     let (left, right) = (Harness::new(), Harness::new());
     let app = Router::new()
         .route("/healthz", get(|| async { "the host is well" }))
@@ -220,18 +212,18 @@ async fn servers_nest_in_a_host_under_any_path() {
         .nest("/robot/right/health", right.server.health_router());
     let (listener, address) = listener().await;
     tokio::spawn(axum::serve(listener, app).into_future());
-    for (stand, path) in [(&left, "left"), (&right, "right")] {
-        let env = builder(format!("ws://{address}/robot/{path}")).connect().await.unwrap();
+    for (harness, path) in [(&left, "left"), (&right, "right")] {
+        let env = client_builder(format!("ws://{address}/robot/{path}")).connect().await.unwrap();
         env.reset().await.unwrap();
-        assert_eq!(stand.script.events().len(), 2, "{path}");
+        assert_eq!(harness.script.events().len(), 2, "{path}");
     }
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn the_blocking_client_is_the_same() {
-    let stand = Harness::new();
-    let (address, _serving) = serve(&stand).await;
-    let (uri, script) = (format!("ws://{address}"), Arc::clone(&stand.script));
+async fn the_blocking_client_behaves_like_the_async_one() {
+    let harness = Harness::new();
+    let (address, _serving) = harness.serve_websocket().await;
+    let (uri, script) = (format!("ws://{address}"), Arc::clone(&harness.script));
     let blocking = move || {
         let env = blocking::PolicyClient::connect(&uri).unwrap();
         assert_eq!(env.get_metadata().unwrap()["kind"].as_str(), Some("scripted"));
@@ -239,13 +231,13 @@ async fn the_blocking_client_is_the_same() {
         assert_eq!(obs["wrist_cam"].image.shape(), [8, 8, 3]);
         assert_eq!(env.step([0.5; DIMENSION]).unwrap().reward, 1.0);
         env.start_obs_stream(50.0).unwrap();
-        assert!(env.next_obs(GUARD).unwrap().seq > obs.seq);
+        assert!(env.next_obs(TEST_TIMEOUT).unwrap().seq > obs.seq);
         assert!(env.latest_obs().unwrap().is_some());
         env.start_action_dispatch(100.0).unwrap();
         for _ in 0..5 {
             env.put_action([0.25; DIMENSION]).unwrap();
         }
-        // What the robot has not begun when its controller leaves, it never does.
+        // A row that the robot has not begun when its controller disconnects is never applied.
         while script.applied().len() < 6 {
             std::thread::sleep(Duration::from_millis(1));
         }
@@ -254,14 +246,14 @@ async fn the_blocking_client_is_the_same() {
         env.stop_action_dispatch();
         env.close().unwrap();
         assert!(matches!(env.latest_obs(), Err(Error::Closed)));
-        // And one that is only dropped.
+        // A client that is dropped without a close.
         drop(blocking::PolicyClient::connect(&uri).unwrap());
     };
     tokio::task::spawn_blocking(blocking).await.unwrap();
-    stand
-        .until("both have left", |stand| {
-            stand.script.events().iter().filter(|event| **event == Event::Disconnected).count() == 2
+    harness
+        .wait_until("both clients are disconnected", |harness| {
+            harness.script.events().iter().filter(|event| **event == Event::Disconnected).count() == 2
         })
         .await;
-    assert_eq!(stand.script.applied().len(), 6);
+    assert_eq!(harness.script.applied().len(), 6);
 }

@@ -1,14 +1,8 @@
-//! The test stand: a robot that does as it is told, sensors on the test's clock, and peers that say anything.
-
-#![allow(
-    dead_code,
-    missing_docs,
-    unreachable_pub,
-    reason = "shared by several test binaries, each of which uses its part"
-)]
-#![allow(clippy::unwrap_used, reason = "helpers of tests, too, fail by panicking")]
+//! The test harness: a server with a scripted robot and sensors on the test's clock, and peers that send
+//! whatever a test wants.
 
 use std::{
+    net::SocketAddr,
     sync::{
         Arc, Condvar, Mutex,
         atomic::{AtomicBool, Ordering},
@@ -16,7 +10,7 @@ use std::{
     time::Duration,
 };
 
-use chiral_client::{PolicyClient, PolicyClientBuilder, PutMode};
+use chiral_client::{PolicyClient, PolicyClientBuilder, PutMode, RobotInfo};
 use chiral_proto::{
     ActionChunk, ActionSpec, CameraSpec, Clock, Codec, Frame, Message, Notice, PROTOCOL_VERSION, ProprioSpec,
     Reply, Request, Timestamp, Transport, Value, ValueMap,
@@ -25,36 +19,38 @@ use chiral_proto::{
     value,
 };
 use chiral_server::{
-    ActionContext, CameraFrame, PolicyServer, PolicyServerBuilder, Robot, RobotError, Sensors, ServerHandle,
-    StepOutcome,
+    ActionContext, CameraFrame, Error, PolicyServer, PolicyServerBuilder, Robot, RobotError, Sensors,
+    ServerHandle, StepOutcome,
 };
 use chiral_sim::link::{LinkControl, LinkEnd, LinkOptions, link};
 use nalgebra::{Matrix3, Matrix4};
-use tokio::{task::JoinHandle, time::Instant};
+use tokio::{net::TcpListener, task::JoinHandle, time::Instant};
 use zenoh::Wait;
 
-/// Joints of the robot on the stand.
+use super::{TEST_TIMEOUT, client_builder, wait_until_or_show};
+
+/// Joints of the scripted robot.
 pub const DIMENSION: usize = 3;
-/// The camera of the stand.
+/// Name of its camera.
 pub const CAMERA: &str = "wrist_cam";
 
-/// What the robot saw happen, in order.
+/// A call that the robot received.
 #[derive(Clone, Debug, PartialEq)]
 pub enum Event {
-    ResetBegan,
-    ResetDone,
+    ResetStarted,
+    ResetFinished,
     Applied { values: Vec<f32>, episode: u64, received_at: Timestamp },
     Held,
     Disconnected,
 }
 
-/// Shared by the robot and the test: what happens, and what is to happen.
+/// Shared by the robot and the test: the calls so far, and how the robot reacts to the next ones.
 #[derive(Default)]
 pub struct Script {
     pub events: Mutex<Vec<Event>>,
     pub reset_gate: Gate,
     pub apply_gate: Gate,
-    pub reset_fails: Mutex<Option<String>>,
+    pub reset_error: Mutex<Option<String>>,
     pub panics_in: Mutex<Option<&'static str>>,
 }
 
@@ -69,22 +65,22 @@ impl Script {
             .collect()
     }
 
-    fn note(&self, event: Event) {
+    fn record(&self, event: Event) {
         self.events.lock().unwrap().push(event);
     }
 
     fn maybe_panic(&self, method: &'static str) {
         let chosen = *self.panics_in.lock().unwrap() == Some(method);
-        assert!(!chosen, "as the script says");
+        assert!(!chosen, "the script asks for a panic");
     }
 }
 
-/// A gate that the robot waits at while it is closed.
+/// A gate that blocks the robot while it is closed.
 #[derive(Default)]
 pub struct Gate {
     closed: Mutex<bool>,
     changed: Condvar,
-    waiting: AtomicBool,
+    blocking: AtomicBool,
 }
 
 impl Gate {
@@ -97,21 +93,22 @@ impl Gate {
         self.changed.notify_all();
     }
 
-    /// Whether the robot stands before it.
-    pub fn is_waited_at(&self) -> bool {
-        self.waiting.load(Ordering::Acquire)
+    /// Whether the robot is blocked by this gate now.
+    pub fn is_blocking(&self) -> bool {
+        self.blocking.load(Ordering::Acquire)
     }
 
-    fn pass(&self) {
+    fn wait(&self) {
         let mut closed = self.closed.lock().unwrap();
         while *closed {
-            self.waiting.store(true, Ordering::Release);
+            self.blocking.store(true, Ordering::Release);
             closed = self.changed.wait(closed).unwrap();
         }
-        self.waiting.store(false, Ordering::Release);
+        self.blocking.store(false, Ordering::Release);
     }
 }
 
+/// A robot that does what its [`Script`] asks for.
 pub struct ScriptedRobot(pub Arc<Script>);
 
 impl Robot for ScriptedRobot {
@@ -121,21 +118,21 @@ impl Robot for ScriptedRobot {
     }
 
     fn reset(&mut self, seed: Option<u64>, _options: &ValueMap) -> Result<ValueMap, RobotError> {
-        self.0.note(Event::ResetBegan);
+        self.0.record(Event::ResetStarted);
         self.0.maybe_panic("reset");
-        self.0.reset_gate.pass();
-        if let Some(text) = self.0.reset_fails.lock().unwrap().clone() {
+        self.0.reset_gate.wait();
+        if let Some(text) = self.0.reset_error.lock().unwrap().clone() {
             return Err(text.into());
         }
-        self.0.note(Event::ResetDone);
+        self.0.record(Event::ResetFinished);
         Ok(value::map([("seed", seed.map_or(Value::Null, |seed| Value::Int(seed as i64)))]))
     }
 
     fn apply_action(&mut self, action: &Action, context: &ActionContext) -> Result<(), RobotError> {
         self.0.maybe_panic("apply_action");
-        self.0.apply_gate.pass();
+        self.0.apply_gate.wait();
         let ActionContext { episode, received_at, .. } = *context;
-        self.0.note(Event::Applied { values: action.values.clone(), episode, received_at });
+        self.0.record(Event::Applied { values: action.values.clone(), episode, received_at });
         Ok(())
     }
 
@@ -164,23 +161,18 @@ impl Robot for ScriptedRobot {
     }
 
     fn hold(&mut self) {
-        self.0.note(Event::Held);
+        self.0.record(Event::Held);
         self.0.maybe_panic("hold");
     }
 
     fn on_disconnect(&mut self) {
-        self.0.note(Event::Disconnected);
+        self.0.record(Event::Disconnected);
         self.0.maybe_panic("on_disconnect");
     }
 }
 
-/// An address on loopback that was free a moment ago, for who does not tell which port he was given.
-pub fn free_address() -> String {
-    std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().to_string()
-}
-
-/// A Zenoh session of somebody else's.
-pub fn session(mode: &str, uri: &str) -> zenoh::Session {
+/// Opens a Zenoh session that is not Chiral's.
+pub fn zenoh_session(mode: &str, uri: &str) -> zenoh::Session {
     let end = if mode == "router" { "listen/endpoints" } else { "connect/endpoints" };
     let mut config = zenoh::Config::default();
     for (key, value) in [("mode", mode), ("scouting/multicast/enabled", "false"), (end, uri)] {
@@ -194,23 +186,20 @@ pub fn session(mode: &str, uri: &str) -> zenoh::Session {
     std::thread::spawn(move || zenoh::open(config).wait().unwrap()).join().unwrap()
 }
 
-/// For what must come; no test measures time by it.
-pub const GUARD: Duration = Duration::from_secs(20);
-
-/// The loop that the guide shows, start to end.
-pub async fn drive(env: &PolicyClient) {
+/// Runs the loop of the client guide from start to end.
+pub async fn run_guide_loop(env: &PolicyClient) {
     assert_eq!(env.get_metadata().await.unwrap()["kind"].as_str(), Some("scripted"));
     let (obs, info) = env.reset_with(Some(3), Default::default()).await.unwrap();
     assert_eq!(info["seed"].as_i64(), Some(3));
     assert_eq!(env.step([0.5; DIMENSION]).await.unwrap().reward, 1.0);
     env.start_obs_stream(50.0).await.unwrap();
-    assert!(env.next_obs(GUARD).await.unwrap().seq > obs.seq);
+    assert!(env.next_obs(TEST_TIMEOUT).await.unwrap().seq > obs.seq);
     env.start_action_dispatch(100.0).unwrap();
     for _ in 0..5 {
         env.put_action([0.25; DIMENSION]).await.unwrap();
     }
     while env.stats().actions_sent < 5 {
-        env.next_obs(GUARD).await.unwrap();
+        env.next_obs(TEST_TIMEOUT).await.unwrap();
     }
     env.put_chunk([0.125; DIMENSION], PutMode::Replace).await.unwrap();
     assert!(env.get_obs().await.unwrap().seq > obs.seq);
@@ -218,17 +207,26 @@ pub async fn drive(env: &PolicyClient) {
     env.stop_action_dispatch();
 }
 
-/// The time that tokio shows, paused or not, readable on any thread.
+/// Tokio's time, paused or not, readable on any thread.
 pub fn tokio_clock() -> Clock {
     let runtime = tokio::runtime::Handle::current();
-    let began = Instant::now();
+    let started = Instant::now();
     Clock::new(move || {
         let _context = runtime.enter();
-        Timestamp(1_000_000_000 + i64::try_from(began.elapsed().as_nanos()).unwrap())
+        Timestamp(1_000_000_000 + i64::try_from(started.elapsed().as_nanos()).unwrap())
     })
 }
 
-/// A server with a scripted robot.
+/// Runs a future on a paused clock, so that its waits take no real time. The robot's thread must have no part
+/// in it: a paused clock jumps ahead while that thread works.
+pub async fn on_paused_clock<T>(future: impl Future<Output = T>) -> T {
+    tokio::time::pause();
+    let outcome = future.await;
+    tokio::time::resume();
+    outcome
+}
+
+/// A server with a scripted robot, and the sensors and clock that it uses.
 pub struct Harness {
     pub server: PolicyServer,
     pub handle: ServerHandle,
@@ -247,9 +245,13 @@ impl Drop for Harness {
 }
 
 impl Harness {
-    /// A camera of 8 x 8 and joints, published at 100 Hz.
+    /// One camera of 8 x 8 pixels and joints, published at 100 Hz.
     pub fn new() -> Harness {
-        Harness::with(Arc::default(), 8, 8, |builder| builder)
+        Harness::configured(|builder| builder)
+    }
+
+    pub fn configured(configure: impl FnOnce(PolicyServerBuilder) -> PolicyServerBuilder) -> Harness {
+        Harness::with(Arc::default(), 8, 8, configure)
     }
 
     pub fn with(
@@ -263,26 +265,33 @@ impl Harness {
         let proprios = [ProprioSpec::new("joint_pos", DIMENSION, "rad")];
         let sensors = Sensors::with_clock(cameras, proprios, clock.clone()).unwrap();
         let builder = PolicyServer::builder(ScriptedRobot(Arc::clone(&script)), sensors.clone())
-            .name("stand")
+            .name("test-robot")
             .clock(clock.clone());
         let server = configure(builder).build().unwrap();
-        let publishing = sensors.clone();
+        let published = sensors.clone();
         let publisher = tokio::spawn(async move {
             let mut ticks = tokio::time::interval(Duration::from_millis(10));
             loop {
                 ticks.tick().await;
-                publish(&publishing, 1);
+                publish(&published, 1);
             }
         });
         Harness { handle: server.handle(), server, script, sensors, clock, publisher }
     }
 
-    /// The other end of a link to this server.
-    pub fn dial(&self, options: LinkOptions) -> (LinkEnd, LinkControl) {
-        let (ours, theirs, control) = link(options);
+    /// Serves WebSocket on an ephemeral port. The task ends after a shutdown.
+    pub async fn serve_websocket(&self) -> (SocketAddr, JoinHandle<Result<(), Error>>) {
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let address = listener.local_addr().unwrap();
+        (address, tokio::spawn(self.server.clone().serve_on(listener)))
+    }
+
+    /// Opens a link to this server and returns the client's end.
+    pub fn open_link(&self, options: LinkOptions) -> (LinkEnd, LinkControl) {
+        let (client_end, server_end, control) = link(options);
         let server = self.server.clone();
-        tokio::spawn(async move { server.serve_connection(theirs).await });
-        (ours, control)
+        tokio::spawn(async move { server.serve_connection(server_end).await });
+        (client_end, control)
     }
 
     pub fn builder(&self) -> PolicyClientBuilder {
@@ -294,21 +303,21 @@ impl Harness {
     }
 
     pub async fn connect_over(&self, options: LinkOptions) -> (PolicyClient, LinkControl) {
-        let (end, control) = self.dial(options);
+        let (end, control) = self.open_link(options);
         (self.builder().connect_over(end).await.unwrap(), control)
     }
 
-    pub async fn raw(&self) -> Raw {
-        Raw::greet(self.dial(LinkOptions::default()).0).await
+    pub async fn connect_raw(&self) -> RawPeer {
+        RawPeer::connect(self.open_link(LinkOptions::default()).0).await
     }
 
-    /// Waits for what must come, and never for longer than a test may hang.
-    pub async fn until(&self, what: &str, mut holds: impl FnMut(&Harness) -> bool) {
-        let began = std::time::Instant::now();
-        while !holds(self) {
-            assert!(began.elapsed() < Duration::from_secs(20), "{what}: {:?}", self.script.events());
-            tokio::time::sleep(Duration::from_millis(1)).await;
-        }
+    /// Polls until `condition` holds.
+    pub async fn wait_until(&self, what: &str, mut condition: impl FnMut(&Harness) -> bool) {
+        wait_until_or_show(what, || condition(self), || format!("{:?}", self.script.events())).await;
+    }
+
+    pub async fn wait_until_robot_is_free(&self) {
+        self.wait_until("no session is left", |harness| harness.handle.stats().sessions == 0).await;
     }
 }
 
@@ -330,8 +339,8 @@ pub fn publish(sensors: &Sensors, n: u64) {
     sensors.update_proprio("joint_pos", &[n as f32; DIMENSION]).unwrap();
 }
 
-/// A peer that says anything.
-pub struct Raw {
+/// A controller that sends whatever a test wants, over one connection.
+pub struct RawPeer {
     pub end: LinkEnd,
     pub welcome: Welcome,
     last_id: u64,
@@ -348,117 +357,117 @@ pub fn hello(role: Role) -> Hello {
     }
 }
 
-impl Raw {
-    /// A peer that has said nothing yet.
-    pub fn silent(end: LinkEnd) -> Raw {
-        Raw { end, welcome: welcome(), last_id: 1 }
+impl RawPeer {
+    /// A peer that has not sent its hello.
+    pub fn without_hello(end: LinkEnd) -> RawPeer {
+        RawPeer { end, welcome: welcome(), last_id: 1 }
     }
 
-    pub async fn greet(end: LinkEnd) -> Raw {
+    /// Sends a hello and receives the welcome.
+    pub async fn connect(end: LinkEnd) -> RawPeer {
         let request = Message::Request { id: 1, request: Request::Hello(hello(Role::Controller)) };
         end.send(Codec::Protobuf.encode(&request).unwrap()).await.unwrap();
         let frame = end.recv().await.unwrap().expect("a welcome");
         match Codec::Protobuf.decode(frame).unwrap() {
             Message::Reply { id: 1, reply: Reply::Welcome(welcome) } => {
-                Raw { end, welcome: *welcome, last_id: 1 }
+                RawPeer { end, welcome: *welcome, last_id: 1 }
             }
             other => panic!("expected a welcome, found {other:?}"),
         }
     }
 
-    pub async fn say(&self, message: &Message) {
-        self.say_frame(Codec::Protobuf.encode(message).unwrap()).await;
+    pub async fn send(&self, message: &Message) {
+        self.send_frame(Codec::Protobuf.encode(message).unwrap()).await;
     }
 
-    pub async fn say_frame(&self, frame: impl Into<Frame>) {
+    pub async fn send_frame(&self, frame: impl Into<Frame>) {
         self.end.send(frame.into()).await.unwrap();
     }
 
-    /// Sends one row of this episode.
-    pub async fn act(&self, session: u64, episode: u64, seq: u64, actions: impl Into<ActionChunk>) {
+    pub async fn send_action(&self, session: u64, episode: u64, seq: u64, actions: impl Into<ActionChunk>) {
         let actions = actions.into();
-        self.say(&Message::Notice(Notice::Action(ActionMessage {
-            session,
-            episode,
-            seq,
-            actions,
-            observation_seq: 0,
-        })))
-        .await;
+        let action = ActionMessage { session, episode, seq, actions, observation_seq: 0 };
+        self.send(&Message::Notice(Notice::Action(action))).await;
     }
 
-    pub async fn hear(&self) -> Message {
-        let frame =
-            tokio::time::timeout(Duration::from_secs(3600), self.end.recv()).await.expect("an answer");
-        Codec::Protobuf.decode(frame.unwrap().expect("the connection is open")).unwrap()
-    }
-
-    /// Asks, and returns the answer, whatever comes before it.
-    pub async fn ask(&mut self, request: Request) -> Reply {
-        let id = self.request(request).await;
-        self.answer(id).await
-    }
-
-    pub async fn request(&mut self, request: Request) -> u64 {
+    /// Sends a request and returns its id.
+    pub async fn send_request(&mut self, request: Request) -> u64 {
         self.last_id += 1;
-        self.say(&Message::Request { id: self.last_id, request }).await;
+        self.send(&Message::Request { id: self.last_id, request }).await;
         self.last_id
     }
 
-    pub async fn answer(&self, asked: u64) -> Reply {
+    /// Sends a request and returns its reply. Drops the messages before it.
+    pub async fn request(&mut self, request: Request) -> Reply {
+        let id = self.send_request(request).await;
+        self.reply_to(id).await
+    }
+
+    pub async fn receive(&self) -> Message {
+        let frame =
+            tokio::time::timeout(Duration::from_secs(3600), self.end.recv()).await.expect("a message");
+        Codec::Protobuf.decode(frame.unwrap().expect("the connection is open")).unwrap()
+    }
+
+    /// Returns the reply to the request with this id. Drops the messages before it.
+    pub async fn reply_to(&self, request_id: u64) -> Reply {
         loop {
-            if let Message::Reply { id, reply } = self.hear().await
-                && id == asked
+            if let Message::Reply { id, reply } = self.receive().await
+                && id == request_id
             {
                 return reply;
             }
         }
     }
 
-    /// The next error that answers no request.
-    pub async fn fault(&self) -> chiral_proto::Fault {
+    /// Returns the next error that is no reply. Drops the messages before it.
+    pub async fn error_notice(&self) -> chiral_proto::Fault {
         loop {
-            if let Message::Notice(Notice::Error(fault)) = self.hear().await {
+            if let Message::Notice(Notice::Error(fault)) = self.receive().await {
                 return fault;
             }
         }
     }
 }
 
-/// The actions that arrived at a [`listen`]er, with the time they did.
-pub type Arrivals = Arc<Mutex<Vec<(Timestamp, Vec<f32>)>>>;
+/// The actions that a fake server received, each with its arrival time.
+pub type ReceivedActions = Arc<Mutex<Vec<(Timestamp, Vec<f32>)>>>;
 
-/// A server that is none: it welcomes a client, answers its pings and notes its actions. No thread is
-/// involved, so virtual time is exact.
-pub async fn listen(clock: &Clock, options: LinkOptions) -> (PolicyClient, Arrivals, LinkControl) {
-    let (ours, theirs, control) = link(options);
-    let arrivals = Arrivals::default();
-    let (noted, now) = (Arc::clone(&arrivals), clock.clone());
+/// Connects a client to a fake server, which sends a welcome, answers pings and records actions. It runs on
+/// the test's runtime and starts no thread, so that virtual time is exact.
+pub async fn connect_to_fake_server(
+    clock: &Clock,
+    options: LinkOptions,
+) -> (PolicyClient, ReceivedActions, LinkControl) {
+    let (client_end, server_end, control) = link(options);
+    let actions = ReceivedActions::default();
+    let (received, server_clock) = (Arc::clone(&actions), clock.clone());
     tokio::spawn(async move {
-        while let Ok(Some(frame)) = theirs.recv().await {
-            let answer = match Codec::Protobuf.decode(frame).unwrap() {
+        while let Ok(Some(frame)) = server_end.recv().await {
+            let now = server_clock.now();
+            let response = match Codec::Protobuf.decode(frame).unwrap() {
                 Message::Request { id, request: Request::Hello(_) } => {
                     Message::Reply { id, reply: Reply::Welcome(welcome().into()) }
                 }
                 Message::Notice(Notice::Ping { t1 }) => {
-                    Message::Notice(Notice::Pong { t1, t2: now.now(), t3: now.now() })
+                    Message::Notice(Notice::Pong { t1, t2: now, t3: now })
                 }
                 Message::Notice(Notice::Action(action)) => {
-                    noted.lock().unwrap().push((now.now(), action.actions.values().to_vec()));
+                    received.lock().unwrap().push((now, action.actions.values().to_vec()));
                     continue;
                 }
                 _ => continue,
             };
-            let _ = theirs.send(Codec::Protobuf.encode(&answer).unwrap()).await;
+            let _ = server_end.send(Codec::Protobuf.encode(&response).unwrap()).await;
         }
     });
-    let client = PolicyClient::builder("link").clock(clock.clone()).connect_over(ours).await.unwrap();
-    (client, arrivals, control)
+    let client = PolicyClient::builder("link").clock(clock.clone()).connect_over(client_end).await.unwrap();
+    (client, actions, control)
 }
 
 fn welcome() -> Welcome {
-    let robot = chiral_client::RobotInfo {
-        name: "listener".to_owned(),
+    let robot = RobotInfo {
+        name: "fake".to_owned(),
         cameras: vec![],
         proprios: vec![],
         action_spec: ActionSpec::joint_positions(DIMENSION, 100.0),
@@ -471,5 +480,28 @@ fn welcome() -> Welcome {
         robot,
         attach_token: Default::default(),
         controller: String::new(),
+    }
+}
+
+/// Waits until the Zenoh network at `uri` knows at least these robots.
+pub async fn wait_until_alive(uri: &str, names: &[&str]) {
+    wait_until_refused(uri, |text| names.iter().all(|name| text.contains(name))).await;
+}
+
+/// Waits until the Zenoh network at `uri` knows no robot.
+pub async fn wait_until_none_alive(uri: &str) {
+    wait_until_refused(uri, |text| text.contains("no robot is alive there")).await;
+}
+
+/// Connects to a robot that does not exist until the error's text, which lists the live ones, is accepted.
+async fn wait_until_refused(uri: &str, accepted: impl Fn(&str) -> bool) {
+    let started = std::time::Instant::now();
+    loop {
+        let builder = client_builder(uri).robot("nobody").deadline(Duration::from_millis(900));
+        let text = builder.connect().await.unwrap_err().to_string();
+        if accepted(&text) {
+            return;
+        }
+        assert!(started.elapsed() < TEST_TIMEOUT, "{text}");
     }
 }

@@ -1,15 +1,8 @@
-//! The company of tests with processes: those they start, and a simulated robot that notes what it is told.
-
-#![allow(
-    dead_code,
-    missing_docs,
-    unreachable_pub,
-    reason = "shared by several test binaries, each of which uses its part"
-)]
-#![allow(clippy::unwrap_used, reason = "helpers of tests, too, fail by panicking")]
+//! For tests with several processes: the child processes they start, and a simulated robot that records the
+//! calls it receives.
 
 use std::{
-    net::{TcpListener, TcpStream},
+    net::TcpStream,
     process::{Child, Command, ExitStatus, Stdio},
     sync::{Arc, Mutex, MutexGuard},
     thread,
@@ -17,18 +10,19 @@ use std::{
 };
 
 use chiral_client::{ActionChunk, ActionSpec, Timestamp, ValueMap, action::Action};
-use chiral_server::{ActionContext, Robot, RobotError, StepOutcome};
-use chiral_sim::robot::SimRobot;
+use chiral_server::{
+    ActionContext, PolicyServer, PolicyServerBuilder, Robot, RobotError, StepOutcome, monotonic,
+};
+use chiral_sim::robot::{SimConfig, SimRobot, start};
 use rustix::process::{Pid, Signal, kill_process};
 
-/// For what must come.
-pub const GUARD: Duration = Duration::from_secs(20);
+use super::{TEST_TIMEOUT, wait_until};
 
-/// A process of a test's own, gone at its end.
+/// A child process. Dropping it kills it.
 pub struct Process(pub Child);
 
 impl Process {
-    /// `chiral-sim`, silent.
+    /// Starts `chiral-sim` without output.
     pub fn start(arguments: &[&str]) -> Process {
         Process::spawn(Process::command(arguments).stdout(Stdio::null()).stderr(Stdio::null()))
     }
@@ -52,10 +46,10 @@ impl Process {
         kill_process(Pid::from_child(&self.0), signal).unwrap();
     }
 
-    /// How it ended, as it must soon.
-    pub async fn ended(&mut self) -> ExitStatus {
+    /// Waits for the process to exit.
+    pub async fn wait(&mut self) -> ExitStatus {
         let mut status = None;
-        until("the process ends", || {
+        wait_until("the process exits", || {
             status = self.0.try_wait().unwrap();
             status.is_some()
         })
@@ -71,69 +65,66 @@ impl Drop for Process {
     }
 }
 
-/// An address on loopback that was free a moment ago.
-pub fn free_address() -> String {
-    TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().to_string()
-}
-
-/// Waits until somebody accepts connections there.
-pub fn until_it_listens(address: &str) {
-    let began = Instant::now();
+/// Waits until `address` accepts connections.
+pub fn wait_until_listening(address: &str) {
+    let started = Instant::now();
     while TcpStream::connect(address).is_err() {
-        assert!(began.elapsed() < GUARD, "nobody listens on {address}");
+        assert!(started.elapsed() < TEST_TIMEOUT, "nothing listens on {address}");
         thread::sleep(Duration::from_millis(2));
     }
 }
 
-/// Waits for what must come, and never for longer than a test may hang.
-pub async fn until(what: &str, mut holds: impl FnMut() -> bool) {
-    let began = Instant::now();
-    while !holds() {
-        assert!(began.elapsed() < GUARD, "{what}");
-        tokio::time::sleep(Duration::from_millis(2)).await;
-    }
-}
-
-/// What a robot was told.
+/// The calls that a robot received.
 #[derive(Default)]
-pub struct Told {
+pub struct RobotLog {
     pub seeds: Vec<u64>,
-    /// Rows of actions and steps, and when they arrived.
+    /// The rows of actions and steps, each with the time at which it arrived.
     pub rows: Vec<(Vec<f32>, Timestamp)>,
-    pub ends: Vec<&'static str>,
+    /// `hold` and `on_disconnect`.
+    pub end_calls: Vec<&'static str>,
 }
 
-/// The simulated robot, and what it was told.
-pub struct Watched {
-    pub robot: SimRobot,
-    pub told: Arc<Mutex<Told>>,
+/// A [`RobotLog`] that the test reads while the robot writes it.
+pub type SharedLog = Arc<Mutex<RobotLog>>;
+
+/// A simulated robot that records the calls it receives.
+pub struct RecordingRobot {
+    robot: SimRobot,
+    log: SharedLog,
 }
 
-impl Watched {
-    fn told(&self) -> MutexGuard<'_, Told> {
-        self.told.lock().unwrap()
+impl RecordingRobot {
+    /// Starts the robot; returns a builder of its server and its log.
+    pub fn start(config: SimConfig) -> (PolicyServerBuilder, SharedLog) {
+        let (robot, sensors) = start(config).unwrap();
+        let log = SharedLog::default();
+        (PolicyServer::builder(RecordingRobot { robot, log: Arc::clone(&log) }, sensors), log)
+    }
+
+    fn log(&self) -> MutexGuard<'_, RobotLog> {
+        self.log.lock().unwrap()
     }
 }
 
-impl Robot for Watched {
+impl Robot for RecordingRobot {
     fn action_spec(&self) -> ActionSpec {
         self.robot.action_spec()
     }
 
     fn reset(&mut self, seed: Option<u64>, options: &ValueMap) -> Result<ValueMap, RobotError> {
-        self.told().seeds.extend(seed);
+        self.log().seeds.extend(seed);
         self.robot.reset(seed, options)
     }
 
     fn apply_action(&mut self, action: &Action, context: &ActionContext) -> Result<(), RobotError> {
-        let now = chiral_server::monotonic().now();
-        self.told().rows.push((action.values.clone(), now));
+        let now = monotonic().now();
+        self.log().rows.push((action.values.clone(), now));
         self.robot.apply_action(action, context)
     }
 
     fn step(&mut self, chunk: &ActionChunk, context: &ActionContext) -> Result<StepOutcome, RobotError> {
-        let now = chiral_server::monotonic().now();
-        self.told().rows.extend(chunk.iter().map(|row| (row.to_vec(), now)));
+        let now = monotonic().now();
+        self.log().rows.extend(chunk.iter().map(|row| (row.to_vec(), now)));
         self.robot.step(chunk, context)
     }
 
@@ -143,10 +134,10 @@ impl Robot for Watched {
 
     fn hold(&mut self) {
         self.robot.hold();
-        self.told().ends.push("hold");
+        self.log().end_calls.push("hold");
     }
 
     fn on_disconnect(&mut self) {
-        self.told().ends.push("on_disconnect");
+        self.log().end_calls.push("on_disconnect");
     }
 }
