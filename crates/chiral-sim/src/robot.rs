@@ -276,7 +276,7 @@ impl Shared {
         self.sensors.set_extra(world.extra());
     }
 
-    /// Publishes an image of every camera. In lock-step all of them show the same instant.
+    /// Publishes an image of every camera. All of them show the same instant if no time passes meanwhile.
     fn publish_cameras(&self) -> Result<(), SensorError> {
         let now = monotonic().now();
         self.cameras.iter().try_for_each(|camera| camera.publish(|| Some(lock(&self.world).view(now))))

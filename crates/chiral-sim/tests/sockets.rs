@@ -74,7 +74,7 @@ async fn a_deadline_ends_the_wait_with_an_error_that_names_the_address() {
 }
 
 #[tokio::test]
-async fn connecting_to_something_else_than_a_chiral_server_fails_at_once() {
+async fn connecting_to_anything_but_a_chiral_server_fails_at_once() {
     for uri in ["localhost:8765", "http://localhost", "udp/localhost:7447", "ws://", ""] {
         check_fails_at_once(uri, |error| matches!(error, Error::Address { .. })).await;
     }

@@ -50,7 +50,7 @@ fn serve_pixels(
 
 // The runtime has one thread; in such a runtime Zenoh itself would panic.
 #[tokio::test(flavor = "current_thread")]
-async fn the_loop_of_the_guide_works_and_the_session_ends_in_order() {
+async fn the_guides_loop_works_and_sessions_end_cleanly() {
     let uri = free_locator();
     let (harness, serving) = serve("arm", Some(&uri), None);
     let env = client_builder(&uri).connect().await.unwrap();

@@ -27,15 +27,15 @@ use crate::{
 #[tokio::test]
 async fn both_generations_over_zenoh() {
     let (harness, uri) = serve_zenoh(|builder| builder);
-    let mut peer = ZenohPeer::on(&uri).await;
-    peer.connect().await;
-    peer.request(reset());
+    let mut peer = ZenohPeer::join(&uri).await;
+    peer.probe().await;
+    peer.send_request(reset());
     assert_eq!(peer.kind().await, "reset_response");
     peer.send(apply_action([0.25; DIMENSION]));
     harness
         .wait_until("the action is applied", |harness| harness.script.applied() == [[0.25; DIMENSION]])
         .await;
-    peer.request(step(2));
+    peer.send_request(step(2));
     assert!(matches!(peer.reply().await, Reply::Step(result) if result.reward == 2.0));
     let error = client_builder(&uri).connect().await.unwrap_err();
     assert!(
@@ -52,7 +52,7 @@ async fn both_generations_over_zenoh() {
     assert_eq!(harness.handle.stats().actions_refused, 1);
     // Repeat the request until it gets a reply: the client cannot know when the failed reset is over.
     let obs = loop {
-        peer.request(Request::GetObs);
+        peer.send_request(Request::GetObs);
         if let Ok(reply) = timeout(Duration::from_millis(100), peer.received.recv()).await {
             break reply_of(reply.unwrap());
         }
@@ -84,15 +84,15 @@ async fn an_observation_of_17_mb_arrives_unchanged() {
     }
     drop(peer);
     harness.wait_until_robot_is_free().await;
-    let mut peer = ZenohPeer::on(&uri).await;
-    peer.connect().await;
+    let mut peer = ZenohPeer::join(&uri).await;
+    peer.probe().await;
     for _ in 0..3 {
-        peer.request(Request::GetObs);
+        peer.send_request(Request::GetObs);
         check_pixels(&peer.reply().await);
     }
 }
 
-/// 17 MB of colour and depth, as [`harness::publish`] fills them.
+/// 17 MB of colour and depth, as `harness::publish` fills them.
 fn check_pixels(reply: &Reply) {
     let Reply::Observation(obs) = reply else { panic!("expected an observation") };
     let camera = obs.camera(CAMERA).unwrap();
@@ -105,14 +105,14 @@ fn check_pixels(reply: &Reply) {
 #[tokio::test]
 async fn over_zenoh_requests_of_a_second_client_get_no_reply() {
     let (harness, uri) = serve_zenoh(|builder| builder);
-    let mut peer = ZenohPeer::on(&uri).await;
-    peer.connect().await;
+    let mut peer = ZenohPeer::join(&uri).await;
+    peer.probe().await;
     // Requests that arrive while another is pending.
     harness.script.reset_gate.close();
-    peer.request(reset());
+    peer.send_request(reset());
     harness.wait_until("the reset runs", |harness| harness.script.reset_gate.is_blocking()).await;
     for request in [reset(), Request::GetObs, step(1), Request::GetMetadata, Request::GetMetadata] {
-        peer.request(request);
+        peer.send_request(request);
     }
     // The action arrives after these requests and is counted, since a reset runs.
     peer.send(apply_action([0.5; DIMENSION]));
@@ -121,19 +121,19 @@ async fn over_zenoh_requests_of_a_second_client_get_no_reply() {
         .await;
     harness.script.reset_gate.open();
     assert_eq!(peer.kind().await, "reset_response");
-    peer.request(step(1));
+    peer.send_request(step(1));
     assert_eq!(peer.kind().await, "step_response", "nothing else gets a reply");
     assert_eq!((reset_count(&harness), harness.script.applied().len()), (1, 1));
 
     // A probe during a session. The next request shows that the controller did not send it.
-    peer.request(Request::GetMetadata);
-    peer.request(step(1));
+    peer.send_request(Request::GetMetadata);
+    peer.send_request(step(1));
     assert_eq!(peer.kind().await, "step_response");
     // The controller's own metadata request, not sent soon after a probe, gets a reply.
     tokio::time::sleep(Duration::from_millis(1100)).await;
-    peer.request(Request::GetMetadata);
+    peer.send_request(Request::GetMetadata);
     assert_eq!(peer.kind().await, "metadata_response");
-    peer.request(step(1));
+    peer.send_request(step(1));
     assert_eq!(peer.kind().await, "step_response");
 }
 
@@ -144,8 +144,8 @@ async fn a_request_sent_right_after_a_reply_gets_its_reply() {
         builder.name("arm").listen_zenoh(&uri).discovery(false)
     });
     tokio::spawn(harness.server.clone().serve());
-    let mut peer = ZenohPeer::on(&uri).await;
-    peer.connect().await;
+    let mut peer = ZenohPeer::join(&uri).await;
+    peer.probe().await;
     // On a busy machine a reply often arrives before the server knows that it is sent.
     let busy = Arc::new(());
     for _ in 0..3 {
@@ -153,7 +153,7 @@ async fn a_request_sent_right_after_a_reply_gets_its_reply() {
         thread::spawn(move || while busy.strong_count() > 0 {});
     }
     for _ in 0..1000 {
-        peer.request(Request::GetObs);
+        peer.send_request(Request::GetObs);
         assert_eq!(peer.kind().await, "obs_response");
     }
 }
@@ -161,9 +161,9 @@ async fn a_request_sent_right_after_a_reply_gets_its_reply() {
 #[tokio::test]
 async fn a_client_that_goes_silent_on_zenoh_releases_the_robot() {
     let (harness, uri) = serve_zenoh(|builder| builder.idle_timeout(Duration::from_millis(2500)));
-    let mut peer = ZenohPeer::on(&uri).await;
-    peer.connect().await;
-    peer.request(reset());
+    let mut peer = ZenohPeer::join(&uri).await;
+    peer.probe().await;
+    peer.send_request(reset());
     assert_eq!(peer.kind().await, "reset_response");
     harness.wait_until("the robot holds", has_held).await;
     let client = client_builder(&uri).name("the night shift").connect().await.unwrap();
@@ -172,21 +172,21 @@ async fn a_client_that_goes_silent_on_zenoh_releases_the_robot() {
     // While another client controls the robot, the legacy client gets no reply and moves nothing. The pings
     // of our client keep its session alive beyond the idle timeout.
     peer.send(apply_action([0.5; DIMENSION]));
-    peer.request(step(1));
+    peer.send_request(step(1));
     assert!(timeout(Duration::from_millis(500), peer.received.recv()).await.is_err());
     assert_eq!(client.step([0.25; DIMENSION]).await.unwrap().reward, 1.0);
     assert_eq!(harness.script.applied(), [[0.25; DIMENSION]]);
     client.close().await.unwrap();
-    peer.connect().await;
+    peer.probe().await;
 }
 
 #[tokio::test]
 async fn a_client_that_leaves_zenoh_releases_the_robot_at_once() {
     let (harness, uri) = serve_zenoh(|builder| builder.idle_timeout(Duration::from_secs(3600)));
     for _ in 0..3 {
-        let mut peer = ZenohPeer::on(&uri).await;
-        peer.connect().await;
-        peer.request(reset());
+        let mut peer = ZenohPeer::join(&uri).await;
+        peer.probe().await;
+        peer.send_request(reset());
         assert_eq!(peer.kind().await, "reset_response");
         drop(peer);
         harness.wait_until("the robot holds", has_held).await;
@@ -200,15 +200,15 @@ async fn with_two_robots_on_the_network_neither_serves_a_legacy_client() {
     let leg = Harness::configured(|builder| builder.name("leg").join_zenoh(&uri));
     tokio::spawn(leg.server.clone().serve());
     wait_until_alive(&uri, &["arm", "leg"]).await;
-    let mut peer = ZenohPeer::on(&uri).await;
+    let mut peer = ZenohPeer::join(&uri).await;
     for _ in 0..10 {
-        peer.request(reset());
+        peer.send_request(reset());
         assert!(timeout(Duration::from_millis(100), peer.received.recv()).await.is_err(), "no robot replies");
     }
     assert!([&arm, &leg].iter().all(|harness| harness.script.events().is_empty()));
     // With one robot left, it serves the legacy client.
     leg.handle.shutdown();
-    peer.connect().await;
+    peer.probe().await;
 }
 
 /// Serves on a Zenoh network of its own; returns its locator.
@@ -228,7 +228,7 @@ struct ZenohPeer {
 
 impl ZenohPeer {
     /// Joins the network at `uri` once a server listens there.
-    async fn on(uri: &str) -> ZenohPeer {
+    async fn join(uri: &str) -> ZenohPeer {
         wait_until_open(uri).await;
         let session = zenoh_session("peer", uri);
         let (sender, received) = mpsc::unbounded_channel();
@@ -243,7 +243,7 @@ impl ZenohPeer {
         self.session.as_ref().unwrap().put(keys::legacy(End::Client), frame.to_vec()).wait().unwrap();
     }
 
-    fn request(&self, request: Request) {
+    fn send_request(&self, request: Request) {
         self.send(frame_of(request));
     }
 
@@ -258,10 +258,10 @@ impl ZenohPeer {
 
     /// Sends probes until one gets a reply and drops the replies, as legacy clients do. No late reply
     /// follows: the last request was sent after all others had their replies.
-    async fn connect(&mut self) {
+    async fn probe(&mut self) {
         let mut probes = 0;
         loop {
-            self.request(Request::GetMetadata);
+            self.send_request(Request::GetMetadata);
             probes += 1;
             assert!(probes < 100, "no reply to any probe");
             if let Ok(reply) = timeout(Duration::from_millis(500), self.received.recv()).await {
@@ -270,7 +270,7 @@ impl ZenohPeer {
             }
         }
         // Drop late replies.
-        self.request(Request::GetObs);
+        self.send_request(Request::GetObs);
         while self.kind().await != "obs_response" {}
     }
 }
