@@ -3,9 +3,9 @@
 use std::{fmt, sync::Arc, time::Duration};
 
 use chiral_proto::{
-    ActionChunk, ActionSpec, Codec, Observation, Rate, Reply, Request, StepResult, Timestamp, ValueMap,
+    ActionChunk, ActionSpec, Codec, Observation, Reply, Request, StepResult, Timestamp, ValueMap,
     action::Action,
-    clock::InvalidRate,
+    clock::{InvalidRate, Rate},
     message::{RobotInfo, Subscribe, Welcome},
 };
 use tokio::time::timeout;

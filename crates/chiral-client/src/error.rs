@@ -4,8 +4,10 @@
 use std::{error::Error as StdError, path::PathBuf, sync::Arc, time::Duration};
 
 use chiral_proto::{
-    DecodeError, EncodeError, Fault, InvalidAction, PROTOCOL_VERSION, TensorError, TransportError,
-    error::UnknownName,
+    Fault, PROTOCOL_VERSION, TransportError,
+    action::InvalidAction,
+    error::{DecodeError, EncodeError, UnknownName},
+    tensor::TensorError,
 };
 
 /// Why a call failed. After a session has ended, every call fails with the reason.

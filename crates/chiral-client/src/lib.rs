@@ -48,8 +48,11 @@ mod zenoh;
 /// The types and the protocol that both ends share.
 pub use chiral_proto as proto;
 pub use chiral_proto::{
-    ActionChunk, ActionMeaning, ActionSpec, Camera, CameraSpec, Code, Codec, Fault, Observation, Proprio,
-    StepResult, Tensor, Timestamp, Value, ValueMap, action, message::RobotInfo, value,
+    ActionChunk, ActionSpec, Camera, CameraSpec, Code, Codec, Fault, Observation, Proprio, StepResult,
+    Tensor, Timestamp, Value, ValueMap,
+    action::{self, ActionMeaning},
+    message::RobotInfo,
+    value,
 };
 
 use chiral_transport::lock;

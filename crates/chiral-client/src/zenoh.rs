@@ -240,7 +240,9 @@ impl Endpoint {
                 self.was_refused.store(false, Ordering::Relaxed);
                 ConnectError::Unavailable(source.to_string())
             }
-            ZenohError::LivelinessTimeout { .. } | ZenohError::NoAnswer { .. } => ConnectError::Unavailable(error.to_string()),
+            ZenohError::LivelinessTimeout { .. } | ZenohError::NoAnswer { .. } => {
+                ConnectError::Unavailable(error.to_string())
+            }
             error => ConnectError::Failed(failed(error)),
         }
     }

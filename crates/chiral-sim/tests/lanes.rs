@@ -15,7 +15,8 @@ use std::{
 use bytes::Bytes;
 use chiral_client::{Code, Error, PolicyClient, PolicyClientBuilder};
 use chiral_proto::{
-    Codec, Fault, Message, Notice, Rate, Reply, Request, Timestamp, Transport, ValueMap,
+    Codec, Fault, Message, Notice, Reply, Request, Timestamp, Transport, ValueMap,
+    clock::Rate,
     message::{Hello, Role, Subscribe},
 };
 use chiral_sim::link::{LinkControl, LinkEnd, LinkOptions, link};
@@ -356,7 +357,7 @@ async fn both_sides_detect_it_when_either_lane_goes_silent() {
         on_paused_clock(async { while env.next_obs(Duration::from_secs(60)).await.is_ok() {} }).await;
         let error = env.latest_obs().unwrap_err();
         assert!(
-            matches!(error, Error::Disconnected { .. }) && error.to_string().contains("nothing heard"),
+            matches!(error, Error::Disconnected { .. }) && error.to_string().contains("nothing received"),
             "{silent}: {error}"
         );
         // The server may try to send its goodbye for a second.

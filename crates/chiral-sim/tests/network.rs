@@ -196,7 +196,7 @@ async fn an_access_control_list_lets_a_policy_reach_one_robot_only() {
     // Alice sees one of the two robots.
     check_drives(alice(), "arm").await;
     let error = alice().robot("leg").deadline(SHORT_DEADLINE).connect().await.unwrap_err();
-    let expected = "no robot named \"leg\" is alive there, or we may not reach it; there are: arm";
+    let expected = "no robot named \"leg\" is alive there, or access to it is denied; alive are: arm";
     assert!(matches!(&error, Error::NoServer { .. }) && error.to_string().contains(expected), "{error}");
 
     // A client that does not look at the liveliness tokens gets no further.

@@ -3,7 +3,9 @@
 use std::{collections::VecDeque, time::Duration};
 
 use chiral_proto::{
-    ActionChunk, Fault, Observation, Rate, Ticker, Timestamp, clock::Tick, message::ActionMessage,
+    ActionChunk, Fault, Observation, Timestamp,
+    clock::{Rate, Tick, Ticker},
+    message::ActionMessage,
 };
 
 use crate::error::Error;

@@ -12,7 +12,8 @@ use std::{sync::Arc, time::Duration};
 
 use bytes::Bytes;
 use chiral_proto::{
-    ActionMeaning, ActionSpec, PROTOCOL_VERSION, Request,
+    ActionSpec, PROTOCOL_VERSION, Request,
+    action::ActionMeaning,
     message::{RobotInfo, Role, Welcome},
 };
 use tokio::time::timeout;

@@ -10,9 +10,10 @@ use std::{
 };
 
 use chiral_proto::{
-    ActionChunk, Code, EncodeError, Fault, Frame, Message, Notice, Observation, Reply, Request, StepResult,
+    ActionChunk, Code, Fault, Frame, Message, Notice, Observation, Reply, Request, StepResult,
     TransportError, ValueMap,
     codec::msgpack::{self, TimedMessage},
+    error::EncodeError,
     message::{ActionMessage, Subscribe},
 };
 use tokio::{
@@ -248,7 +249,9 @@ impl LegacyWire {
                 let reason = "unsubscribed".to_owned();
                 self.complete_locally(RequestKind::Unsubscribe, Reply::StreamEnd { reason })
             }
-            Request::Hello(_) => Err(EncodeError::Unsupported { wire: msgpack::NAME, what: "a hello" }.into()),
+            Request::Hello(_) => {
+                Err(EncodeError::Unsupported { wire: msgpack::NAME, what: "a hello" }.into())
+            }
         }
     }
 

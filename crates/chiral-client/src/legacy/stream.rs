@@ -3,7 +3,10 @@
 
 use std::{sync::Arc, time::Duration};
 
-use chiral_proto::{Observation, Rate, Ticker, Timestamp};
+use chiral_proto::{
+    Observation, Timestamp,
+    clock::{Rate, Ticker},
+};
 
 /// The stream that the caller started, if one runs. Each start has a number of its own, so that what comes of
 /// an earlier one is recognized.

@@ -88,7 +88,7 @@ async fn both_sides_detect_a_link_that_goes_silent() {
             break error;
         }
     };
-    assert!(error.to_string().contains("nothing heard from the server for 10 s"), "{error}");
+    assert!(error.to_string().contains("nothing received from the server for 10 s"), "{error}");
     assert!(started.elapsed() < ms(11_000), "{:?}", started.elapsed());
     harness
         .wait_until("the robot holds", |harness| {

@@ -108,7 +108,7 @@ async fn only_a_pending_reset_or_step_outlasts_the_idle_timeout_even_without_pon
     assert_eq!(step.unwrap().reward, 0.5);
     let error = in_time(env.get_obs()).await.unwrap_err();
     assert!(
-        matches!(&error, Error::Disconnected { reason, .. } if reason.contains("nothing heard for 1 s")),
+        matches!(&error, Error::Disconnected { reason, .. } if reason.contains("nothing received from the server for 1 s")),
         "{error:?}"
     );
     assert!(env.latest_obs().is_err());
@@ -128,7 +128,7 @@ async fn a_request_without_a_reply_times_out_and_the_session_continues() {
     let requesting = async {
         for _ in 0..2 {
             let error = env.reset().await.unwrap_err();
-            assert_eq!(error.to_string(), "expected an answer to the reset within 1 s, found none");
+            assert_eq!(error.to_string(), "expected a reply to the reset within 1 s, found none");
             assert!(env.get_metadata().await.is_ok());
         }
     };
@@ -145,7 +145,7 @@ async fn a_request_without_a_reply_times_out_and_the_session_continues() {
     };
     let (step, ()) = in_time(async { tokio::join!(env.step(ROW), dropping) }).await;
     let error = step.unwrap_err();
-    assert!(matches!(&error, Error::Unsupported { why, .. } if why.contains("passed over")), "{error:?}");
+    assert!(matches!(&error, Error::Unsupported { why, .. } if why.contains("ignored")), "{error:?}");
     let obs = server.next_observation();
     let (step, _) = in_time(async {
         tokio::join!(env.step(ROW), server.reply_to("action", Reply::Step(step_result(obs))))
@@ -222,11 +222,11 @@ async fn the_servers_close_reason_reaches_the_caller() {
         (
             1008,
             "actions: expected finite values",
-            "the other side closed the connection with 1008: actions: expected finite values",
+            "the peer closed the connection with 1008: actions: expected finite values",
         ),
-        (1011, "no power", "the other side closed the connection with 1011: no power"),
-        (1011, "", "the other side closed the connection with 1011"),
-        (1013, "full", "the other side closed the connection with 1013: full"),
+        (1011, "no power", "the peer closed the connection with 1011: no power"),
+        (1011, "", "the peer closed the connection with 1011"),
+        (1013, "full", "the peer closed the connection with 1013: full"),
         (1013, busy, busy),
         (1000, "bye", "the server closed the connection"),
     ] {

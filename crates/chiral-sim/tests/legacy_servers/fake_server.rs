@@ -10,7 +10,7 @@ use chiral_client::{
     Camera, Codec, Observation, PolicyClient, PolicyClientBuilder, Timestamp, ValueMap,
     proto::{
         Message, Notice, Proprio, Reply, Request, StepResult, Tensor,
-        codec::msgpack::{self, Decoded, ID},
+        codec::msgpack::{self, ID, TimedMessage},
         value,
     },
 };
@@ -34,7 +34,7 @@ pub(crate) struct FakeServer {
     pub(crate) steps: bool,
     /// How long each reply takes.
     pub(crate) reply_delay: Duration,
-    pub(crate) received: Arc<Mutex<Vec<Decoded>>>,
+    pub(crate) received: Arc<Mutex<Vec<TimedMessage>>>,
     /// The kinds of the requests that arrived while another was pending.
     pub(crate) overlapping: Arc<Mutex<Vec<&'static str>>>,
 }
@@ -100,7 +100,7 @@ impl ServerConnection {
     }
 
     /// Returns the client's next message and answers its pings meanwhile; `None` at the connection's end.
-    pub(crate) async fn receive(&mut self) -> Option<Decoded> {
+    pub(crate) async fn receive(&mut self) -> Option<TimedMessage> {
         loop {
             match timeout(TEST_TIMEOUT, self.socket.next()).await.expect("a message")? {
                 Ok(tungstenite::Message::Binary(frame)) => {
@@ -112,7 +112,7 @@ impl ServerConnection {
         }
     }
 
-    pub(crate) async fn expect(&mut self, wanted: &str) -> Decoded {
+    pub(crate) async fn expect(&mut self, wanted: &str) -> TimedMessage {
         let decoded = self.receive().await.expect("the client is connected");
         assert_eq!(kind(&decoded.message), wanted);
         decoded
@@ -137,7 +137,7 @@ impl ServerConnection {
     }
 
     /// Expects a request of this kind and replies to it.
-    pub(crate) async fn reply_to(&mut self, wanted: &str, reply: Reply) -> Decoded {
+    pub(crate) async fn reply_to(&mut self, wanted: &str, reply: Reply) -> TimedMessage {
         let decoded = self.expect(wanted).await;
         self.send(reply).await;
         decoded
@@ -214,7 +214,7 @@ pub(crate) fn kind(message: &Message) -> &'static str {
 }
 
 /// The number of rows of an action.
-pub(crate) fn rows(decoded: &Decoded) -> Option<usize> {
+pub(crate) fn rows(decoded: &TimedMessage) -> Option<usize> {
     match &decoded.message {
         Message::Request { request: Request::Step { actions, .. }, .. } => Some(actions.rows()),
         Message::Notice(Notice::Action(action)) => Some(action.actions.rows()),

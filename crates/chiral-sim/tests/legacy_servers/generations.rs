@@ -195,7 +195,7 @@ async fn calls_that_the_legacy_wire_cannot_express_fail_with_the_reason() {
 
     let env = client_builder(&uri).connect().await.unwrap();
     let error = env.reset_with(Some(3), ValueMap::new()).await.unwrap_err();
-    assert!(matches!(error, Error::EncodeError(_)), "{error:?}");
+    assert!(matches!(error, Error::Encode(_)), "{error:?}");
     assert!(error.to_string().contains("a reset with a seed or options"), "{error}");
     assert!(matches!(env.send_action([f32::NAN]).await, Err(Error::InvalidAction(_))));
     assert_eq!(env.reset().await.unwrap().0.episode, 1, "the failed calls sent nothing");

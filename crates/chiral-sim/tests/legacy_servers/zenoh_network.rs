@@ -39,7 +39,7 @@ async fn over_zenoh_a_server_is_probed_and_late_replies_to_probes_are_ignored() 
     assert!(env.get_metadata().await.is_ok());
 
     let error = in_time(env.reset()).await.unwrap_err();
-    assert_eq!(error.to_string(), "expected an answer to the reset within 2 s, found none");
+    assert_eq!(error.to_string(), "expected a reply to the reset within 2 s, found none");
     assert!(env.get_obs().await.is_ok(), "the session continues");
     in_time(env.close()).await.unwrap();
 }

@@ -17,7 +17,7 @@ use std::{
 use bytes::Bytes;
 use chiral_proto::{
     Frame,
-    pool::{ALIGNMENT, BufferProvider, PoolBuffer},
+    pool::{ALIGNMENT, BufferProvider, ProvidedBuffer},
 };
 use zenoh::{
     Wait,
@@ -267,7 +267,7 @@ impl Inner {
 }
 
 impl BufferProvider for Inner {
-    fn take(&self, len: usize) -> Option<Box<dyn PoolBuffer>> {
+    fn take(&self, len: usize) -> Option<Box<dyn ProvidedBuffer>> {
         self.replace_if_needed();
         let region = Arc::clone(&lock(&self.regions).current);
         let Some(memory) = region.alloc(len) else {
@@ -300,7 +300,7 @@ impl AsMut<[u8]> for WritableBuffer {
     }
 }
 
-impl PoolBuffer for WritableBuffer {
+impl ProvidedBuffer for WritableBuffer {
     fn freeze(self: Box<Self>) -> Bytes {
         let WritableBuffer { memory, region, frozen } = *self;
         let memory = ZShm::from(memory);
