@@ -15,55 +15,25 @@ use chiral_proto::{
 };
 use chiral_transport::IdleTimeout;
 use tokio::{
-    sync::mpsc::{self, OwnedPermit},
+    sync::mpsc,
     time::{sleep, timeout},
 };
 
 use crate::{
     control::StepRequest,
-    server::Inner,
+    core::ServerCore,
+    send_queue::{Place, SEND_QUEUE, SendItem, SendQueue, fault_message, put, reply},
     session::{End, PARTING_LIMIT, Session},
     stream::Stream,
 };
 
-/// Replies that may wait or be owed; a peer that asks for more is not read from until some are sent.
-const OUTBOX: usize = 256;
-
-/// What the send loop has to do, in order.
-pub(crate) enum SendItem {
-    Message(Message),
-    /// The observation is taken when its turn comes, so that it is never old.
-    Observation {
-        id: u64,
-    },
-    Pong {
-        t1: Timestamp,
-        t2: Timestamp,
-    },
-    Subscribe {
-        id: u64,
-        asked: Subscribe,
-    },
-    Unsubscribe {
-        id: u64,
-    },
-    Credit {
-        received: u64,
-        window: u32,
-    },
-}
-
-/// A place in an outbox, reserved before a message is read, so that no answer ever waits and no flood of
-/// requests fills the memory.
-type Place = OwnedPermit<SendItem>;
-
 /// One connection of a session, while its loops run.
 struct Connection<'a, T> {
     session: &'a Arc<Session>,
-    server: &'a Arc<Inner>,
+    server: &'a Arc<ServerCore>,
     transport: &'a T,
     idle_timeout: IdleTimeout,
-    outbox: mpsc::Sender<SendItem>,
+    outbox: SendQueue,
 }
 
 /// Serves a connection of this session until either ends, from the welcome to the last word.
@@ -74,7 +44,7 @@ pub(crate) async fn serve<T: Transport>(
     hello_id: u64,
     welcome: Welcome,
 ) {
-    let (outbox, outgoing) = mpsc::channel(OUTBOX);
+    let (outbox, outgoing) = mpsc::channel(SEND_QUEUE);
     let is_second = welcome.attach_token.is_empty();
     let welcome =
         SendItem::Message(Message::Reply { id: hello_id, reply: Reply::Welcome(Box::new(welcome)) });
@@ -173,7 +143,7 @@ impl<T: Transport> Connection<'_, T> {
             (_, Some(outbox)) if outbox.same_channel(&self.outbox) => Ok(place),
             (_, Some(outbox)) => outbox.clone().try_reserve_owned().map_err(|_| {
                 let text =
-                    format!("expected at most {OUTBOX} requests whose answers were not read, found more");
+                    format!("expected at most {SEND_QUEUE} requests whose answers were not read, found more");
                 (place, Fault::new(Code::QueueFull, text).retryable())
             }),
         }
@@ -337,26 +307,6 @@ impl<T: Transport> Connection<'_, T> {
     async fn observe(&self) -> Result<Observation, Fault> {
         Ok(Observation { session: self.session.id, ..self.server.observations.observe().await? })
     }
-}
-
-/// An error as the answer to a request, or to nothing that has an id.
-pub(crate) fn fault_message(id: u64, fault: Fault) -> Message {
-    match id {
-        0 => Message::Notice(Notice::Error(fault)),
-        id => Message::Reply { id, reply: Reply::Error(fault) },
-    }
-}
-
-fn put(place: Place, outgoing: SendItem) {
-    drop(place.send(outgoing));
-}
-
-fn reply(place: Place, id: u64, outcome: Result<Reply, Fault>) {
-    let message = match outcome {
-        Ok(reply) => Message::Reply { id, reply },
-        Err(fault) => fault_message(id, fault),
-    };
-    put(place, SendItem::Message(message));
 }
 
 /// Sends a message; what the codec has no words for is told to the peer instead.

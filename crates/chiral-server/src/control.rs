@@ -4,7 +4,6 @@
 //! not of this episode, not well-formed, or more than the queue may hold.
 
 use std::{
-    any::Any,
     collections::VecDeque,
     panic::{AssertUnwindSafe, catch_unwind},
     sync::{Arc, Condvar, Mutex, PoisonError},
@@ -16,10 +15,10 @@ use chiral_proto::{
     ActionChunk, ActionSpec, Clock, Code, Fault, Observation, StepResult, Timestamp, ValueMap,
     action::Action, message::ActionMessage,
 };
+use chiral_transport::lock;
 
 use crate::{
-    error::Error,
-    lock,
+    error::{Error, panic_text},
     robot::{ActionContext, EpisodeEnd, Robot, StepOutcome},
     sampler::Sampler,
 };
@@ -474,9 +473,4 @@ impl Thread {
         state.out_of_service = Some(fault.clone());
         Err(fault)
     }
-}
-
-pub(crate) fn panic_text(panic: &(dyn Any + Send)) -> &str {
-    let text = panic.downcast_ref::<&str>().copied();
-    text.or_else(|| panic.downcast_ref::<String>().map(String::as_str)).unwrap_or("no message")
 }

@@ -1,6 +1,6 @@
 //! What can go wrong on the server's side, and the error that a robot's own code returns.
 
-use std::{error::Error as StdError, fmt, io, net::SocketAddr, time::Duration};
+use std::{any::Any, error::Error as StdError, fmt, io, net::SocketAddr, time::Duration};
 
 use chiral_proto::{
     Code, Fault, TensorError,
@@ -137,4 +137,10 @@ impl From<RobotError> for Fault {
     fn from(error: RobotError) -> Fault {
         Fault::new(Code::RobotFailed, error.to_string())
     }
+}
+
+/// The message of a panic, where it has one.
+pub(crate) fn panic_text(panic: &(dyn Any + Send)) -> &str {
+    let text = panic.downcast_ref::<&str>().copied();
+    text.or_else(|| panic.downcast_ref::<String>().map(String::as_str)).unwrap_or("no message")
 }

@@ -31,17 +31,19 @@
 //! # Ok::<(), chiral_server::Error>(())
 //! ```
 
+mod accept;
 mod attach;
+mod builder;
 mod connection;
 mod control;
+mod core;
 mod error;
 mod legacy;
 mod log_throttle;
 mod robot;
 mod sampler;
+mod send_queue;
 mod sensors;
-#[cfg(any(feature = "websocket", feature = "zenoh"))]
-mod serve;
 mod server;
 mod session;
 mod stream;
@@ -52,17 +54,14 @@ mod zenoh;
 
 /// The types and the protocol that both ends share.
 pub use chiral_proto as proto;
-pub use chiral_proto::{
-    ActionChunk, ActionMeaning, ActionSpec, CameraSpec, Clock, ProprioSpec, Timestamp, Value, ValueMap,
-    action, value,
-};
+pub use chiral_proto::{ActionChunk, ActionSpec, CameraSpec, ProprioSpec, Value, ValueMap, action, value};
 
-use chiral_transport::lock;
+pub use builder::PolicyServerBuilder;
 pub use chiral_transport::monotonic;
 pub use error::{Error, ObserveError, RobotError, SensorError};
 pub use robot::{ActionContext, Robot, StepOutcome};
 pub use sensors::{CameraFrame, CameraSensor, ObservationSource, Sensors};
-pub use server::{PolicyServer, PolicyServerBuilder, ServerHandle, ServerStats};
+pub use server::{PolicyServer, ServerHandle, ServerStats};
 
 #[cfg(all(doctest, feature = "websocket", feature = "zenoh"))]
 #[doc = include_str!("../../../docs/server-guide.md")]

@@ -3,8 +3,7 @@
 use std::{sync::Mutex, time::Duration};
 
 use chiral_proto::{Clock, Timestamp};
-
-use crate::lock;
+use chiral_transport::lock;
 
 const PERIOD: Duration = Duration::from_secs(1);
 

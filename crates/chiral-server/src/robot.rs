@@ -7,8 +7,9 @@ use std::{
 };
 
 use chiral_proto::{ActionChunk, ActionSpec, Timestamp, ValueMap, action::Action};
+use chiral_transport::lock;
 
-use crate::{error::RobotError, lock};
+use crate::error::RobotError;
 
 /// The robot, or its simulator.
 ///

@@ -12,7 +12,7 @@ use std::{
 use chiral_proto::{Code, Fault, Observation, Timestamp};
 
 use crate::{
-    control::panic_text,
+    error::panic_text,
     sensors::{ObservationSource, Sensors},
 };
 

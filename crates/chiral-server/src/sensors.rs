@@ -14,15 +14,12 @@ use chiral_proto::{
     error::UnknownName,
     pool::{Buffer, Pool},
 };
-use chiral_transport::monotonic;
 #[cfg(feature = "zenoh")]
 use chiral_transport::zenoh::SharedMemory;
+use chiral_transport::{lock, monotonic};
 use nalgebra::{Matrix3, Matrix4};
 
-use crate::{
-    error::{ObserveError, SensorError},
-    lock,
-};
+use crate::error::{Error, ObserveError, SensorError};
 
 /// Where observations come from. [`Sensors`] is one; a host that assembles observations itself gives its own
 /// to the server.
@@ -115,11 +112,11 @@ impl Sensors {
     /// Sensors of these declarations, nothing published yet.
     ///
     /// # Errors
-    /// [`crate::Error::Declaration`] if a name is empty or stands twice.
+    /// [`Error::Declaration`] if a name is empty or stands twice.
     pub fn new(
         cameras: impl IntoIterator<Item = CameraSpec>,
         proprios: impl IntoIterator<Item = ProprioSpec>,
-    ) -> Result<Sensors, crate::Error> {
+    ) -> Result<Sensors, Error> {
         Sensors::with_clock(cameras, proprios, monotonic())
     }
 
@@ -131,7 +128,7 @@ impl Sensors {
         cameras: impl IntoIterator<Item = CameraSpec>,
         proprios: impl IntoIterator<Item = ProprioSpec>,
         clock: Clock,
-    ) -> Result<Sensors, crate::Error> {
+    ) -> Result<Sensors, Error> {
         let cameras: Vec<_> = cameras.into_iter().map(CameraSlot::new).collect();
         let proprios: Vec<_> = proprios.into_iter().map(ProprioSlot::new).collect();
         unique("camera", cameras.iter().map(|slot| &*slot.name))?;
@@ -491,11 +488,11 @@ impl Published {
     }
 }
 
-fn unique<'a>(kind: &str, names: impl Iterator<Item = &'a str>) -> Result<(), crate::Error> {
+fn unique<'a>(kind: &str, names: impl Iterator<Item = &'a str>) -> Result<(), Error> {
     let mut seen = std::collections::BTreeSet::new();
     for name in names {
         if name.is_empty() || !seen.insert(name) {
-            return Err(crate::Error::Declaration(format!(
+            return Err(Error::Declaration(format!(
                 "expected {kind} names that are different and not empty, found {name:?}"
             )));
         }

@@ -6,52 +6,13 @@ use std::{
     time::Duration,
 };
 
-use bytes::Bytes;
-use chiral_proto::{
-    Code, Codec, Fault, Message, PROTOCOL_VERSION, Request, Transport, TransportError,
-    error::chain,
-    message::{Hello, Role},
-};
-use chiral_transport::IdleTimeout;
-use tokio::{
-    sync::{mpsc, watch},
-    time::{sleep, timeout},
-};
+use chiral_proto::{Fault, TransportError, error::chain, message::Role};
+use tokio::{sync::watch, time::sleep};
 
-use crate::{
-    connection::{self, SendItem, fault_message},
-    legacy, lock,
-    server::Inner,
-};
+use crate::{core::ServerCore, send_queue::SendQueue};
 
-/// Within this the first frame must have come.
-const HELLO_LIMIT: Duration = Duration::from_secs(5);
 /// For a last word and an orderly close.
 pub(crate) const PARTING_LIMIT: Duration = Duration::from_secs(1);
-
-/// Serves one connection until it ends.
-pub(crate) async fn serve<T: Transport>(server: &Arc<Inner>, transport: T, idle_timeout: IdleTimeout) {
-    if transport.codec() == Codec::Msgpack {
-        return legacy::session::serve(server, &transport, idle_timeout).await;
-    }
-    let (id, hello) = match timeout(HELLO_LIMIT, receive_hello(&transport)).await {
-        Ok(Ok(hello)) => hello,
-        Ok(Err(refusal)) => return refuse(&transport, refusal).await,
-        Err(_) => return tracing::debug!(peer = transport.peer(), "no hello within {HELLO_LIMIT:?}"),
-    };
-    let session = if hello.attach_token.is_empty() {
-        Session::begin(server, &hello, transport.peer())
-    } else {
-        Session::join(server, &hello)
-    };
-    match session {
-        Ok((session, attach_token)) => {
-            let welcome = server.welcome(session.id, attach_token);
-            connection::serve(&session, &transport, idle_timeout, id, welcome).await;
-        }
-        Err(fault) => refuse(&transport, Some((id, fault))).await,
-    }
-}
 
 /// Why a session ended.
 #[derive(Clone, Debug, thiserror::Error)]
@@ -70,44 +31,14 @@ pub(crate) enum End {
     ShuttingDown,
 }
 
-/// A hello and its id; or why there is none, and the reply for a peer that wants one.
-async fn receive_hello<T: Transport>(transport: &T) -> Result<(u64, Hello), Option<(u64, Fault)>> {
-    let frame = match transport.recv().await {
-        Ok(Some(frame)) => frame,
-        Ok(None) | Err(_) => return Err(None),
-    };
-    let expected = |id| {
-        Err(Some((id, Fault::new(Code::Protocol, "expected a hello as the first message, found another"))))
-    };
-    match transport.codec().decode(frame) {
-        Ok(Message::Request { id, request: Request::Hello(hello) }) => Ok((id, hello)),
-        Ok(Message::Request { id, .. } | Message::Reply { id, .. } | Message::Unknown { id }) => expected(id),
-        Ok(Message::Notice(_)) => expected(0),
-        Err(error) => Err(Some((error.id, error.into()))),
-    }
-}
-
-async fn refuse<T: Transport>(transport: &T, refusal: Option<(u64, Fault)>) {
-    let parting = async {
-        if let Some((id, fault)) = refusal {
-            tracing::info!(peer = transport.peer(), "refused: {fault}");
-            if let Ok(frame) = transport.codec().encode(&fault_message(id, fault)) {
-                let _ = transport.send(frame).await;
-            }
-        }
-        transport.close().await;
-    };
-    let _ = timeout(PARTING_LIMIT, parting).await;
-}
-
 /// An admitted peer, on one connection or two.
 pub(crate) struct Session {
     pub(crate) id: u64,
-    pub(crate) server: Arc<Inner>,
+    pub(crate) server: Arc<ServerCore>,
     /// What the second connection has to send.
-    observations: OnceLock<mpsc::Sender<SendItem>>,
+    observations: OnceLock<SendQueue>,
     ended: watch::Sender<Option<End>>,
-    span: tracing::Span,
+    pub(crate) span: tracing::Span,
 }
 
 impl Drop for Session {
@@ -117,22 +48,9 @@ impl Drop for Session {
 }
 
 impl Session {
-    /// A new session, and the token by which a second connection joins it.
-    fn begin(server: &Arc<Inner>, hello: &Hello, peer: &str) -> Result<(Arc<Session>, Bytes), Fault> {
-        check_version(hello)?;
-        let session = Session::open(server, hello.role, &hello.client_name, &hello.software, peer)?;
-        let mut token = [0; 16];
-        if let Err(error) = getrandom::fill(&mut token) {
-            tracing::warn!(parent: &session.span, "no second connection, for want of random bits: {error}");
-            return Ok((session, Bytes::new()));
-        }
-        lock(&server.lobby).expect(token, &session, server.clock.now());
-        Ok((session, Bytes::copy_from_slice(&token)))
-    }
-
     /// A new session, which controls the robot if it is to.
     pub(crate) fn open(
-        server: &Arc<Inner>,
+        server: &Arc<ServerCore>,
         role: Role,
         name: &str,
         software: &str,
@@ -153,27 +71,18 @@ impl Session {
         Ok(session)
     }
 
-    /// The session that a second connection belongs to.
-    fn join(server: &Arc<Inner>, hello: &Hello) -> Result<(Arc<Session>, Bytes), Fault> {
-        check_version(hello)?;
-        let session = lock(&server.lobby).join(&hello.attach_token, server.clock.now());
-        // One that is still saying goodbye is over, and a stream that has begun stays where it is.
-        let may_join =
-            |session: &Arc<Session>| session.ended.borrow().is_none() && session.observations().is_none();
-        let session = session.filter(may_join).ok_or_else(|| {
-            let text = "expected the token of a welcome not older than 5 s, never used before, of a session that lasts and has no stream; found another";
-            Fault::new(Code::Invalid, text).field("hello.attach_token")
-        })?;
-        tracing::debug!(parent: &session.span, "second connection");
-        Ok((session, Bytes::new()))
+    /// Whether a second connection may join it. One that is still saying goodbye is over, and a stream that has
+    /// begun stays where it is.
+    pub(crate) fn may_be_joined(&self) -> bool {
+        self.ended.borrow().is_none() && self.observations().is_none()
     }
 
     /// From now on, and for good, what carries observations is sent by this connection.
-    pub(crate) fn send_observations_on(&self, outbox: mpsc::Sender<SendItem>) {
+    pub(crate) fn send_observations_on(&self, outbox: SendQueue) {
         let _ = self.observations.set(outbox);
     }
 
-    pub(crate) fn observations(&self) -> Option<&mpsc::Sender<SendItem>> {
+    pub(crate) fn observations(&self) -> Option<&SendQueue> {
         self.observations.get()
     }
 
@@ -237,12 +146,4 @@ impl Drop for Ending<'_> {
     fn drop(&mut self) {
         self.0.end(End::ShuttingDown);
     }
-}
-
-fn check_version(hello: &Hello) -> Result<(), Fault> {
-    if hello.protocol == PROTOCOL_VERSION {
-        return Ok(());
-    }
-    let text = format!("expected protocol version {PROTOCOL_VERSION}, found {}", hello.protocol);
-    Err(Fault::new(Code::VersionMismatch, text).field("hello.protocol"))
 }

@@ -15,7 +15,7 @@ use axum::{
     routing::get,
 };
 use chiral_proto::{Codec, pool::Pool};
-use chiral_transport::{Role, Runtime, SUBPROTOCOL, WebSocketOptions, WebSocketTransport, tcp};
+use chiral_transport::{Role, SUBPROTOCOL, WebSocketOptions, WebSocketTransport, tcp};
 use hyper::upgrade::Upgraded;
 use hyper_util::{
     rt::TokioIo,
@@ -28,60 +28,55 @@ use tokio::{
 use tungstenite::handshake::server::create_response_with_body;
 
 use crate::{
+    accept::Acceptor,
+    core::{ServerCore, connection_runtime},
     error::Error,
-    server::{Inner, PolicyServer},
-    session,
 };
 
-impl PolicyServer {
-    /// Serves at `/`, and `/healthz`, until the server is shut down.
-    pub(crate) async fn serve_websocket(self, listener: TcpListener) -> Result<(), Error> {
-        let address = listener.local_addr().map_err(Error::Listener)?;
-        tracing::info!("serving robot {:?} at ws://{address}", self.inner.robot.name);
-        if !address.ip().is_loopback() {
-            tracing::warn!(
-                "listening on {address}: whoever reaches it can move the robot, for there is no authentication yet"
-            );
+/// Serves at `/`, and `/healthz`, until the server is shut down.
+pub(crate) async fn serve(acceptor: Arc<Acceptor>, listener: TcpListener) -> Result<(), Error> {
+    let core = Arc::clone(&acceptor.core);
+    let address = listener.local_addr().map_err(Error::Listener)?;
+    tracing::info!("serving robot {:?} at ws://{address}", core.robot.name);
+    if !address.ip().is_loopback() {
+        tracing::warn!(
+            "listening on {address}: whoever reaches it can move the robot, for there is no authentication yet"
+        );
+    }
+    let app = health_router(Arc::clone(&core)).merge(router(acceptor));
+    let stopping = Arc::clone(&core);
+    let serving = axum::serve(listener, app.into_make_service_with_connect_info::<SocketAddr>())
+        .with_graceful_shutdown(async move { stopping.stopping().await })
+        .into_future();
+    let stopped = async {
+        core.stopping().await;
+        core.wind_down().await;
+    };
+    // A connection that never became a session must not keep a stopping server alive.
+    tokio::select! {
+        served = serving => {
+            served.map_err(Error::Listener)?;
+            core.wind_down().await;
         }
-        let inner = Arc::clone(&self.inner);
-        let app = self.health_router().merge(self.into_router());
-        let stopping = Arc::clone(&inner);
-        let serving = axum::serve(listener, app.into_make_service_with_connect_info::<SocketAddr>())
-            .with_graceful_shutdown(async move { stopping.stopping().await })
-            .into_future();
-        let stopped = async {
-            inner.stopping().await;
-            inner.wind_down().await;
-        };
-        // A connection that never became a session must not keep a stopping server alive.
-        tokio::select! {
-            served = serving => {
-                served.map_err(Error::Listener)?;
-                inner.wind_down().await;
-            }
-            () = stopped => {}
+        () = stopped => {}
+    }
+    Ok(())
+}
+
+/// The WebSocket route alone, at `/`.
+pub(crate) fn router(acceptor: Arc<Acceptor>) -> Router {
+    Router::new().route("/", get(move |request| upgrade_or_explain(acceptor, request)))
+}
+
+/// `GET /healthz`.
+pub(crate) fn health_router(core: Arc<ServerCore>) -> Router {
+    let health = move || async move {
+        match core.control.out_of_service() {
+            None => (StatusCode::OK, "ok\n".to_owned()),
+            Some(fault) => (StatusCode::SERVICE_UNAVAILABLE, format!("{fault}\n")),
         }
-        Ok(())
-    }
-
-    /// The WebSocket route alone, at `/`, for a host to merge or to nest under any path. The server lives as
-    /// long as the router and its sessions.
-    pub fn into_router(self) -> Router {
-        let inner = self.inner;
-        Router::new().route("/", get(move |request| upgrade_or_explain(inner, request)))
-    }
-
-    /// `GET /healthz`: 200 while the robot is in service, 503 and the reason when it is not.
-    pub fn health_router(&self) -> Router {
-        let inner = Arc::clone(&self.inner);
-        let health = move || async move {
-            match inner.control.out_of_service() {
-                None => (StatusCode::OK, "ok\n".to_owned()),
-                Some(fault) => (StatusCode::SERVICE_UNAVAILABLE, format!("{fault}\n")),
-            }
-        };
-        Router::new().route("/healthz", get(health))
-    }
+    };
+    Router::new().route("/healthz", get(health))
 }
 
 /// So many times the silence limit a legacy client may answer no ping: one may be busy with its model, or
@@ -89,7 +84,7 @@ impl PolicyServer {
 const BUSY_FACTOR: u32 = 4;
 
 /// Does the handshake by hand, since axum's own WebSocket keeps its byte stream to itself.
-async fn upgrade_or_explain(inner: Arc<Inner>, mut request: Request) -> Response {
+async fn upgrade_or_explain(acceptor: Arc<Acceptor>, mut request: Request) -> Response {
     let offered =
         request.headers().get_all(SEC_WEBSOCKET_PROTOCOL).iter().filter_map(|value| value.to_str().ok());
     // Legacy clients offer none.
@@ -118,7 +113,7 @@ async fn upgrade_or_explain(inner: Arc<Inner>, mut request: Request) -> Response
     let upgrading = hyper::upgrade::on(&mut request);
     tokio::spawn(async move {
         match upgrading.await {
-            Ok(upgraded) => serve_upgraded(inner, upgraded, codec, peer).await,
+            Ok(upgraded) => serve_upgraded(acceptor, upgraded, codec, peer).await,
             Err(error) => tracing::debug!(peer, "no WebSocket: {error}"),
         }
     });
@@ -127,40 +122,36 @@ async fn upgrade_or_explain(inner: Arc<Inner>, mut request: Request) -> Response
 
 /// Serves a connection by a thread of its own, where there is a TCP socket beneath. A host's own listener may
 /// have wrapped it, say in TLS: then by the runtime that it is on.
-async fn serve_upgraded(inner: Arc<Inner>, upgraded: Upgraded, codec: Codec, peer: String) {
-    let max_message = inner.options.max_frame;
+async fn serve_upgraded(acceptor: Arc<Acceptor>, upgraded: Upgraded, codec: Codec, peer: String) {
+    let max_message = acceptor.core.options.max_frame;
     // What a client says is small.
-    let (pool, pacing) = (Pool::new(0), inner.pacing.clone());
+    let (pool, pacing) = (Pool::new(0), acceptor.core.pacing.clone());
     // Our own clients say something every second; legacy ones think for as long as they like.
     let (idle_timeout, pings) = match codec {
-        Codec::Protobuf => (inner.options.idle_timeout, false),
-        _ => (inner.options.idle_timeout.saturating_mul(BUSY_FACTOR), true),
+        Codec::Protobuf => (acceptor.core.options.idle_timeout, false),
+        _ => (acceptor.core.options.idle_timeout.saturating_mul(BUSY_FACTOR), true),
     };
     let options =
         WebSocketOptions { role: Role::Server, max_message, pool, pacing, codec, peer, idle_timeout, pings };
     let (stream, read_already) = match downcast::<TokioIo<TcpStream>>(upgraded) {
         Ok(Parts { io, read_buf, .. }) => (io.into_inner(), read_buf),
         Err(upgraded) => {
-            inner.says_once.call_once(|| {
+            acceptor.core.says_once.call_once(|| {
                 tracing::info!("connections are served by the host's runtime: they are no bare TCP sockets")
             });
-            return serve_stream(&inner, TokioIo::new(upgraded), &[], options).await;
+            return serve_stream(&acceptor, TokioIo::new(upgraded), &[], options).await;
         }
     };
     if let Ok(address) = stream.peer_addr() {
         tcp::set_options(&stream, address);
     }
     if codec == Codec::Msgpack {
-        tcp::set_user_timeout(&stream, inner.options.idle_timeout);
+        tcp::set_user_timeout(&stream, acceptor.core.options.idle_timeout);
     }
-    let host = Runtime::thread("chiral-connection").unwrap_or_else(|error| {
-        tracing::warn!("no thread for a connection: {error}");
-        Runtime::current()
-    });
     let stream = stream.into_std();
-    host.spawn(async move {
+    connection_runtime().spawn(async move {
         match stream.and_then(TcpStream::from_std) {
-            Ok(stream) => serve_stream(&inner, stream, &read_already, options).await,
+            Ok(stream) => serve_stream(&acceptor, stream, &read_already, options).await,
             Err(error) => {
                 tracing::warn!(peer = options.peer, "the connection cannot be moved to its thread: {error}")
             }
@@ -168,11 +159,11 @@ async fn serve_upgraded(inner: Arc<Inner>, upgraded: Upgraded, codec: Codec, pee
     });
 }
 
-async fn serve_stream<S>(inner: &Arc<Inner>, stream: S, read_already: &[u8], options: WebSocketOptions)
+async fn serve_stream<S>(acceptor: &Acceptor, stream: S, read_already: &[u8], options: WebSocketOptions)
 where
     S: AsyncRead + AsyncWrite + Send + 'static,
 {
     let transport = WebSocketTransport::new(stream, read_already, options);
     let idle_timeout = transport.idle_timeout();
-    session::serve(inner, transport, idle_timeout).await;
+    acceptor.serve(transport, idle_timeout).await;
 }

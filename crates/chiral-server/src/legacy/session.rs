@@ -14,7 +14,7 @@ use chiral_proto::{
     codec::msgpack,
     message::{ActionMessage, Role},
 };
-use chiral_transport::IdleTimeout;
+use chiral_transport::{IdleTimeout, lock};
 use tokio::{
     sync::{Notify, oneshot},
     time::{sleep, timeout},
@@ -22,15 +22,14 @@ use tokio::{
 
 use crate::{
     control::{Answer, StepRequest},
+    core::ServerCore,
     legacy::requests::{Asked, Next, RequestQueue},
-    lock,
     log_throttle::LogThrottle,
-    server::Inner,
     session::{End, PARTING_LIMIT, Session},
 };
 
 /// Serves a connection of a legacy client's own until it ends.
-pub(crate) async fn serve<T: Transport>(server: &Arc<Inner>, transport: &T, idle_timeout: IdleTimeout) {
+pub(crate) async fn serve<T: Transport>(server: &Arc<ServerCore>, transport: &T, idle_timeout: IdleTimeout) {
     // Until its last word is said it counts, so that a stopping server waits for that.
     let session = begin(server, transport);
     let end = match &session {
@@ -52,68 +51,20 @@ pub(crate) async fn serve<T: Transport>(server: &Arc<Inner>, transport: &T, idle
     let _ = timeout(PARTING_LIMIT, parting).await;
 }
 
-/// Serves whoever is heard on keys that all legacy clients share, one session after another; returns when
-/// nothing more can be heard. A session begins with the first word while there is none, if `may_begin` has
-/// nothing against it, and ends when nobody listens any more, or with a silence. `transport`'s `recv` may be
-/// dropped.
-#[cfg(feature = "zenoh")]
-pub(crate) async fn serve_shared<T: Transport, F: Future<Output = Result<(), Fault>>>(
-    server: &Arc<Inner>,
-    transport: &T,
-    may_begin: impl Fn() -> F,
-) {
-    let dropped = LogThrottle::new(server.clock.clone());
-    while let Ok(heard) = transport.recv().await {
-        // Of those who leave, none has a session here.
-        let Some(frame) = heard else { continue };
-        let begun = match (is_clients(frame.clone()), server.control.controller()) {
-            (Err(fault), _) => Err(fault),
-            // Asked before the network is.
-            (Ok(()), Some(holder)) => {
-                Err(Fault::new(Code::Busy, format!("the robot is controlled by {holder:?}")))
-            }
-            (Ok(()), None) => may_begin().await.and_then(|()| begin(server, transport)),
-        };
-        match begun {
-            Ok(session) => {
-                let turns = RequestQueue::shared(server.options.idle_timeout, server.clock.now());
-                let legacy = LegacySession::new(&session, transport, IdleTimeout::never(), turns);
-                legacy.hear_or_drop(frame);
-                legacy.run().await;
-            }
-            Err(fault) => {
-                let peer = transport.peer();
-                dropped.happened(|count| {
-                    tracing::warn!(peer, count, "dropped what a legacy client says: {fault}")
-                });
-            }
-        }
-    }
-}
-
-/// Whether it is what a client says: nothing else may claim the robot.
-#[cfg(feature = "zenoh")]
-fn is_clients(frame: Frame) -> Result<(), Fault> {
-    match chiral_proto::Codec::Msgpack.decode(frame)? {
-        Message::Request { .. } | Message::Notice(Notice::Action(_)) => Ok(()),
-        _ => Err(not_a_clients()),
-    }
-}
-
-fn not_a_clients() -> Fault {
+pub(super) fn not_a_clients() -> Fault {
     Fault::new(Code::Protocol, "expected what a client says, found something else")
 }
 
 /// The first connection controls the robot, since on this wire there is nobody who only watches.
-fn begin<T: Transport>(server: &Arc<Inner>, transport: &T) -> Result<Arc<Session>, Fault> {
+pub(super) fn begin<T: Transport>(server: &Arc<ServerCore>, transport: &T) -> Result<Arc<Session>, Fault> {
     let name = format!("a legacy client at {}", transport.peer());
     Session::open(server, Role::Controller, &name, "unknown", transport.peer())
 }
 
 /// A session, while its loops run.
-struct LegacySession<'a, T> {
+pub(super) struct LegacySession<'a, T> {
     session: &'a Arc<Session>,
-    server: &'a Arc<Inner>,
+    server: &'a Arc<ServerCore>,
     transport: &'a T,
     idle_timeout: IdleTimeout,
     turns: Mutex<RequestQueue>,
@@ -125,7 +76,7 @@ struct LegacySession<'a, T> {
 }
 
 impl<'a, T: Transport> LegacySession<'a, T> {
-    fn new(
+    pub(super) fn new(
         session: &'a Arc<Session>,
         transport: &'a T,
         idle_timeout: IdleTimeout,
@@ -146,7 +97,7 @@ impl<'a, T: Transport> LegacySession<'a, T> {
         }
     }
 
-    async fn run(&self) -> End {
+    pub(super) async fn run(&self) -> End {
         self.session.run(self.receive(), self.send()).await
     }
 
@@ -177,7 +128,7 @@ impl<'a, T: Transport> LegacySession<'a, T> {
     }
 
     /// Takes a frame in; what comes of its refusal, if it is refused at once.
-    fn hear_or_drop(&self, frame: Frame) -> Option<End> {
+    pub(super) fn hear_or_drop(&self, frame: Frame) -> Option<End> {
         self.hear(frame).err().and_then(|fault| self.refused(fault))
     }
 

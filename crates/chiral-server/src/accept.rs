@@ -1,0 +1,132 @@
+//! Accepting connections: which wire one speaks, what its hello asks for, and the session that it begins or
+//! joins. Serving it is `connection`'s, and for the legacy wire `legacy`'s.
+
+use std::{
+    sync::{Arc, Mutex},
+    time::Duration,
+};
+
+use bytes::Bytes;
+use chiral_proto::{Code, Codec, Fault, Message, PROTOCOL_VERSION, Request, Transport, message::Hello};
+use chiral_transport::{IdleTimeout, lock};
+use tokio::time::timeout;
+
+use crate::{
+    attach::AttachTokens,
+    connection,
+    core::ServerCore,
+    legacy,
+    send_queue::fault_message,
+    session::{PARTING_LIMIT, Session},
+};
+
+/// Within this the first frame must have come.
+const HELLO_LIMIT: Duration = Duration::from_secs(5);
+
+/// Takes connections in, from every transport.
+pub(crate) struct Acceptor {
+    pub(crate) core: Arc<ServerCore>,
+    attach_tokens: Mutex<AttachTokens<Session>>,
+}
+
+/// The id of the request that is refused, and why.
+type Refusal = (u64, Fault);
+
+impl Acceptor {
+    pub(crate) fn new(core: ServerCore) -> Acceptor {
+        Acceptor { core: Arc::new(core), attach_tokens: Mutex::default() }
+    }
+
+    /// Serves one connection until it ends.
+    pub(crate) async fn serve<T: Transport>(&self, transport: T, idle_timeout: IdleTimeout) {
+        match transport.codec() {
+            Codec::Msgpack => legacy::serve(&self.core, &transport, idle_timeout).await,
+            _ => self.serve_lane(transport, idle_timeout).await,
+        }
+    }
+
+    async fn serve_lane<T: Transport>(&self, transport: T, idle_timeout: IdleTimeout) {
+        let (id, hello) = match timeout(HELLO_LIMIT, receive_hello(&transport)).await {
+            Ok(Ok(hello)) => hello,
+            Ok(Err(refusal)) => return refuse(&transport, refusal).await,
+            Err(_) => return tracing::debug!(peer = transport.peer(), "no hello within {HELLO_LIMIT:?}"),
+        };
+        match self.admit(&hello, transport.peer()) {
+            Ok((session, attach_token)) => {
+                let welcome = self.core.welcome(session.id, attach_token);
+                connection::serve(&session, &transport, idle_timeout, id, welcome).await;
+            }
+            Err(fault) => refuse(&transport, Some((id, fault))).await,
+        }
+    }
+
+    /// The session that a connection is for, and the token by which another one joins it.
+    fn admit(&self, hello: &Hello, peer: &str) -> Result<(Arc<Session>, Bytes), Fault> {
+        check_version(hello)?;
+        match hello.attach_token.is_empty() {
+            true => self.begin(hello, peer),
+            false => Ok((self.join(hello)?, Bytes::new())),
+        }
+    }
+
+    /// A new session, and the token by which a second connection joins it.
+    fn begin(&self, hello: &Hello, peer: &str) -> Result<(Arc<Session>, Bytes), Fault> {
+        let session = Session::open(&self.core, hello.role, &hello.client_name, &hello.software, peer)?;
+        let mut token = [0; 16];
+        if let Err(error) = getrandom::fill(&mut token) {
+            tracing::warn!(parent: &session.span, "no second connection, for want of random bits: {error}");
+            return Ok((session, Bytes::new()));
+        }
+        lock(&self.attach_tokens).expect(token, &session, self.core.clock.now());
+        Ok((session, Bytes::copy_from_slice(&token)))
+    }
+
+    /// The session that a second connection belongs to.
+    fn join(&self, hello: &Hello) -> Result<Arc<Session>, Fault> {
+        let session = lock(&self.attach_tokens).join(&hello.attach_token, self.core.clock.now());
+        let session = session.filter(|session| session.may_be_joined()).ok_or_else(|| {
+            let text = "expected the token of a welcome not older than 5 s, never used before, of a session that lasts and has no stream; found another";
+            Fault::new(Code::Invalid, text).field("hello.attach_token")
+        })?;
+        tracing::debug!(parent: &session.span, "second connection");
+        Ok(session)
+    }
+}
+
+/// A hello and its id; or why there is none, and the reply for a peer that wants one.
+async fn receive_hello<T: Transport>(transport: &T) -> Result<(u64, Hello), Option<Refusal>> {
+    let frame = match transport.recv().await {
+        Ok(Some(frame)) => frame,
+        Ok(None) | Err(_) => return Err(None),
+    };
+    let expected = |id| {
+        Err(Some((id, Fault::new(Code::Protocol, "expected a hello as the first message, found another"))))
+    };
+    match transport.codec().decode(frame) {
+        Ok(Message::Request { id, request: Request::Hello(hello) }) => Ok((id, hello)),
+        Ok(Message::Request { id, .. } | Message::Reply { id, .. } | Message::Unknown { id }) => expected(id),
+        Ok(Message::Notice(_)) => expected(0),
+        Err(error) => Err(Some((error.id, error.into()))),
+    }
+}
+
+fn check_version(hello: &Hello) -> Result<(), Fault> {
+    if hello.protocol == PROTOCOL_VERSION {
+        return Ok(());
+    }
+    let text = format!("expected protocol version {PROTOCOL_VERSION}, found {}", hello.protocol);
+    Err(Fault::new(Code::VersionMismatch, text).field("hello.protocol"))
+}
+
+async fn refuse<T: Transport>(transport: &T, refusal: Option<Refusal>) {
+    let parting = async {
+        if let Some((id, fault)) = refusal {
+            tracing::info!(peer = transport.peer(), "refused: {fault}");
+            if let Ok(frame) = transport.codec().encode(&fault_message(id, fault)) {
+                let _ = transport.send(frame).await;
+            }
+        }
+        transport.close().await;
+    };
+    let _ = timeout(PARTING_LIMIT, parting).await;
+}
