@@ -16,12 +16,12 @@ use crate::{
     connection,
     core::ServerCore,
     legacy,
-    send_queue::fault_message,
-    session::{PARTING_LIMIT, Session},
+    send_queue::error_message,
+    session::{CLOSE_TIMEOUT, Session},
 };
 
 /// Within this the first frame must have come.
-const HELLO_LIMIT: Duration = Duration::from_secs(5);
+const HELLO_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// Takes connections in, from every transport.
 pub(crate) struct Acceptor {
@@ -41,15 +41,15 @@ impl Acceptor {
     pub(crate) async fn serve<T: Transport>(&self, transport: T, idle_timeout: IdleTimeout) {
         match transport.codec() {
             Codec::Msgpack => legacy::serve(&self.core, &transport, idle_timeout).await,
-            _ => self.serve_lane(transport, idle_timeout).await,
+            _ => self.serve_protobuf(transport, idle_timeout).await,
         }
     }
 
-    async fn serve_lane<T: Transport>(&self, transport: T, idle_timeout: IdleTimeout) {
-        let (id, hello) = match timeout(HELLO_LIMIT, receive_hello(&transport)).await {
+    async fn serve_protobuf<T: Transport>(&self, transport: T, idle_timeout: IdleTimeout) {
+        let (id, hello) = match timeout(HELLO_TIMEOUT, receive_hello(&transport)).await {
             Ok(Ok(hello)) => hello,
             Ok(Err(refusal)) => return refuse(&transport, refusal).await,
-            Err(_) => return tracing::debug!(peer = transport.peer(), "no hello within {HELLO_LIMIT:?}"),
+            Err(_) => return tracing::debug!(peer = transport.peer(), "no hello within {HELLO_TIMEOUT:?}"),
         };
         match self.admit(&hello, transport.peer()) {
             Ok((session, attach_token)) => {
@@ -77,14 +77,14 @@ impl Acceptor {
             tracing::warn!(parent: &session.span, "no second connection, for want of random bits: {error}");
             return Ok((session, Bytes::new()));
         }
-        lock(&self.attach_tokens).expect(token, &session, self.core.clock.now());
+        lock(&self.attach_tokens).insert(token, &session, self.core.clock.now());
         Ok((session, Bytes::copy_from_slice(&token)))
     }
 
     /// The session that a second connection belongs to.
     fn join(&self, hello: &Hello) -> Result<Arc<Session>, Fault> {
-        let session = lock(&self.attach_tokens).join(&hello.attach_token, self.core.clock.now());
-        let session = session.filter(|session| session.may_be_joined()).ok_or_else(|| {
+        let session = lock(&self.attach_tokens).redeem(&hello.attach_token, self.core.clock.now());
+        let session = session.filter(|session| session.accepts_second_connection()).ok_or_else(|| {
             let text = "expected the token of a welcome not older than 5 s, never used before, of a session that lasts and has no stream; found another";
             Fault::new(Code::Invalid, text).field("hello.attach_token")
         })?;
@@ -119,14 +119,14 @@ fn check_version(hello: &Hello) -> Result<(), Fault> {
 }
 
 async fn refuse<T: Transport>(transport: &T, refusal: Option<Refusal>) {
-    let parting = async {
+    let closing = async {
         if let Some((id, fault)) = refusal {
             tracing::info!(peer = transport.peer(), "refused: {fault}");
-            if let Ok(frame) = transport.codec().encode(&fault_message(id, fault)) {
+            if let Ok(frame) = transport.codec().encode(&error_message(id, fault)) {
                 let _ = transport.send(frame).await;
             }
         }
         transport.close().await;
     };
-    let _ = timeout(PARTING_LIMIT, parting).await;
+    let _ = timeout(CLOSE_TIMEOUT, closing).await;
 }

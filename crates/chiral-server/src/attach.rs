@@ -13,41 +13,45 @@ pub(crate) type Token = [u8; 16];
 /// The sessions that a second connection may join.
 #[derive(Debug)]
 pub(crate) struct AttachTokens<S> {
-    waiting: Vec<Waiting<S>>,
+    entries: Vec<Entry<S>>,
 }
 
 #[derive(Debug)]
-struct Waiting<S> {
+struct Entry<S> {
     token: Token,
-    until: Timestamp,
+    expires_at: Timestamp,
     session: Weak<S>,
 }
 
 impl<S> Default for AttachTokens<S> {
     fn default() -> AttachTokens<S> {
-        AttachTokens { waiting: Vec::new() }
+        AttachTokens { entries: Vec::new() }
     }
 }
 
 impl<S> AttachTokens<S> {
     /// For so long a token is good.
-    const LIMIT: Duration = Duration::from_secs(5);
+    const LIFETIME: Duration = Duration::from_secs(5);
 
     /// Whoever shows this token joins this session.
-    pub(crate) fn expect(&mut self, token: Token, session: &Arc<S>, now: Timestamp) {
-        self.forget(now);
-        self.waiting.push(Waiting { token, until: now + Self::LIMIT, session: Arc::downgrade(session) });
+    pub(crate) fn insert(&mut self, token: Token, session: &Arc<S>, now: Timestamp) {
+        self.remove_expired(now);
+        self.entries.push(Entry {
+            token,
+            expires_at: now + Self::LIFETIME,
+            session: Arc::downgrade(session),
+        });
     }
 
     /// The session that the token joins, which no other then will.
-    pub(crate) fn join(&mut self, token: &[u8], now: Timestamp) -> Option<Arc<S>> {
-        self.forget(now);
-        let place = self.waiting.iter().position(|waiting| waiting.token == token)?;
-        self.waiting.swap_remove(place).session.upgrade()
+    pub(crate) fn redeem(&mut self, token: &[u8], now: Timestamp) -> Option<Arc<S>> {
+        self.remove_expired(now);
+        let index = self.entries.iter().position(|entry| entry.token == token)?;
+        self.entries.swap_remove(index).session.upgrade()
     }
 
-    fn forget(&mut self, now: Timestamp) {
-        self.waiting.retain(|waiting| now < waiting.until && waiting.session.strong_count() > 0);
+    fn remove_expired(&mut self, now: Timestamp) {
+        self.entries.retain(|entry| now < entry.expires_at && entry.session.strong_count() > 0);
     }
 }
 
@@ -60,17 +64,17 @@ mod tests {
     #[test]
     fn a_token_is_good_once_for_five_seconds_and_no_longer_than_its_session() {
         let sessions = [Arc::new(1), Arc::new(2), Arc::new(3)];
-        let mut lobby = AttachTokens::default();
+        let mut tokens = AttachTokens::default();
         for (session, token) in sessions.iter().zip([[1; 16], [2; 16], [3; 16]]) {
-            lobby.expect(token, session, Timestamp(0));
+            tokens.insert(token, session, Timestamp(0));
         }
         let [_, _, third] = sessions.clone();
         drop(sessions);
-        assert_eq!(lobby.join(&[3; 16], Timestamp(SECOND)), Some(third.clone()));
-        assert_eq!(lobby.join(&[3; 16], Timestamp(SECOND)), None, "used");
-        assert_eq!(lobby.join(&[1; 16], Timestamp(SECOND)), None, "its session has ended");
-        assert_eq!(lobby.join(&[], Timestamp(SECOND)), None);
-        lobby.expect([4; 16], &third, Timestamp(0));
-        assert_eq!(lobby.join(&[4; 16], Timestamp(5 * SECOND)), None, "too late");
+        assert_eq!(tokens.redeem(&[3; 16], Timestamp(SECOND)), Some(third.clone()));
+        assert_eq!(tokens.redeem(&[3; 16], Timestamp(SECOND)), None, "used");
+        assert_eq!(tokens.redeem(&[1; 16], Timestamp(SECOND)), None, "its session has ended");
+        assert_eq!(tokens.redeem(&[], Timestamp(SECOND)), None);
+        tokens.insert([4; 16], &third, Timestamp(0));
+        assert_eq!(tokens.redeem(&[4; 16], Timestamp(5 * SECOND)), None, "too late");
     }
 }

@@ -188,7 +188,7 @@ impl PolicyServerBuilder {
         check_spec(&spec)?;
         #[cfg(feature = "zenoh")]
         let shared_memory = match self.options.is_on_zenoh() && self.options.network.shared_memory {
-            true => self.sensors.share_memory(),
+            true => self.sensors.use_shared_memory(),
             false => None,
         };
         #[cfg(feature = "zenoh")]
@@ -202,12 +202,12 @@ impl PolicyServerBuilder {
             proprios: self.sensors.proprio_specs().cloned().collect(),
             action_spec: spec,
         };
-        let source = self.source.map_or(Source::Sensors(self.sensors), Source::Runtime);
-        let observations = Arc::new(Sampler::new(source, self.observe_timeout));
+        let source = self.source.map_or(Source::Sensors(self.sensors), Source::Custom);
+        let sampler = Arc::new(Sampler::new(source, self.observe_timeout));
         let core = ServerCore::start(
             robot,
             info,
-            observations,
+            sampler,
             self.clock,
             self.options,
             #[cfg(feature = "zenoh")]

@@ -24,16 +24,16 @@ use crate::{
 };
 
 /// Rows that may wait for the robot at most. More would be old when their turn comes.
-pub(crate) const MAX_HELD_ROWS: usize = 16;
+pub(crate) const MAX_PENDING_ROWS: usize = 16;
 
-/// How an answer finds its way back to whoever asked.
-pub(crate) type Answer<T> = Box<dyn FnOnce(Result<T, Fault>) + Send>;
+/// How a reply finds its way back to whoever asked.
+pub(crate) type OnReply<T> = Box<dyn FnOnce(Result<T, Fault>) + Send>;
 
 /// Called with what went wrong with an action, if anything did.
-pub(crate) type Failed = Box<dyn FnOnce(Fault) + Send>;
+pub(crate) type OnFailure = Box<dyn FnOnce(Fault) + Send>;
 
 /// The observation after a reset, and the robot's info.
-pub(crate) type ResetAnswer = (Arc<Observation>, ValueMap);
+pub(crate) type ResetReply = (Arc<Observation>, ValueMap);
 
 /// The sessions' side of the control thread. Dropped, it ends the thread.
 pub(crate) struct Control {
@@ -44,13 +44,13 @@ struct Shared {
     state: Mutex<State>,
     wake: Condvar,
     spec: ActionSpec,
-    observations: Arc<Sampler>,
+    sampler: Arc<Sampler>,
     clock: Clock,
 }
 
 struct State {
     queue: VecDeque<Command>,
-    held_rows: usize,
+    pending_rows: usize,
     controller: Option<Controller>,
     /// Resets that wait or run.
     resets: usize,
@@ -81,10 +81,10 @@ pub(crate) struct ControlCounts {
 }
 
 enum Command {
-    Reset { session: u64, seed: Option<u64>, options: ValueMap, answer: Answer<ResetAnswer> },
-    Step { chunk: ActionChunk, context: ActionContext, answer: Answer<StepResult> },
-    Apply { chunk: ActionChunk, context: ActionContext, failed: Failed },
-    Left,
+    Reset { session: u64, seed: Option<u64>, options: ValueMap, on_reply: OnReply<ResetReply> },
+    Step { chunk: ActionChunk, context: ActionContext, on_reply: OnReply<StepResult> },
+    Apply { chunk: ActionChunk, context: ActionContext, on_failure: OnFailure },
+    ControllerDisconnected,
 }
 
 impl Control {
@@ -92,13 +92,13 @@ impl Control {
     pub(crate) fn start(
         robot: Box<dyn Robot>,
         spec: ActionSpec,
-        observations: Arc<Sampler>,
+        sampler: Arc<Sampler>,
         clock: Clock,
-        ended: impl FnOnce() + Send + 'static,
+        on_end: impl FnOnce() + Send + 'static,
     ) -> Result<Control, Error> {
         let state = State {
             queue: VecDeque::new(),
-            held_rows: 0,
+            pending_rows: 0,
             controller: None,
             resets: 0,
             metadata: Ok(ValueMap::new()),
@@ -108,12 +108,12 @@ impl Control {
             counts: ControlCounts::default(),
         };
         let shared =
-            Arc::new(Shared { state: Mutex::new(state), wake: Condvar::new(), spec, observations, clock });
+            Arc::new(Shared { state: Mutex::new(state), wake: Condvar::new(), spec, sampler, clock });
         let mut thread = Thread { robot, shared: Arc::clone(&shared) };
-        thread.ask_metadata();
+        thread.refresh_metadata();
         let run = move || {
             thread.run();
-            ended();
+            on_end();
         };
         let spawned = thread::Builder::new().name("chiral-control".to_owned()).spawn(run);
         spawned.map_err(|source| Error::Start { what: "the control thread", source })?;
@@ -123,8 +123,9 @@ impl Control {
     /// Makes this session the controller, or says who is.
     pub(crate) fn claim(&self, session: u64, name: &str) -> Result<(), Fault> {
         let mut state = lock(&self.shared.state);
-        if let Some(holder) = &state.controller {
-            let text = format!("the robot is controlled by {:?} (session {})", holder.name, holder.session);
+        if let Some(controller) = &state.controller {
+            let text =
+                format!("the robot is controlled by {:?} (session {})", controller.name, controller.session);
             return Err(Fault::new(Code::Busy, text).retryable());
         }
         state.controller = Some(Controller { session, name: name.to_owned() });
@@ -133,22 +134,22 @@ impl Control {
 
     /// The name of the controller, if there is one.
     pub(crate) fn controller(&self) -> Option<String> {
-        lock(&self.shared.state).controller.as_ref().map(|holder| holder.name.clone())
+        lock(&self.shared.state).controller.as_ref().map(|controller| controller.name.clone())
     }
 
     /// The session has ended. If it was the controller, what it asked for is dropped, the robot holds, and
     /// another may claim it at once.
     pub(crate) fn release(&self, session: u64) {
         let mut state = lock(&self.shared.state);
-        if state.controller.as_ref().is_some_and(|holder| holder.session == session) {
+        if state.controller.as_ref().is_some_and(|controller| controller.session == session) {
             state.controller = None;
             state.end_episode();
             let resets =
                 state.queue.iter().filter(|command| matches!(command, Command::Reset { .. })).count();
             state.resets -= resets;
             // What is left of an earlier controller's end is still to be done.
-            state.queue.retain(|command| matches!(command, Command::Left));
-            state.queue.push_back(Command::Left);
+            state.queue.retain(|command| matches!(command, Command::ControllerDisconnected));
+            state.queue.push_back(Command::ControllerDisconnected);
             self.shared.wake.notify_one();
         }
     }
@@ -177,47 +178,47 @@ impl Control {
         session: u64,
         seed: Option<u64>,
         options: ValueMap,
-        answer: Answer<ResetAnswer>,
+        on_reply: OnReply<ResetReply>,
     ) {
         let mut state = lock(&self.shared.state);
-        if let Err(fault) = state.may_command(session) {
+        if let Err(fault) = state.check_controller(session) {
             drop(state);
-            return answer(Err(fault));
+            return on_reply(Err(fault));
         }
         state.end_episode();
         state.resets += 1;
-        state.queue.push_back(Command::Reset { session, seed, options, answer });
+        state.queue.push_back(Command::Reset { session, seed, options, on_reply });
         self.shared.wake.notify_one();
     }
 
     /// Asks for a step.
-    pub(crate) fn step(&self, request: StepRequest, answer: Answer<StepResult>) {
-        let StepRequest { session, chosen_in, episode, chunk } = request;
+    pub(crate) fn step(&self, request: StepRequest, on_reply: OnReply<StepResult>) {
+        let StepRequest { session, stated_session, episode, chunk } = request;
         let mut state = lock(&self.shared.state);
-        if let Err(fault) = self.may_act(&state, session, chosen_in, episode, &chunk) {
+        if let Err(fault) = self.check_actions(&state, session, stated_session, episode, &chunk) {
             drop(state);
-            return answer(Err(fault));
+            return on_reply(Err(fault));
         }
         let context = self.context(&state, session, episode, 0, 0);
-        state.queue.push_back(Command::Step { chunk, context, answer });
+        state.queue.push_back(Command::Step { chunk, context, on_reply });
         self.shared.wake.notify_one();
     }
 
-    /// Takes actions in. `failed` is called if they are refused, or should the robot's own code fail at them.
-    pub(crate) fn act(&self, session: u64, message: ActionMessage, failed: Failed) {
+    /// Takes actions in. `on_failure` is called if they are refused, or should the robot's own code fail at them.
+    pub(crate) fn submit_actions(&self, session: u64, message: ActionMessage, on_failure: OnFailure) {
         let mut state = lock(&self.shared.state);
         let rows = message.actions.rows();
         let allowed = self
-            .may_act(&state, session, message.session, message.episode, &message.actions)
-            .and_then(|()| state.room_for(rows));
+            .check_actions(&state, session, message.session, message.episode, &message.actions)
+            .and_then(|()| state.check_capacity(rows));
         if let Err(fault) = allowed {
             state.counts.refused += 1;
             drop(state);
-            return failed(Fault { action_seq: message.seq, ..fault });
+            return on_failure(Fault { action_seq: message.seq, ..fault });
         }
         let context = self.context(&state, session, message.episode, message.seq, message.observation_seq);
-        state.held_rows += rows;
-        state.queue.push_back(Command::Apply { chunk: message.actions, context, failed });
+        state.pending_rows += rows;
+        state.queue.push_back(Command::Apply { chunk: message.actions, context, on_failure });
         self.shared.wake.notify_one();
     }
 
@@ -227,15 +228,15 @@ impl Control {
         self.shared.wake.notify_one();
     }
 
-    fn may_act(
+    fn check_actions(
         &self,
         state: &State,
         session: u64,
-        chosen_in: u64,
+        stated_session: u64,
         episode: u64,
         chunk: &ActionChunk,
     ) -> Result<(), Fault> {
-        state.may_command(session)?;
+        state.check_controller(session)?;
         if state.resets > 0 {
             return Err(Fault::new(
                 Code::Resetting,
@@ -243,10 +244,10 @@ impl Control {
             )
             .retryable());
         }
-        let current = self.shared.observations.episode();
-        if (chosen_in, episode) != (session, current) {
+        let current = self.shared.sampler.episode();
+        if (stated_session, episode) != (session, current) {
             let text = format!(
-                "expected actions of session {session}, episode {current}, found session {chosen_in}, episode {episode}"
+                "expected actions of session {session}, episode {current}, found session {stated_session}, episode {episode}"
             );
             return Err(Fault::new(Code::Stale, text));
         }
@@ -284,29 +285,29 @@ pub(crate) struct StepRequest {
     /// The session that asks.
     pub(crate) session: u64,
     /// The session and the episode that it says the actions were chosen in.
-    pub(crate) chosen_in: u64,
+    pub(crate) stated_session: u64,
     pub(crate) episode: u64,
     pub(crate) chunk: ActionChunk,
 }
 
 impl State {
-    fn may_command(&self, session: u64) -> Result<(), Fault> {
+    fn check_controller(&self, session: u64) -> Result<(), Fault> {
         if let Some(fault) = &self.out_of_service {
             return Err(fault.clone());
         }
         match &self.controller {
-            Some(holder) if holder.session == session => Ok(()),
+            Some(controller) if controller.session == session => Ok(()),
             _ => Err(Fault::new(Code::NotController, "expected a controller, found an observer")),
         }
     }
 
-    fn room_for(&self, rows: usize) -> Result<(), Fault> {
-        if self.held_rows + rows <= MAX_HELD_ROWS {
+    fn check_capacity(&self, rows: usize) -> Result<(), Fault> {
+        if self.pending_rows + rows <= MAX_PENDING_ROWS {
             return Ok(());
         }
         let text = format!(
-            "expected at most {MAX_HELD_ROWS} rows not applied yet, found {} and {rows} more",
-            self.held_rows
+            "expected at most {MAX_PENDING_ROWS} rows not applied yet, found {} and {rows} more",
+            self.pending_rows
         );
         Err(Fault::new(Code::QueueFull, text).retryable())
     }
@@ -322,7 +323,7 @@ impl State {
             }
             _ => true,
         });
-        self.held_rows -= rows;
+        self.pending_rows -= rows;
         self.counts.refused += (before - self.queue.len()) as u64;
         std::mem::take(&mut self.end).set();
     }
@@ -333,7 +334,7 @@ fn control_period(spec: &ActionSpec) -> Duration {
 }
 
 /// Fails if the episode ended while the action waited or was carried out.
-fn overtaken(context: &ActionContext) -> Result<(), Fault> {
+fn check_episode(context: &ActionContext) -> Result<(), Fault> {
     match context.is_over() {
         true => Err(Fault::new(Code::Stale, "the episode ended before all of it was carried out")),
         false => Ok(()),
@@ -350,12 +351,12 @@ impl Thread {
     fn run(&mut self) {
         while let Some(command) = self.next() {
             match command {
-                Command::Reset { session, seed, options, answer } => {
-                    self.reset(session, seed, &options, answer)
+                Command::Reset { session, seed, options, on_reply } => {
+                    self.reset(session, seed, &options, on_reply)
                 }
-                Command::Step { chunk, context, answer } => answer(self.step(&chunk, &context)),
-                Command::Apply { chunk, context, failed } => self.apply(&chunk, &context, failed),
-                Command::Left => self.left(),
+                Command::Step { chunk, context, on_reply } => on_reply(self.step(&chunk, &context)),
+                Command::Apply { chunk, context, on_failure } => self.apply(&chunk, &context, on_failure),
+                Command::ControllerDisconnected => self.controller_disconnected(),
             }
         }
     }
@@ -373,56 +374,60 @@ impl Thread {
         }
     }
 
-    fn reset(&mut self, session: u64, seed: Option<u64>, options: &ValueMap, answer: Answer<ResetAnswer>) {
-        let began = self.shared.clock.now();
-        let outcome = self.guard("reset", |robot| robot.reset(seed, options).map_err(Fault::from));
+    fn reset(&mut self, session: u64, seed: Option<u64>, options: &ValueMap, on_reply: OnReply<ResetReply>) {
+        let started_at = self.shared.clock.now();
+        let outcome = self.call_robot("reset", |robot| robot.reset(seed, options).map_err(Fault::from));
         let outcome = outcome.and_then(|info| {
-            self.ask_metadata();
-            Ok((self.observe_since(began)?, info))
+            self.refresh_metadata();
+            Ok((self.observe_since(started_at)?, info))
         });
         // Numbered only now: whatever was captured before the reset was done still belongs to the old
         // episode.
-        let episode = self.shared.observations.begin_episode();
+        let episode = self.shared.sampler.begin_episode();
         lock(&self.shared.state).resets -= 1;
-        answer(
+        on_reply(
             outcome
                 .map(|(observation, info)| (Arc::new(Observation { session, episode, ..observation }), info)),
         );
     }
 
     fn step(&mut self, chunk: &ActionChunk, context: &ActionContext) -> Result<StepResult, Fault> {
-        overtaken(context)?;
-        let began = self.shared.clock.now();
+        check_episode(context)?;
+        let started_at = self.shared.clock.now();
         let StepOutcome { reward, terminated, truncated, info } =
-            self.guard("step", |robot| robot.step(chunk, context).map_err(Fault::from))?;
+            self.call_robot("step", |robot| robot.step(chunk, context).map_err(Fault::from))?;
         lock(&self.shared.state).counts.applied += chunk.rows() as u64;
-        overtaken(context)?;
-        let obs = Arc::new(Observation { session: context.session, ..self.observe_since(began)? });
+        check_episode(context)?;
+        let obs = Arc::new(Observation { session: context.session, ..self.observe_since(started_at)? });
         Ok(StepResult { obs, reward, terminated, truncated, info })
     }
 
-    fn apply(&mut self, chunk: &ActionChunk, context: &ActionContext, failed: Failed) {
+    fn apply(&mut self, chunk: &ActionChunk, context: &ActionContext, on_failure: OnFailure) {
         let outcome = match chunk.rows() {
             1 => {
                 let action = Action { values: chunk.values().to_vec() };
-                self.guard("apply_action", |robot| robot.apply_action(&action, context).map_err(Fault::from))
+                self.call_robot("apply_action", |robot| {
+                    robot.apply_action(&action, context).map_err(Fault::from)
+                })
             }
-            _ => self.guard("apply_chunk", |robot| robot.apply_chunk(chunk, context).map_err(Fault::from)),
+            _ => {
+                self.call_robot("apply_chunk", |robot| robot.apply_chunk(chunk, context).map_err(Fault::from))
+            }
         };
         let mut state = lock(&self.shared.state);
-        state.held_rows -= chunk.rows();
+        state.pending_rows -= chunk.rows();
         match outcome {
             Ok(()) if context.is_over() => state.counts.refused += 1,
             Ok(()) => state.counts.applied += chunk.rows() as u64,
             Err(fault) => {
                 state.counts.failed += 1;
                 drop(state);
-                failed(Fault { action_seq: context.seq, ..fault });
+                on_failure(Fault { action_seq: context.seq, ..fault });
             }
         }
     }
 
-    fn left(&mut self) {
+    fn controller_disconnected(&mut self) {
         for (name, method) in
             [("hold", Robot::hold as fn(&mut dyn Robot)), ("on_disconnect", Robot::on_disconnect)]
         {
@@ -430,7 +435,7 @@ impl Thread {
                 method(robot);
                 Ok(())
             };
-            if self.guard(name, call).is_err() {
+            if self.call_robot(name, call).is_err() {
                 return;
             }
         }
@@ -438,19 +443,19 @@ impl Thread {
 
     /// The observation of a reply: captured after the robot's method returned, or, in lock-step, while it
     /// ran.
-    fn observe_since(&mut self, began: Timestamp) -> Result<Observation, Fault> {
-        let lock_step = self.guard("is_lock_step", |robot| Ok(robot.is_lock_step()))?;
-        let after = if lock_step { began.shifted(-1) } else { self.shared.clock.now() };
-        self.shared.observations.observe_now(Some(after))
+    fn observe_since(&mut self, started_at: Timestamp) -> Result<Observation, Fault> {
+        let lock_step = self.call_robot("is_lock_step", |robot| Ok(robot.is_lock_step()))?;
+        let after = if lock_step { started_at.shifted(-1) } else { self.shared.clock.now() };
+        self.shared.sampler.observe_blocking(Some(after))
     }
 
-    fn ask_metadata(&mut self) {
-        let metadata = self.guard("metadata", |robot| Ok(robot.metadata()));
+    fn refresh_metadata(&mut self) {
+        let metadata = self.call_robot("metadata", |robot| Ok(robot.metadata()));
         lock(&self.shared.state).metadata = metadata;
     }
 
     /// Calls the robot. A panic takes it out of service, after one attempt to hold it.
-    fn guard<T>(
+    fn call_robot<T>(
         &mut self,
         method: &'static str,
         call: impl FnOnce(&mut dyn Robot) -> Result<T, Fault>,

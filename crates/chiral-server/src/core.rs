@@ -25,12 +25,12 @@ use tokio::sync::watch;
 use crate::{control::Control, error::Error, robot::Robot, sampler::Sampler};
 
 /// How long a stopping server waits for its peers, and then for its robot.
-pub(crate) const STOP_LIMIT: Duration = Duration::from_secs(2);
+pub(crate) const STOP_TIMEOUT: Duration = Duration::from_secs(2);
 
 /// What all sessions of a server share.
 pub(crate) struct ServerCore {
     pub(crate) robot: RobotInfo,
-    pub(crate) observations: Arc<Sampler>,
+    pub(crate) sampler: Arc<Sampler>,
     pub(crate) control: Control,
     pub(crate) clock: Clock,
     pub(crate) options: Options,
@@ -41,7 +41,7 @@ pub(crate) struct ServerCore {
     pub(crate) shared_memory: Option<SharedMemory>,
     /// For what is worth a line in the log, and not one for every connection.
     #[cfg(feature = "websocket")]
-    pub(crate) says_once: std::sync::Once,
+    pub(crate) host_runtime_logged: std::sync::Once,
     last_session: AtomicU64,
     pub(crate) observations_skipped: AtomicU64,
     sessions: watch::Sender<usize>,
@@ -76,20 +76,20 @@ impl ServerCore {
     pub(crate) fn start(
         robot: Box<dyn Robot>,
         info: RobotInfo,
-        observations: Arc<Sampler>,
+        sampler: Arc<Sampler>,
         clock: Clock,
         options: Options,
         #[cfg(feature = "zenoh")] shared_memory: Option<SharedMemory>,
     ) -> Result<ServerCore, Error> {
         let (ended, control_ended) = watch::channel(false);
-        let tell = move || {
+        let on_end = move || {
             ended.send_replace(true);
         };
         let spec = info.action_spec.clone();
-        let control = Control::start(robot, spec, Arc::clone(&observations), clock.clone(), tell)?;
+        let control = Control::start(robot, spec, Arc::clone(&sampler), clock.clone(), on_end)?;
         Ok(ServerCore {
             robot: info,
-            observations,
+            sampler,
             control,
             clock,
             options,
@@ -97,7 +97,7 @@ impl ServerCore {
             #[cfg(feature = "zenoh")]
             shared_memory,
             #[cfg(feature = "websocket")]
-            says_once: std::sync::Once::new(),
+            host_runtime_logged: std::sync::Once::new(),
             last_session: AtomicU64::new(0),
             observations_skipped: AtomicU64::new(0),
             sessions: watch::Sender::new(0),
@@ -112,7 +112,7 @@ impl ServerCore {
             protocol: PROTOCOL_VERSION,
             software: concat!("chiral-server ", env!("CARGO_PKG_VERSION")).to_owned(),
             session,
-            episode: self.observations.episode(),
+            episode: self.sampler.episode(),
             robot: self.robot.clone(),
             attach_token,
             controller: self.control.controller().unwrap_or_default(),
@@ -120,7 +120,7 @@ impl ServerCore {
     }
 
     /// A new session's number.
-    pub(crate) fn session_began(&self) -> Result<u64, Fault> {
+    pub(crate) fn register_session(&self) -> Result<u64, Fault> {
         if *self.stopping.borrow() {
             return Err(Fault::new(Code::ShuttingDown, "the server is shutting down"));
         }
@@ -133,29 +133,29 @@ impl ServerCore {
         *self.sessions.borrow()
     }
 
-    pub(crate) fn session_ended(&self) {
+    pub(crate) fn unregister_session(&self) {
         self.sessions.send_modify(|count| *count -= 1);
     }
 
     /// Tells the server to stop. Returns at once.
-    pub(crate) fn stop(&self) {
+    pub(crate) fn request_stop(&self) {
         self.stopping.send_replace(true);
     }
 
     /// Returns when the server has been told to stop.
-    pub(crate) async fn stopping(&self) {
+    pub(crate) async fn stop_requested(&self) {
         let mut stopping = self.stopping.subscribe();
         stopping.wait_for(|stopping| *stopping).await.map(drop).unwrap_or_default();
     }
 
     /// Waits for the peers to leave, then for the robot to hold.
-    pub(crate) async fn wind_down(&self) {
+    pub(crate) async fn wait_until_stopped(&self) {
         let mut sessions = self.sessions.subscribe();
-        let _ = tokio::time::timeout(STOP_LIMIT, sessions.wait_for(|count| *count == 0)).await;
+        let _ = tokio::time::timeout(STOP_TIMEOUT, sessions.wait_for(|count| *count == 0)).await;
         self.control.stop();
         let mut ended = self.control_ended.clone();
-        if tokio::time::timeout(STOP_LIMIT, ended.wait_for(|ended| *ended)).await.is_err() {
-            tracing::warn!("the robot is still busy after {} s; not waiting for it", STOP_LIMIT.as_secs());
+        if tokio::time::timeout(STOP_TIMEOUT, ended.wait_for(|ended| *ended)).await.is_err() {
+            tracing::warn!("the robot is still busy after {} s; not waiting for it", STOP_TIMEOUT.as_secs());
         }
     }
 }

@@ -1,4 +1,4 @@
-//! What may happen at any rate, and is told once a second.
+//! What may happen at any rate, and is logged once a second.
 
 use std::{sync::Mutex, time::Duration};
 
@@ -7,7 +7,7 @@ use chiral_transport::lock;
 
 const PERIOD: Duration = Duration::from_secs(1);
 
-/// Counts what happens between two times that it is told.
+/// Counts what happens between two times that it is logged.
 pub(crate) struct LogThrottle {
     clock: Clock,
     state: Mutex<State>,
@@ -15,8 +15,8 @@ pub(crate) struct LogThrottle {
 
 #[derive(Default)]
 struct State {
-    told_at: Option<Timestamp>,
-    untold: u64,
+    logged_at: Option<Timestamp>,
+    unlogged: u64,
 }
 
 impl LogThrottle {
@@ -24,16 +24,16 @@ impl LogThrottle {
         LogThrottle { clock, state: Mutex::default() }
     }
 
-    /// It happened. If it is time to tell, `tell` gets how often it happened since it was told last.
-    pub(crate) fn happened(&self, tell: impl FnOnce(u64)) {
+    /// It happened. If it is time to tell, `tell` gets how often it happened since it was logged last.
+    pub(crate) fn record(&self, log: impl FnOnce(u64)) {
         let now = self.clock.now();
         let mut state = lock(&self.state);
-        state.untold += 1;
-        if state.told_at.is_none_or(|told_at| now.since(told_at) >= PERIOD) {
-            let State { untold, .. } =
-                std::mem::replace(&mut *state, State { told_at: Some(now), untold: 0 });
+        state.unlogged += 1;
+        if state.logged_at.is_none_or(|logged_at| now.since(logged_at) >= PERIOD) {
+            let State { unlogged, .. } =
+                std::mem::replace(&mut *state, State { logged_at: Some(now), unlogged: 0 });
             drop(state);
-            tell(untold);
+            log(unlogged);
         }
     }
 }
@@ -48,16 +48,16 @@ mod tests {
     use super::*;
 
     #[test]
-    fn what_happens_often_is_told_once_a_second_and_counted() {
+    fn frequent_events_are_logged_once_a_second_with_a_count() {
         let now = Arc::new(AtomicI64::new(0));
         let clock = Arc::clone(&now);
-        let log_throttle = LogThrottle::new(Clock::new(move || Timestamp(clock.load(Ordering::Relaxed))));
-        let told = (0..25).filter_map(|i| {
+        let throttle = LogThrottle::new(Clock::new(move || Timestamp(clock.load(Ordering::Relaxed))));
+        let logged = (0..25).filter_map(|i| {
             now.store(i * 100_000_000, Ordering::Relaxed);
-            let mut told = None;
-            log_throttle.happened(|count| told = Some((i, count)));
-            told
+            let mut logged = None;
+            throttle.record(|count| logged = Some((i, count)));
+            logged
         });
-        assert_eq!(told.collect::<Vec<_>>(), [(0, 1), (10, 10), (20, 10)]);
+        assert_eq!(logged.collect::<Vec<_>>(), [(0, 1), (10, 10), (20, 10)]);
     }
 }

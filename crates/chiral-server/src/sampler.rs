@@ -22,13 +22,13 @@ pub(crate) struct Sampler {
     episode: AtomicU64,
     seq: AtomicU64,
     /// Every sensor has published once.
-    complete: AtomicBool,
+    is_complete: AtomicBool,
 }
 
 /// The sensors, whose snapshot waits for nothing, or the host's own source, which may.
 pub(crate) enum Source {
     Sensors(Sensors),
-    Runtime(Arc<dyn ObservationSource>),
+    Custom(Arc<dyn ObservationSource>),
 }
 
 impl Sampler {
@@ -38,7 +38,7 @@ impl Sampler {
             timeout,
             episode: AtomicU64::new(0),
             seq: AtomicU64::new(0),
-            complete: AtomicBool::new(false),
+            is_complete: AtomicBool::new(false),
         }
     }
 
@@ -52,12 +52,12 @@ impl Sampler {
 
     /// The newest observation, waiting for sensors that have published nothing yet, or nothing later than
     /// `after`.
-    pub(crate) fn observe_now(&self, after: Option<Timestamp>) -> Result<Observation, Fault> {
+    pub(crate) fn observe_blocking(&self, after: Option<Timestamp>) -> Result<Observation, Fault> {
         // Read first: the observation is then at least as new as its label.
         let episode = self.episode();
         let source: &dyn ObservationSource = match &self.source {
             Source::Sensors(sensors) => sensors,
-            Source::Runtime(source) => &**source,
+            Source::Custom(source) => &**source,
         };
         let observed = catch_unwind(AssertUnwindSafe(|| source.observe(after, self.timeout)));
         let observation = observed.map_err(|panic| {
@@ -68,12 +68,12 @@ impl Sampler {
 
     /// Whether an observation is to be had without waiting. Once true of sensors, it stays true, and is not
     /// looked at again.
-    pub(crate) fn are_at_hand(&self) -> bool {
+    pub(crate) fn is_ready(&self) -> bool {
         let Source::Sensors(sensors) = &self.source else { return false };
-        if !self.complete.load(Ordering::Relaxed) {
-            self.complete.store(sensors.snapshot().is_some(), Ordering::Relaxed);
+        if !self.is_complete.load(Ordering::Relaxed) {
+            self.is_complete.store(sensors.snapshot().is_some(), Ordering::Relaxed);
         }
-        self.complete.load(Ordering::Relaxed)
+        self.is_complete.load(Ordering::Relaxed)
     }
 
     /// The newest observation; where that takes waiting, on a thread that may block.
@@ -84,9 +84,9 @@ impl Sampler {
         {
             return Ok(self.label(observation, episode));
         }
-        let observations = Arc::clone(self);
-        let waited = tokio::task::spawn_blocking(move || observations.observe_now(None)).await;
-        waited.unwrap_or_else(|_| Err(Fault::new(Code::ShuttingDown, "the server is shutting down")))
+        let sampler = Arc::clone(self);
+        let observed = tokio::task::spawn_blocking(move || sampler.observe_blocking(None)).await;
+        observed.unwrap_or_else(|_| Err(Fault::new(Code::ShuttingDown, "the server is shutting down")))
     }
 
     fn label(&self, observation: Observation, episode: u64) -> Observation {

@@ -5,7 +5,7 @@ use chiral_proto::{Fault, Message, Notice, Reply, Timestamp, message::Subscribe}
 use tokio::sync::mpsc::{self, OwnedPermit};
 
 /// Replies that may wait or be owed; a peer that asks for more is not read from until some are sent.
-pub(crate) const SEND_QUEUE: usize = 256;
+pub(crate) const SEND_QUEUE_CAPACITY: usize = 256;
 
 /// The sending half of a connection's queue.
 pub(crate) type SendQueue = mpsc::Sender<SendItem>;
@@ -23,7 +23,7 @@ pub(crate) enum SendItem {
     },
     Subscribe {
         id: u64,
-        asked: Subscribe,
+        subscribe: Subscribe,
     },
     Unsubscribe {
         id: u64,
@@ -34,26 +34,26 @@ pub(crate) enum SendItem {
     },
 }
 
-/// A place in an outbox, reserved before a message is read, so that no answer ever waits and no flood of
+/// A permit in an outbox, reserved before a message is read, so that no answer ever waits and no flood of
 /// requests fills the memory.
-pub(crate) type Place = OwnedPermit<SendItem>;
+pub(crate) type SendPermit = OwnedPermit<SendItem>;
 
 /// An error as the answer to a request, or to nothing that has an id.
-pub(crate) fn fault_message(id: u64, fault: Fault) -> Message {
+pub(crate) fn error_message(id: u64, fault: Fault) -> Message {
     match id {
         0 => Message::Notice(Notice::Error(fault)),
         id => Message::Reply { id, reply: Reply::Error(fault) },
     }
 }
 
-pub(crate) fn put(place: Place, outgoing: SendItem) {
-    drop(place.send(outgoing));
+pub(crate) fn enqueue(permit: SendPermit, item: SendItem) {
+    drop(permit.send(item));
 }
 
-pub(crate) fn reply(place: Place, id: u64, outcome: Result<Reply, Fault>) {
+pub(crate) fn reply(permit: SendPermit, id: u64, outcome: Result<Reply, Fault>) {
     let message = match outcome {
         Ok(reply) => Message::Reply { id, reply },
-        Err(fault) => fault_message(id, fault),
+        Err(fault) => error_message(id, fault),
     };
-    put(place, SendItem::Message(message));
+    enqueue(permit, SendItem::Message(message));
 }

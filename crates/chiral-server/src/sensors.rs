@@ -60,15 +60,15 @@ pub struct Sensors {
 struct Shared {
     cameras: Vec<CameraSlot>,
     proprios: Vec<ProprioSlot>,
-    application: Mutex<Application>,
-    published: Published,
+    application: Mutex<ApplicationValues>,
+    publications: Publications,
     pool: Pool,
     clock: Clock,
 }
 
 /// What applications that keep their own time or add their own values set.
 #[derive(Debug, Default)]
-struct Application {
+struct ApplicationValues {
     timestamp: Option<f64>,
     extra: ValueMap,
 }
@@ -99,9 +99,9 @@ struct ProprioSlot {
 
 /// Wakes those who wait for a publication.
 #[derive(Debug, Default)]
-struct Published {
-    turn: Mutex<()>,
-    happened: Condvar,
+struct Publications {
+    mutex: Mutex<()>,
+    changed: Condvar,
 }
 
 impl Sensors {
@@ -131,11 +131,12 @@ impl Sensors {
     ) -> Result<Sensors, Error> {
         let cameras: Vec<_> = cameras.into_iter().map(CameraSlot::new).collect();
         let proprios: Vec<_> = proprios.into_iter().map(ProprioSlot::new).collect();
-        unique("camera", cameras.iter().map(|slot| &*slot.name))?;
-        unique("proprio", proprios.iter().map(|slot| &*slot.name))?;
+        check_names("camera", cameras.iter().map(|slot| &*slot.name))?;
+        check_names("proprio", proprios.iter().map(|slot| &*slot.name))?;
         let pool = Pool::new(Self::IDLE_BUFFERS * cameras.len());
         let application = Mutex::default();
-        let shared = Shared { cameras, proprios, application, published: Published::default(), pool, clock };
+        let shared =
+            Shared { cameras, proprios, application, publications: Publications::default(), pool, clock };
         Ok(Sensors { shared: Arc::new(shared) })
     }
 
@@ -143,7 +144,7 @@ impl Sensors {
     /// what is returned is there. `None` without cameras, or if there is no such memory to be had, as the log
     /// then says.
     #[cfg(feature = "zenoh")]
-    pub(crate) fn share_memory(&self) -> Option<SharedMemory> {
+    pub(crate) fn use_shared_memory(&self) -> Option<SharedMemory> {
         let aligned = |len: usize| len.next_multiple_of(ALIGNMENT);
         let depth = |slot: &CameraSlot| if slot.spec.has_depth { aligned(slot.depth_len()) } else { 0 };
         let observation: usize =
@@ -259,7 +260,7 @@ impl Sensors {
         let data = Tensor::from_vec([slot.spec.size], values.to_vec())
             .map_err(|source| SensorError::Shape { sensor: format!("proprio {name}"), source })?;
         *lock(&slot.latest) = Some(Arc::new(Proprio { name: Arc::clone(&slot.name), captured_at, data }));
-        self.shared.published.notify();
+        self.shared.publications.notify();
         Ok(())
     }
 
@@ -309,10 +310,10 @@ impl Sensors {
 impl ObservationSource for Sensors {
     fn observe(&self, after: Option<Timestamp>, timeout: Duration) -> Result<Observation, ObserveError> {
         let deadline = Instant::now() + timeout;
-        let Published { turn, happened } = &self.shared.published;
-        let mut held = lock(turn);
+        let Publications { mutex, changed } = &self.shared.publications;
+        let mut guard = lock(mutex);
         loop {
-            // The turn is held, so no publication is missed between this look and the wait.
+            // The mutex is held, so no publication is missed between this look and the wait.
             let late = match self.try_observe(after) {
                 Ok(observation) => return Ok(observation),
                 Err(late) => late,
@@ -321,7 +322,7 @@ impl ObservationSource for Sensors {
             if left.is_zero() {
                 return Err(ObserveError::Late { sensor: late, waited: timeout });
             }
-            held = happened.wait_timeout(held, left).unwrap_or_else(PoisonError::into_inner).0;
+            guard = changed.wait_timeout(guard, left).unwrap_or_else(PoisonError::into_inner).0;
         }
     }
 }
@@ -414,7 +415,7 @@ impl CameraSensor {
         change(&mut state, now);
         state.assemble(slot);
         drop(state);
-        self.shared.published.notify();
+        self.shared.publications.notify();
     }
 }
 
@@ -481,14 +482,14 @@ impl ProprioSlot {
     }
 }
 
-impl Published {
+impl Publications {
     fn notify(&self) {
-        drop(lock(&self.turn));
-        self.happened.notify_all();
+        drop(lock(&self.mutex));
+        self.changed.notify_all();
     }
 }
 
-fn unique<'a>(kind: &str, names: impl Iterator<Item = &'a str>) -> Result<(), Error> {
+fn check_names<'a>(kind: &str, names: impl Iterator<Item = &'a str>) -> Result<(), Error> {
     let mut seen = std::collections::BTreeSet::new();
     for name in names {
         if name.is_empty() || !seen.insert(name) {

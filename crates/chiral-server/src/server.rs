@@ -20,7 +20,7 @@ use crate::websocket;
 use crate::zenoh::ZenohServer;
 use crate::{accept::Acceptor, control::ControlCounts, core::ServerCore};
 #[cfg(any(feature = "websocket", feature = "zenoh"))]
-use crate::{core::STOP_LIMIT, error::Error};
+use crate::{core::STOP_TIMEOUT, error::Error};
 
 /// Serves a robot to policies: observations out, actions in.
 ///
@@ -56,7 +56,7 @@ impl PolicyServer {
             tokio::runtime::Builder::new_multi_thread().enable_all().thread_name("chiral-server").build();
         let runtime = runtime.map_err(|source| Error::Start { what: "a tokio runtime", source })?;
         let served = runtime.block_on(self.serve());
-        runtime.shutdown_timeout(STOP_LIMIT);
+        runtime.shutdown_timeout(STOP_TIMEOUT);
         served
     }
 
@@ -167,13 +167,13 @@ impl ServerHandle {
     /// Says goodbye to every peer, lets the robot hold, and stops. `run` and `serve` then return. Returns at
     /// once.
     pub fn shutdown(&self) {
-        self.core.stop();
+        self.core.request_stop();
     }
 
     /// The same, and waits until no peer is left and the robot has held; at most a few seconds.
     pub async fn shutdown_and_wait(&self) {
         self.shutdown();
-        self.core.wind_down().await;
+        self.core.wait_until_stopped().await;
     }
 
     /// How the server is doing.

@@ -12,7 +12,7 @@ use tokio::{sync::watch, time::sleep};
 use crate::{core::ServerCore, send_queue::SendQueue};
 
 /// For a last word and an orderly close.
-pub(crate) const PARTING_LIMIT: Duration = Duration::from_secs(1);
+pub(crate) const CLOSE_TIMEOUT: Duration = Duration::from_secs(1);
 
 /// Why a session ended.
 #[derive(Clone, Debug, thiserror::Error)]
@@ -34,38 +34,38 @@ pub(crate) enum End {
 /// An admitted peer, on one connection or two.
 pub(crate) struct Session {
     pub(crate) id: u64,
-    pub(crate) server: Arc<ServerCore>,
+    pub(crate) core: Arc<ServerCore>,
     /// What the second connection has to send.
-    observations: OnceLock<SendQueue>,
+    observations_queue: OnceLock<SendQueue>,
     ended: watch::Sender<Option<End>>,
     pub(crate) span: tracing::Span,
 }
 
 impl Drop for Session {
     fn drop(&mut self) {
-        self.server.session_ended();
+        self.core.unregister_session();
     }
 }
 
 impl Session {
     /// A new session, which controls the robot if it is to.
     pub(crate) fn open(
-        server: &Arc<ServerCore>,
+        core: &Arc<ServerCore>,
         role: Role,
         name: &str,
         software: &str,
         peer: &str,
     ) -> Result<Arc<Session>, Fault> {
-        let id = server.session_began()?;
+        let id = core.register_session()?;
         let session = Arc::new(Session {
             id,
-            server: Arc::clone(server),
-            observations: OnceLock::new(),
+            core: Arc::clone(core),
+            observations_queue: OnceLock::new(),
             ended: watch::Sender::new(None),
             span: tracing::info_span!("session", id, peer, client = name),
         });
         if role == Role::Controller {
-            server.control.claim(id, name)?;
+            core.control.claim(id, name)?;
         }
         tracing::info!(parent: &session.span, ?role, software, "connected");
         Ok(session)
@@ -73,17 +73,17 @@ impl Session {
 
     /// Whether a second connection may join it. One that is still saying goodbye is over, and a stream that has
     /// begun stays where it is.
-    pub(crate) fn may_be_joined(&self) -> bool {
-        self.ended.borrow().is_none() && self.observations().is_none()
+    pub(crate) fn accepts_second_connection(&self) -> bool {
+        self.ended.borrow().is_none() && self.observations_queue().is_none()
     }
 
     /// From now on, and for good, what carries observations is sent by this connection.
-    pub(crate) fn send_observations_on(&self, outbox: SendQueue) {
-        let _ = self.observations.set(outbox);
+    pub(crate) fn set_observations_queue(&self, queue: SendQueue) {
+        let _ = self.observations_queue.set(queue);
     }
 
-    pub(crate) fn observations(&self) -> Option<&SendQueue> {
-        self.observations.get()
+    pub(crate) fn observations_queue(&self) -> Option<&SendQueue> {
+        self.observations_queue.get()
     }
 
     /// Ends the session, if it has not ended before: at once another may control the robot.
@@ -94,7 +94,7 @@ impl Session {
             is_first
         });
         if is_first {
-            self.server.control.release(self.id);
+            self.core.control.release(self.id);
             tracing::info!(parent: &self.span, "disconnected: {end}");
         }
     }
@@ -103,31 +103,31 @@ impl Session {
     /// has.
     pub(crate) async fn run(
         &self,
-        receiving: impl Future<Output = End>,
-        sending: impl Future<Output = End>,
+        receive: impl Future<Output = End>,
+        send: impl Future<Output = End>,
     ) -> End {
         // Also if this future is dropped.
-        let _ending = Ending(self);
-        let receiving = async {
-            self.end(receiving.await);
+        let _end_on_drop = EndOnDrop(self);
+        let receive = async {
+            self.end(receive.await);
             pending().await
         };
         let stopping = async {
-            self.server.stopping().await;
+            self.core.stop_requested().await;
             self.end(End::ShuttingDown);
             pending().await
         };
-        let given_up = async {
+        let close_timed_out = async {
             self.ended().await;
-            sleep(PARTING_LIMIT).await;
+            sleep(CLOSE_TIMEOUT).await;
         };
         tokio::select! {
             biased;
-            () = receiving => {}
+            () = receive => {}
             () = stopping => {}
             // Ends when the session does, but with nothing half said.
-            () = async { self.end(sending.await) } => {}
-            () = given_up => {}
+            () = async { self.end(send.await) } => {}
+            () = close_timed_out => {}
         }
         self.ended().await
     }
@@ -140,9 +140,9 @@ impl Session {
     }
 }
 
-struct Ending<'a>(&'a Session);
+struct EndOnDrop<'a>(&'a Session);
 
-impl Drop for Ending<'_> {
+impl Drop for EndOnDrop<'_> {
     fn drop(&mut self) {
         self.0.end(End::ShuttingDown);
     }

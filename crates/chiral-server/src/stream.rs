@@ -7,7 +7,7 @@ use chiral_proto::{Camera, Observation, Ticker, Timestamp, message::Subscribe};
 /// One client's observation stream.
 #[derive(Debug)]
 pub(crate) struct Stream {
-    asked: Subscribe,
+    subscribe: Subscribe,
     ticker: Ticker,
     sent: u64,
     received: u64,
@@ -15,12 +15,18 @@ pub(crate) struct Stream {
 }
 
 impl Stream {
-    pub(crate) fn new(asked: Subscribe, now: Timestamp) -> Stream {
-        Stream { ticker: Ticker::new(asked.rate, now), sent: 0, received: 0, window: asked.window, asked }
+    pub(crate) fn new(subscribe: Subscribe, now: Timestamp) -> Stream {
+        Stream {
+            ticker: Ticker::new(subscribe.rate, now),
+            sent: 0,
+            received: 0,
+            window: subscribe.window,
+            subscribe,
+        }
     }
 
     /// The client's word on how far it has come.
-    pub(crate) fn credit(&mut self, received: u64, window: u32) {
+    pub(crate) fn set_credit(&mut self, received: u64, window: u32) {
         self.received = self.received.max(received);
         self.window = window;
     }
@@ -33,14 +39,14 @@ impl Stream {
 
     /// An observation is being sent. Ticks that have passed meanwhile are skipped, so that none is sent in a
     /// burst; how many.
-    pub(crate) fn take(&mut self, now: Timestamp) -> u64 {
+    pub(crate) fn advance(&mut self, now: Timestamp) -> u64 {
         self.sent += 1;
         self.ticker.take(now).skipped
     }
 
     /// Only what was asked for.
     pub(crate) fn select(&self, observation: Observation) -> Observation {
-        let Subscribe { cameras: wanted, depth, .. } = &self.asked;
+        let Subscribe { cameras: wanted, depth, .. } = &self.subscribe;
         let wanted =
             |camera: &Arc<Camera>| wanted.is_empty() || wanted.iter().any(|name| **name == *camera.name);
         let strip = |camera: Arc<Camera>| match (depth, &camera.depth) {
@@ -61,8 +67,8 @@ mod tests {
     /// Runs a stream whose observations each take `transfer_ms`, credited on arrival; the times at which they
     /// were taken, in ms. Every tick is taken or skipped.
     fn check(hz: f64, window: u32, transfer_ms: i64, until_ms: i64) -> Vec<i64> {
-        let asked = Subscribe { rate: Rate::new(hz).unwrap(), cameras: vec![], depth: true, window };
-        let mut stream = Stream::new(asked, Timestamp(0));
+        let subscribe = Subscribe { rate: Rate::new(hz).unwrap(), cameras: vec![], depth: true, window };
+        let mut stream = Stream::new(subscribe, Timestamp(0));
         let mut taken = Vec::new();
         let mut skipped = 0;
         let mut now = 0;
@@ -70,14 +76,14 @@ mod tests {
             let at = Timestamp(now * 1_000_000);
             match stream.due_in(at) {
                 Some(Duration::ZERO) => {
-                    skipped += stream.take(at);
+                    skipped += stream.advance(at);
                     taken.push(now);
                     assert_eq!(
                         taken.len() as u64 + skipped,
                         (stream.ticker.deadline().as_secs_f64() * hz).round() as u64
                     );
                     now += transfer_ms;
-                    stream.credit(taken.len() as u64, window);
+                    stream.set_credit(taken.len() as u64, window);
                 }
                 _ => now += 1,
             }
@@ -98,13 +104,13 @@ mod tests {
 
     #[test]
     fn without_credit_nothing_is_due() {
-        let asked = Subscribe { rate: Rate::new(10.0).unwrap(), cameras: vec![], depth: true, window: 2 };
-        let mut stream = Stream::new(asked, Timestamp(0));
+        let subscribe = Subscribe { rate: Rate::new(10.0).unwrap(), cameras: vec![], depth: true, window: 2 };
+        let mut stream = Stream::new(subscribe, Timestamp(0));
         let late = Timestamp(10_000_000_000);
-        stream.take(late);
-        stream.take(late);
+        stream.advance(late);
+        stream.advance(late);
         assert_eq!(stream.due_in(late), None);
-        stream.credit(1, 2);
+        stream.set_credit(1, 2);
         assert!(stream.due_in(late).is_some());
     }
 }

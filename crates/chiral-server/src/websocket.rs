@@ -46,17 +46,17 @@ pub(crate) async fn serve(acceptor: Arc<Acceptor>, listener: TcpListener) -> Res
     let app = health_router(Arc::clone(&core)).merge(router(acceptor));
     let stopping = Arc::clone(&core);
     let serving = axum::serve(listener, app.into_make_service_with_connect_info::<SocketAddr>())
-        .with_graceful_shutdown(async move { stopping.stopping().await })
+        .with_graceful_shutdown(async move { stopping.stop_requested().await })
         .into_future();
     let stopped = async {
-        core.stopping().await;
-        core.wind_down().await;
+        core.stop_requested().await;
+        core.wait_until_stopped().await;
     };
     // A connection that never became a session must not keep a stopping server alive.
     tokio::select! {
         served = serving => {
             served.map_err(Error::Listener)?;
-            core.wind_down().await;
+            core.wait_until_stopped().await;
         }
         () = stopped => {}
     }
@@ -81,7 +81,7 @@ pub(crate) fn health_router(core: Arc<ServerCore>) -> Router {
 
 /// So many times the silence limit a legacy client may answer no ping: one may be busy with its model, or
 /// read only what it has asked for. That its host is gone shows in TCP, after the limit itself.
-const BUSY_FACTOR: u32 = 4;
+const PINGED_IDLE_FACTOR: u32 = 4;
 
 /// Does the handshake by hand, since axum's own WebSocket keeps its byte stream to itself.
 async fn upgrade_or_explain(acceptor: Arc<Acceptor>, mut request: Request) -> Response {
@@ -129,14 +129,14 @@ async fn serve_upgraded(acceptor: Arc<Acceptor>, upgraded: Upgraded, codec: Code
     // Our own clients say something every second; legacy ones think for as long as they like.
     let (idle_timeout, pings) = match codec {
         Codec::Protobuf => (acceptor.core.options.idle_timeout, false),
-        _ => (acceptor.core.options.idle_timeout.saturating_mul(BUSY_FACTOR), true),
+        _ => (acceptor.core.options.idle_timeout.saturating_mul(PINGED_IDLE_FACTOR), true),
     };
     let options =
         WebSocketOptions { role: Role::Server, max_message, pool, pacing, codec, peer, idle_timeout, pings };
     let (stream, read_already) = match downcast::<TokioIo<TcpStream>>(upgraded) {
         Ok(Parts { io, read_buf, .. }) => (io.into_inner(), read_buf),
         Err(upgraded) => {
-            acceptor.core.says_once.call_once(|| {
+            acceptor.core.host_runtime_logged.call_once(|| {
                 tracing::info!("connections are served by the host's runtime: they are no bare TCP sockets")
             });
             return serve_stream(&acceptor, TokioIo::new(upgraded), &[], options).await;

@@ -57,14 +57,14 @@ impl ZenohServer {
             while let Some(transport) = listener.accept(&options, || info(core)).await {
                 serve_connection(&acceptor, transport);
             }
-            core.stopping().await;
+            core.stop_requested().await;
         };
         tokio::select! {
             () = accepting => {}
-            () = core.stopping() => {}
+            () = core.stop_requested() => {}
         }
         drop(listener);
-        core.wind_down().await;
+        core.wait_until_stopped().await;
         network.close().await;
     }
 }

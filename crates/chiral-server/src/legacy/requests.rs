@@ -7,7 +7,7 @@
 //! - A client has one request under way at a time. Another one, before the answer, is out of turn: it is
 //!   dropped.
 //! - A client says `metadata` every half a second until it is answered. In a session in which nothing else
-//!   was said yet, that is answered at once, and not again while the answer is on its way: any one answer
+//!   was reply_sent yet, that is answered at once, and not again while the answer is on its way: any one answer
 //!   will do, and of the others the client may hear late. It may be an answer to an earlier probe that the
 //!   client goes on with, so what it asks next is in turn.
 //! - Later, `metadata` may be the client's own question, or a second client's probe. It is held back for a
@@ -21,45 +21,45 @@ use chiral_proto::{Code, Fault, Request, Timestamp};
 
 /// Requests of a connection that may wait for their answers: minutes of a client that asks 30 times a second
 /// during a long reset, some 100 bytes each.
-const MAX_OWED: usize = 4096;
+const MAX_PENDING: usize = 4096;
 /// Rows in those of them that are steps, each of some 30 to 130 bytes.
-const MAX_OWED_ROWS: usize = 1 << 16;
+const MAX_PENDING_ROWS: usize = 1 << 16;
 /// Twice as long as a client waits between two probes.
-const HELD: Duration = Duration::from_secs(1);
+const METADATA_HOLD_PERIOD: Duration = Duration::from_secs(1);
 
 /// Something asked, or why it is refused when its turn comes.
-pub(crate) type Asked = Result<Request, Fault>;
+pub(crate) type CheckedRequest = Result<Request, Fault>;
 
 /// What is to be done now.
 #[derive(Debug, PartialEq)]
 pub(crate) enum Next {
-    Answer(Asked),
+    Serve(CheckedRequest),
     /// Nothing for so long, unless more is asked; without a limit if there is none.
     Wait(Option<Duration>),
     /// Nothing was heard for as long as may be.
-    Silent,
+    Idle,
 }
 
 pub(crate) enum RequestQueue {
     /// A connection's own.
-    Queue(VecDeque<Asked>),
-    Shared(Shared),
+    Connection(VecDeque<CheckedRequest>),
+    Shared(SharedQueue),
 }
 
 /// Whoever speaks on the shared keys.
-pub(crate) struct Shared {
+pub(crate) struct SharedQueue {
     idle_timeout: Duration,
-    /// The last that was heard of the client whose session it is, or said to it.
-    last_word: Timestamp,
+    /// The last that was heard of the client whose session it is, or reply_sent to it.
+    last_activity: Timestamp,
     /// Something else than `metadata` was heard.
-    is_beyond_probing: bool,
+    has_other_requests: bool,
     /// `metadata`, or something else, or the one before the other.
-    asked: VecDeque<Request>,
-    answering: Option<Kind>,
+    pending: VecDeque<Request>,
+    in_progress: Option<Kind>,
     /// When `metadata` came that is not answered yet.
-    held: Option<Timestamp>,
+    held_since: Option<Timestamp>,
     /// When the newest of several came.
-    probed: Option<Timestamp>,
+    last_foreign_probe: Option<Timestamp>,
 }
 
 #[derive(Clone, Copy, PartialEq)]
@@ -75,107 +75,107 @@ impl Kind {
 }
 
 impl RequestQueue {
-    pub(crate) fn queue() -> RequestQueue {
-        RequestQueue::Queue(VecDeque::new())
+    pub(crate) fn for_connection() -> RequestQueue {
+        RequestQueue::Connection(VecDeque::new())
     }
 
     /// The keys that all share, on which a session ends after a silence of so long.
-    pub(crate) fn shared(idle_timeout: Duration, now: Timestamp) -> RequestQueue {
-        RequestQueue::Shared(Shared {
+    pub(crate) fn for_shared_keys(idle_timeout: Duration, now: Timestamp) -> RequestQueue {
+        RequestQueue::Shared(SharedQueue {
             idle_timeout,
-            last_word: now,
-            is_beyond_probing: false,
-            asked: VecDeque::new(),
-            answering: None,
-            held: None,
-            probed: None,
+            last_activity: now,
+            has_other_requests: false,
+            pending: VecDeque::new(),
+            in_progress: None,
+            held_since: None,
+            last_foreign_probe: None,
         })
     }
 
-    pub(crate) fn are_shared(&self) -> bool {
+    pub(crate) fn is_shared(&self) -> bool {
         matches!(self, RequestQueue::Shared(_))
     }
 
     /// Something was asked; or why that, or what was asked before, is not answered at all.
-    pub(crate) fn ask(&mut self, asked: Asked, now: Timestamp) -> Result<(), Fault> {
+    pub(crate) fn push(&mut self, request: CheckedRequest, now: Timestamp) -> Result<(), Fault> {
         match self {
-            RequestQueue::Queue(waiting) => {
-                let held = waiting.iter().map(rows).sum::<usize>() + rows(&asked);
+            RequestQueue::Connection(waiting) => {
+                let held = waiting.iter().map(rows).sum::<usize>() + rows(&request);
                 let refuse = |text| Err(Fault::new(Code::QueueFull, text).retryable());
-                if waiting.len() == MAX_OWED {
+                if waiting.len() == MAX_PENDING {
                     return refuse(format!(
-                        "expected at most {MAX_OWED} requests that wait for their answers, found more"
+                        "expected at most {MAX_PENDING} requests that wait for their answers, found more"
                     ));
                 }
-                if held > MAX_OWED_ROWS {
+                if held > MAX_PENDING_ROWS {
                     return refuse(format!(
-                        "expected at most {MAX_OWED_ROWS} rows in steps that wait for their turn, found {held}"
+                        "expected at most {MAX_PENDING_ROWS} rows in steps that wait for their turn, found {held}"
                     ));
                 }
-                waiting.push_back(asked);
+                waiting.push_back(request);
                 Ok(())
             }
-            RequestQueue::Shared(shared) => shared.ask(asked?, now),
+            RequestQueue::Shared(shared) => shared.push(request?, now),
         }
     }
 
     /// Actions came, which ask for nothing.
-    pub(crate) fn acted(&mut self, now: Timestamp) {
+    pub(crate) fn note_actions(&mut self, now: Timestamp) {
         if let RequestQueue::Shared(shared) = self {
-            (shared.last_word, shared.is_beyond_probing) = (now, true);
+            (shared.last_activity, shared.has_other_requests) = (now, true);
         }
     }
 
     /// Whether a reset was asked for and has not reached the robot: actions that come now would overtake it.
-    pub(crate) fn awaits_reset(&self) -> bool {
+    pub(crate) fn has_pending_reset(&self) -> bool {
         let is_reset = |request: &Request| matches!(request, Request::Reset { .. });
         match self {
-            RequestQueue::Queue(waiting) => waiting.iter().flatten().any(is_reset),
-            RequestQueue::Shared(shared) => shared.asked.iter().any(is_reset),
+            RequestQueue::Connection(waiting) => waiting.iter().flatten().any(is_reset),
+            RequestQueue::Shared(shared) => shared.pending.iter().any(is_reset),
         }
     }
 
     pub(crate) fn next(&mut self, now: Timestamp) -> Next {
         match self {
-            RequestQueue::Queue(waiting) => waiting.pop_front().map_or(Next::Wait(None), Next::Answer),
+            RequestQueue::Connection(waiting) => waiting.pop_front().map_or(Next::Wait(None), Next::Serve),
             RequestQueue::Shared(shared) => shared.next(now),
         }
     }
 
     /// What was asked last is about to be answered, or was refused. Not later: whoever hears the answer may
     /// ask again before all of it is known to be sent.
-    pub(crate) fn answered(&mut self) {
+    pub(crate) fn begin_reply(&mut self) {
         if let RequestQueue::Shared(shared) = self {
-            shared.answering = None;
+            shared.in_progress = None;
         }
     }
 
     /// The answer is sent, which may have taken long.
-    pub(crate) fn said(&mut self, now: Timestamp) {
+    pub(crate) fn reply_sent(&mut self, now: Timestamp) {
         if let RequestQueue::Shared(shared) = self {
-            shared.last_word = now;
+            shared.last_activity = now;
         }
     }
 }
 
-impl Shared {
-    fn ask(&mut self, request: Request, now: Timestamp) -> Result<(), Fault> {
-        let mut owed = self.asked.iter().map(Kind::of).chain(self.answering);
+impl SharedQueue {
+    fn push(&mut self, request: Request, now: Timestamp) -> Result<(), Fault> {
+        let mut outstanding = self.pending.iter().map(Kind::of).chain(self.in_progress);
         if Kind::of(&request) == Kind::Metadata {
-            match (self.is_beyond_probing, owed.next().is_some()) {
+            match (self.has_other_requests, outstanding.next().is_some()) {
                 (true, _) => return self.hold(now),
                 (false, true) => return Ok(()),
                 (false, false) => {}
             }
         }
-        let is_out_of_turn = owed.any(|kind| kind == Kind::Other);
-        let held = self.held.take();
-        self.is_beyond_probing |= Kind::of(&request) == Kind::Other;
+        let is_out_of_turn = outstanding.any(|kind| kind == Kind::Other);
+        let held = self.held_since.take();
+        self.has_other_requests |= Kind::of(&request) == Kind::Other;
         if is_out_of_turn {
             return Err(second_client("asked before the last request was answered"));
         }
-        self.last_word = now;
-        self.asked.push_back(request);
+        self.last_activity = now;
+        self.pending.push_back(request);
         match held {
             Some(_) => Err(second_client("asked for metadata, and somebody did not wait for it")),
             None => Ok(()),
@@ -183,37 +183,39 @@ impl Shared {
     }
 
     fn hold(&mut self, now: Timestamp) -> Result<(), Fault> {
-        let is_probed = self.probed.is_some_and(|probed| now.since(probed) < HELD);
-        if self.held.take().is_some() || is_probed {
-            self.probed = Some(now);
+        let is_probing = self
+            .last_foreign_probe
+            .is_some_and(|last_foreign_probe| now.since(last_foreign_probe) < METADATA_HOLD_PERIOD);
+        if self.held_since.take().is_some() || is_probing {
+            self.last_foreign_probe = Some(now);
             return Err(second_client("asks for metadata again and again"));
         }
-        self.held = Some(now);
+        self.held_since = Some(now);
         Ok(())
     }
 
     fn next(&mut self, now: Timestamp) -> Next {
-        if let Some(request) = self.asked.pop_front() {
-            self.answering = Some(Kind::of(&request));
-            return Next::Answer(Ok(request));
+        if let Some(request) = self.pending.pop_front() {
+            self.in_progress = Some(Kind::of(&request));
+            return Next::Serve(Ok(request));
         }
-        let silence = now.since(self.last_word);
-        match self.held {
-            Some(since) if now.since(since) >= HELD => {
-                self.held = None;
-                (self.last_word, self.answering) = (now, Some(Kind::Metadata));
-                Next::Answer(Ok(Request::GetMetadata))
+        let idle = now.since(self.last_activity);
+        match self.held_since {
+            Some(since) if now.since(since) >= METADATA_HOLD_PERIOD => {
+                self.held_since = None;
+                (self.last_activity, self.in_progress) = (now, Some(Kind::Metadata));
+                Next::Serve(Ok(Request::GetMetadata))
             }
-            Some(since) => Next::Wait(Some(HELD - now.since(since))),
-            None if silence >= self.idle_timeout => Next::Silent,
-            None => Next::Wait(Some(self.idle_timeout - silence)),
+            Some(since) => Next::Wait(Some(METADATA_HOLD_PERIOD - now.since(since))),
+            None if idle >= self.idle_timeout => Next::Idle,
+            None => Next::Wait(Some(self.idle_timeout - idle)),
         }
     }
 }
 
 /// How much of a robot's time is asked for.
-fn rows(asked: &Asked) -> usize {
-    match asked {
+fn rows(request: &CheckedRequest) -> usize {
+    match request {
         Ok(Request::Step { actions, .. }) => actions.rows(),
         _ => 0,
     }
@@ -242,32 +244,32 @@ mod tests {
         Act(i64),
         Next(i64, Option<Request>),
         Answered(i64),
-        Silent(i64),
+        Idle(i64),
     }
-    use Step::{Act, Answered, Ask, Silent};
+    use Step::{Act, Answered, Ask, Idle};
 
     fn check(what: &str, steps: impl IntoIterator<Item = Step>) {
         let at = |ms: i64| Timestamp(ms * 1_000_000);
-        let mut turns = RequestQueue::shared(LIMIT, at(0));
+        let mut requests = RequestQueue::for_shared_keys(LIMIT, at(0));
         for step in steps {
             match step {
                 Ask(ms, request, is_foreign) => {
-                    let taken = turns.ask(Ok(request.clone()), at(ms));
+                    let taken = requests.push(Ok(request.clone()), at(ms));
                     assert_eq!(taken.is_err(), is_foreign, "{what}: {request:?} at {ms} ms: {taken:?}");
                 }
-                Act(ms) => turns.acted(at(ms)),
+                Act(ms) => requests.note_actions(at(ms)),
                 Step::Next(ms, Some(expected)) => {
-                    assert_eq!(turns.next(at(ms)), Next::Answer(Ok(expected)), "{what}: at {ms} ms");
+                    assert_eq!(requests.next(at(ms)), Next::Serve(Ok(expected)), "{what}: at {ms} ms");
                 }
                 Step::Next(ms, None) => {
-                    let next = turns.next(at(ms));
+                    let next = requests.next(at(ms));
                     assert!(matches!(next, Next::Wait(Some(_))), "{what}: at {ms} ms, found {next:?}");
                 }
                 Answered(ms) => {
-                    turns.answered();
-                    turns.said(at(ms));
+                    requests.begin_reply();
+                    requests.reply_sent(at(ms));
                 }
-                Silent(ms) => assert_eq!(turns.next(at(ms)), Next::Silent, "{what}: at {ms} ms"),
+                Idle(ms) => assert_eq!(requests.next(at(ms)), Next::Idle, "{what}: at {ms} ms"),
             }
         }
     }
@@ -294,32 +296,32 @@ mod tests {
 
     #[test]
     fn a_connection_is_a_queue() {
-        let mut turns = RequestQueue::queue();
+        let mut requests = RequestQueue::for_connection();
         let now = Timestamp(0);
-        assert_eq!(turns.next(now), Next::Wait(None));
+        assert_eq!(requests.next(now), Next::Wait(None));
         for request in [RESET, Request::GetObs, Request::GetMetadata] {
-            turns.ask(Ok(request), now).unwrap();
+            requests.push(Ok(request), now).unwrap();
         }
-        assert!(turns.awaits_reset());
-        assert_eq!(turns.next(now), Next::Answer(Ok(RESET)));
-        assert!(!turns.awaits_reset());
-        assert_eq!(turns.next(now), Next::Answer(Ok(Request::GetObs)));
-        assert_eq!(turns.next(now), Next::Answer(Ok(Request::GetMetadata)));
-        for _ in 0..MAX_OWED {
-            turns.ask(Ok(Request::GetObs), now).unwrap();
+        assert!(requests.has_pending_reset());
+        assert_eq!(requests.next(now), Next::Serve(Ok(RESET)));
+        assert!(!requests.has_pending_reset());
+        assert_eq!(requests.next(now), Next::Serve(Ok(Request::GetObs)));
+        assert_eq!(requests.next(now), Next::Serve(Ok(Request::GetMetadata)));
+        for _ in 0..MAX_PENDING {
+            requests.push(Ok(Request::GetObs), now).unwrap();
         }
-        assert_eq!(turns.ask(Ok(Request::GetObs), now).unwrap_err().code, Code::QueueFull);
+        assert_eq!(requests.push(Ok(Request::GetObs), now).unwrap_err().code, Code::QueueFull);
 
-        let mut turns = RequestQueue::queue();
-        let actions = ActionChunk::new(1, vec![0.0; MAX_OWED_ROWS / 2]).unwrap();
+        let mut requests = RequestQueue::for_connection();
+        let actions = ActionChunk::new(1, vec![0.0; MAX_PENDING_ROWS / 2]).unwrap();
         let step = || Ok(Request::Step { session: 0, episode: 0, actions: actions.clone() });
         for _ in 0..2 {
-            turns.ask(step(), now).unwrap();
+            requests.push(step(), now).unwrap();
         }
-        assert_eq!(turns.ask(step(), now).unwrap_err().code, Code::QueueFull);
-        turns.ask(Ok(Request::GetObs), now).unwrap();
-        turns.next(now);
-        turns.ask(step(), now).unwrap();
+        assert_eq!(requests.push(step(), now).unwrap_err().code, Code::QueueFull);
+        requests.push(Ok(Request::GetObs), now).unwrap();
+        requests.next(now);
+        requests.push(step(), now).unwrap();
     }
 
     #[test]
@@ -402,13 +404,16 @@ mod tests {
 
     #[test]
     fn silence_is_the_clients_own() {
-        check("nothing was said", [nothing(9999), Silent(10_000)]);
+        check("nothing was said", [nothing(9999), Idle(10_000)]);
         check(
             "the robot is busy for it",
-            [ask(0, RESET), answer(0, RESET), Answered(45_000), nothing(54_999), Silent(55_000)],
+            [ask(0, RESET), answer(0, RESET), Answered(45_000), nothing(54_999), Idle(55_000)],
         );
-        let probed = (1..19).map(|i| foreign_probe(500 + 500 * i));
+        let last_foreign_probe = (1..19).map(|i| foreign_probe(500 + 500 * i));
         let began = [Act(0), probe(500)];
-        check("another one does not speak for it", began.into_iter().chain(probed).chain([Silent(10_000)]));
+        check(
+            "another one does not speak for it",
+            began.into_iter().chain(last_foreign_probe).chain([Idle(10_000)]),
+        );
     }
 }

@@ -16,7 +16,7 @@ use crate::{
     core::{ServerCore, connection_runtime},
     legacy::{
         requests::RequestQueue,
-        session::{LegacySession, begin, not_a_clients},
+        session::{LegacySession, not_a_client_message, open_session},
     },
     log_throttle::LogThrottle,
 };
@@ -48,24 +48,26 @@ async fn serve(core: &Arc<ServerCore>, network: &ZenohSession, transport: &Legac
     while let Ok(heard) = transport.recv().await {
         // Of those who leave, none has a session here.
         let Some(frame) = heard else { continue };
-        let begun = match (is_clients(frame.clone()), core.control.controller()) {
+        let begun = match (check_client_message(frame.clone()), core.control.controller()) {
             (Err(fault), _) => Err(fault),
             // Asked before the network is.
             (Ok(()), Some(holder)) => {
                 Err(Fault::new(Code::Busy, format!("the robot is controlled by {holder:?}")))
             }
-            (Ok(()), None) => is_alone(network, &core.robot.name).await.and_then(|()| begin(core, transport)),
+            (Ok(()), None) => {
+                check_alone(network, &core.robot.name).await.and_then(|()| open_session(core, transport))
+            }
         };
         match begun {
             Ok(session) => {
-                let turns = RequestQueue::shared(core.options.idle_timeout, core.clock.now());
-                let legacy = LegacySession::new(&session, transport, IdleTimeout::never(), turns);
-                legacy.hear_or_drop(frame);
+                let requests = RequestQueue::for_shared_keys(core.options.idle_timeout, core.clock.now());
+                let legacy = LegacySession::new(&session, transport, IdleTimeout::never(), requests);
+                legacy.handle_frame(frame);
                 legacy.run().await;
             }
             Err(fault) => {
                 let peer = transport.peer();
-                dropped.happened(|count| {
+                dropped.record(|count| {
                     tracing::warn!(peer, count, "dropped what a legacy client says: {fault}")
                 });
             }
@@ -74,15 +76,15 @@ async fn serve(core: &Arc<ServerCore>, network: &ZenohSession, transport: &Legac
 }
 
 /// Whether it is what a client says: nothing else may claim the robot.
-fn is_clients(frame: Frame) -> Result<(), Fault> {
+fn check_client_message(frame: Frame) -> Result<(), Fault> {
     match Codec::Msgpack.decode(frame)? {
         Message::Request { .. } | Message::Notice(Notice::Action(_)) => Ok(()),
-        _ => Err(not_a_clients()),
+        _ => Err(not_a_client_message()),
     }
 }
 
 /// A legacy client does not say which robot it means: no robot of ours takes its word where there are two.
-async fn is_alone(network: &ZenohSession, robot: &str) -> Result<(), Fault> {
+async fn check_alone(network: &ZenohSession, robot: &str) -> Result<(), Fault> {
     let robots = network.robots().await;
     let robots = robots.map_err(|error| {
         Fault::new(Code::Busy, format!("which robots there are is not known: {}", chain(&error)))
