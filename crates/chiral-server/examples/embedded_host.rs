@@ -1,8 +1,8 @@
-//! A robot host with an HTTP application of its own, which serves two arms beside its own routes: on its
-//! listener, on its runtime.
+//! A robot host with its own HTTP application, which serves two arms next to its own routes, on its own
+//! listener and runtime.
 //!
 //! ```text
-//! cargo run -p chiral-server --example embedded_host                     # at 127.0.0.1:8765, or give another address
+//! cargo run -p chiral-server --example embedded_host   # at 127.0.0.1:8765 or the given address
 //! cargo run -p chiral-client --example guide_streaming ws://localhost:8765/robot/left
 //! curl http://localhost:8765/healthz http://localhost:8765/robot/right/healthz
 //! ```
@@ -42,23 +42,23 @@ impl Robot for Arm {
     }
 }
 
-/// One arm, its encoders and its server, which does not listen anywhere yet.
+/// Starts one arm's encoders and builds its server, which does not listen yet.
 fn serve_arm(side: &'static str) -> Result<PolicyServer, chiral_server::Error> {
     let sensors = Sensors::new([], [ProprioSpec::new("joint_pos", JOINTS, "rad")])?;
     let encoders = sensors.clone();
     thread::spawn(move || {
         loop {
-            encoders.update_proprio("joint_pos", &[0.0; JOINTS]).expect("it was declared so");
+            encoders.update_proprio("joint_pos", &[0.0; JOINTS]).expect("it is declared above");
             thread::sleep(Duration::from_millis(2));
         }
     });
     PolicyServer::builder(Arm { side }, sensors).name(side).build()
 }
 
-/// What the library leaves to its host: what Ctrl-C means.
+/// Waits for Ctrl-C, which the library leaves to the host.
 async fn interrupted() {
     if let Err(error) = tokio::signal::ctrl_c().await {
-        eprintln!("Ctrl-C cannot be heard, stopping: {error}");
+        eprintln!("cannot wait for Ctrl-C, stopping: {error}");
     }
 }
 
@@ -78,12 +78,12 @@ async fn main() -> Result<(), Box<dyn Error>> {
         listener.local_addr()?
     );
 
-    // With the peers' addresses, the servers' log lines say who connected.
+    // With the connect info, the servers log the peers' addresses.
     let service = app.into_make_service_with_connect_info::<SocketAddr>();
     let server = axum::serve(listener, service).with_graceful_shutdown(interrupted());
     server.await?;
 
-    // The host no longer listens; now the arms take leave of their policies, and hold.
+    // The host no longer listens. Now end the sessions of both arms, which then hold.
     for handle in handles {
         handle.shutdown_and_wait().await;
     }

@@ -1,8 +1,7 @@
-//! The smallest robot worth watching: a camera with a moving picture, and seven joints that are at once where
-//! they are told to be.
+//! A minimal robot: a camera with a moving picture, and seven joints that reach their targets at once.
 //!
 //! ```text
-//! cargo run -p chiral-server --example minimal_server                    # at 127.0.0.1:8765, or give another address
+//! cargo run -p chiral-server --example minimal_server   # at 127.0.0.1:8765 or the given address
 //! cargo run -p chiral-client --example guide_episode                     # in another terminal
 //! ```
 
@@ -25,7 +24,7 @@ const JOINTS: usize = 7;
 const HEIGHT: usize = 120;
 const WIDTH: usize = 160;
 
-/// Where the joints are: written by the robot, read by its sensors.
+/// The positions of the joints: written by the robot, read by its sensors.
 type Joints = Arc<Mutex<[f32; JOINTS]>>;
 
 struct Arm {
@@ -65,7 +64,7 @@ impl Robot for Arm {
     }
 }
 
-/// What a driver's thread would do: thirty times a second it publishes what there is to see and to feel.
+/// Publishes the image and the joint positions thirty times a second, as a driver's thread would.
 fn sense(sensors: &Sensors, joints: &Joints) -> Result<(), SensorError> {
     let camera = sensors.camera("wrist_cam")?;
     let intrinsics = Matrix3::new(150.0, 0.0, 79.5, 0.0, 150.0, 59.5, 0.0, 0.0, 1.0);

@@ -1,5 +1,5 @@
-//! Accepting connections: which wire one speaks, what its hello asks for, and the session that it begins or
-//! joins. Serving it is `connection`'s, and for the legacy wire `legacy`'s.
+//! Accepting connections: chooses the wire, reads the hello, and opens or joins a session. Serving the
+//! connection is `connection`'s or, for the legacy wire, `legacy`'s.
 
 use std::{
     sync::{Arc, Mutex},
@@ -20,16 +20,16 @@ use crate::{
     session::{CLOSE_TIMEOUT, Session},
 };
 
-/// Within this the first frame must have come.
+/// How long a peer may take to send its hello.
 const HELLO_TIMEOUT: Duration = Duration::from_secs(5);
 
-/// Takes connections in, from every transport.
+/// Accepts the connections of every transport.
 pub(crate) struct Acceptor {
     pub(crate) core: Arc<ServerCore>,
     attach_tokens: Mutex<AttachTokens<Session>>,
 }
 
-/// The id of the request that is refused, and why.
+/// The id of a refused request, and why it is refused.
 type Refusal = (u64, Fault);
 
 impl Acceptor {
@@ -37,7 +37,7 @@ impl Acceptor {
         Acceptor { core: Arc::new(core), attach_tokens: Mutex::default() }
     }
 
-    /// Serves one connection until it ends.
+    /// Serves one connection until it ends. The one place that chooses the wire.
     pub(crate) async fn serve<T: Transport>(&self, transport: T, idle_timeout: IdleTimeout) {
         match transport.codec() {
             Codec::Msgpack => legacy::serve(&self.core, &transport, idle_timeout).await,
@@ -49,7 +49,12 @@ impl Acceptor {
         let (id, hello) = match timeout(HELLO_TIMEOUT, receive_hello(&transport)).await {
             Ok(Ok(hello)) => hello,
             Ok(Err(refusal)) => return refuse(&transport, refusal).await,
-            Err(_) => return tracing::debug!(peer = transport.peer(), "no hello within {HELLO_TIMEOUT:?}"),
+            Err(_) => {
+                return tracing::debug!(
+                    peer = transport.peer(),
+                    "expected a hello within {HELLO_TIMEOUT:?}, found none"
+                );
+            }
         };
         match self.admit(&hello, transport.peer()) {
             Ok((session, attach_token)) => {
@@ -60,40 +65,42 @@ impl Acceptor {
         }
     }
 
-    /// The session that a connection is for, and the token by which another one joins it.
+    /// Opens or joins the session that the hello is for. A new one comes with the token for a second
+    /// connection.
     fn admit(&self, hello: &Hello, peer: &str) -> Result<(Arc<Session>, Bytes), Fault> {
         check_version(hello)?;
         match hello.attach_token.is_empty() {
-            true => self.begin(hello, peer),
+            true => self.open(hello, peer),
             false => Ok((self.join(hello)?, Bytes::new())),
         }
     }
 
-    /// A new session, and the token by which a second connection joins it.
-    fn begin(&self, hello: &Hello, peer: &str) -> Result<(Arc<Session>, Bytes), Fault> {
+    /// Opens a session, and makes the token with which a second connection joins it.
+    fn open(&self, hello: &Hello, peer: &str) -> Result<(Arc<Session>, Bytes), Fault> {
         let session = Session::open(&self.core, hello.role, &hello.client_name, &hello.software, peer)?;
         let mut token = [0; 16];
         if let Err(error) = getrandom::fill(&mut token) {
-            tracing::warn!(parent: &session.span, "no second connection, for want of random bits: {error}");
+            tracing::warn!(parent: &session.span, "no random bits, so no second connection: {error}");
             return Ok((session, Bytes::new()));
         }
         lock(&self.attach_tokens).insert(token, &session, self.core.clock.now());
         Ok((session, Bytes::copy_from_slice(&token)))
     }
 
-    /// The session that a second connection belongs to.
+    /// Joins the session that the token of a second connection belongs to.
     fn join(&self, hello: &Hello) -> Result<Arc<Session>, Fault> {
         let session = lock(&self.attach_tokens).redeem(&hello.attach_token, self.core.clock.now());
         let session = session.filter(|session| session.accepts_second_connection()).ok_or_else(|| {
-            let text = "expected the token of a welcome not older than 5 s, never used before, of a session that lasts and has no stream; found another";
+            let text = "expected an unused token, at most 5 s old, of an open session without a stream, \
+                        found another";
             Fault::new(Code::Invalid, text).field("hello.attach_token")
         })?;
-        tracing::debug!(parent: &session.span, "second connection");
+        tracing::debug!(parent: &session.span, "second connection joined");
         Ok(session)
     }
 }
 
-/// A hello and its id; or why there is none, and the reply for a peer that wants one.
+/// Reads the hello and its id. An error holds the refusal to send, if any.
 async fn receive_hello<T: Transport>(transport: &T) -> Result<(u64, Hello), Option<Refusal>> {
     let frame = match transport.recv().await {
         Ok(Some(frame)) => frame,

@@ -1,4 +1,5 @@
-//! Second connections: which session a token joins, once, and not for long. Pure: `now` is passed in.
+//! The tokens with which second connections join their sessions, each valid once and for 5 s. Pure: `now` is
+//! passed in.
 
 use std::{
     sync::{Arc, Weak},
@@ -10,7 +11,7 @@ use chiral_proto::Timestamp;
 /// 128 random bits.
 pub(crate) type Token = [u8; 16];
 
-/// The sessions that a second connection may join.
+/// The valid tokens and the session that each joins.
 #[derive(Debug)]
 pub(crate) struct AttachTokens<S> {
     entries: Vec<Entry<S>>,
@@ -30,10 +31,10 @@ impl<S> Default for AttachTokens<S> {
 }
 
 impl<S> AttachTokens<S> {
-    /// For so long a token is good.
+    /// How long a token is valid.
     const LIFETIME: Duration = Duration::from_secs(5);
 
-    /// Whoever shows this token joins this session.
+    /// Adds a token for this session.
     pub(crate) fn insert(&mut self, token: Token, session: &Arc<S>, now: Timestamp) {
         self.remove_expired(now);
         self.entries.push(Entry {
@@ -43,7 +44,7 @@ impl<S> AttachTokens<S> {
         });
     }
 
-    /// The session that the token joins, which no other then will.
+    /// Takes the token out, and returns the session that it joins.
     pub(crate) fn redeem(&mut self, token: &[u8], now: Timestamp) -> Option<Arc<S>> {
         self.remove_expired(now);
         let index = self.entries.iter().position(|entry| entry.token == token)?;
@@ -62,7 +63,7 @@ mod tests {
     const SECOND: i64 = 1_000_000_000;
 
     #[test]
-    fn a_token_is_good_once_for_five_seconds_and_no_longer_than_its_session() {
+    fn a_token_is_valid_once_for_five_seconds_while_its_session_lasts() {
         let sessions = [Arc::new(1), Arc::new(2), Arc::new(3)];
         let mut tokens = AttachTokens::default();
         for (session, token) in sessions.iter().zip([[1; 16], [2; 16], [3; 16]]) {
@@ -71,7 +72,7 @@ mod tests {
         let [_, _, third] = sessions.clone();
         drop(sessions);
         assert_eq!(tokens.redeem(&[3; 16], Timestamp(SECOND)), Some(third.clone()));
-        assert_eq!(tokens.redeem(&[3; 16], Timestamp(SECOND)), None, "used");
+        assert_eq!(tokens.redeem(&[3; 16], Timestamp(SECOND)), None, "used already");
         assert_eq!(tokens.redeem(&[1; 16], Timestamp(SECOND)), None, "its session has ended");
         assert_eq!(tokens.redeem(&[], Timestamp(SECOND)), None);
         tokens.insert([4; 16], &third, Timestamp(0));

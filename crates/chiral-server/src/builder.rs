@@ -1,4 +1,4 @@
-//! The options of a server, and how it is made from them.
+//! Building a server from a robot, its sensors and options. Running it is `server`'s.
 
 #[cfg(feature = "zenoh")]
 use std::path::PathBuf;
@@ -22,7 +22,7 @@ use crate::{
     server::PolicyServer,
 };
 
-/// Makes a [`PolicyServer`].
+/// Builds a [`PolicyServer`].
 pub struct PolicyServerBuilder {
     robot: Box<dyn Robot>,
     sensors: Sensors,
@@ -34,7 +34,7 @@ pub struct PolicyServerBuilder {
 }
 
 impl PolicyServer {
-    /// A server for this robot and its sensors, with every option at its default.
+    /// Builds a server for this robot and its sensors, with every option at its default.
     ///
     /// # Errors
     /// As [`PolicyServerBuilder::build`].
@@ -42,7 +42,7 @@ impl PolicyServer {
         PolicyServer::builder(robot, sensors).build()
     }
 
-    /// A server to be configured.
+    /// Returns a builder for a server with other options.
     pub fn builder(robot: impl Robot, sensors: Sensors) -> PolicyServerBuilder {
         PolicyServerBuilder {
             robot: Box::new(robot),
@@ -66,26 +66,26 @@ impl PolicyServer {
 }
 
 impl PolicyServerBuilder {
-    /// The robot's name, as peers see it; by default that of this host, or as much of it as a name on a Zenoh
-    /// network can have.
+    /// The robot's name, as peers see it. By default the name of this host, reduced to the characters that a
+    /// name on a Zenoh network may have.
     #[must_use]
     pub fn name(mut self, name: impl Into<String>) -> Self {
         self.name = name.into();
         self
     }
 
-    /// Where `run` and `serve` listen for WebSocket; `127.0.0.1:8765` by default, or nowhere if the robot is
-    /// put on a Zenoh network. There is no authentication yet, so another address than a loopback one is
-    /// warned of.
+    /// The address on which `run` and `serve` accept WebSocket connections. By default `127.0.0.1:8765`, or
+    /// none if the robot is on a Zenoh network. There is no authentication yet, so the server logs a warning
+    /// for an address that is not loopback.
     #[must_use]
     pub fn bind(mut self, address: impl Into<SocketAddr>) -> Self {
         self.options.bind = Some(address.into());
         self
     }
 
-    /// Puts the robot on a Zenoh network, and lets others into it at this locator, such as
-    /// `tcp/127.0.0.1:7447`; also by `tls/`, `quic/` and `unixsock-stream/`. May be said more than once. Not
-    /// every robot's name will do then: see [`chiral_proto::keys::check_robot`].
+    /// Puts the robot on a Zenoh network, and accepts others into it at this locator, such as
+    /// `tcp/127.0.0.1:7447`, or one with `tls/`, `quic/` or `unixsock-stream/`. May be called more than once.
+    /// The robot's name must then be valid for Zenoh keys: see [`chiral_proto::keys::check_robot`].
     #[cfg(feature = "zenoh")]
     #[must_use]
     pub fn listen_zenoh(mut self, locator: impl Into<String>) -> Self {
@@ -93,8 +93,8 @@ impl PolicyServerBuilder {
         self
     }
 
-    /// Puts the robot on the Zenoh network that a router or another robot's server lets others into at this
-    /// locator, such as `tcp/router:7447`. May be said more than once, and beside
+    /// Puts the robot on the Zenoh network of the router or other robot's server that listens at this
+    /// locator, such as `tcp/router:7447`. May be called more than once, and together with
     /// [`PolicyServerBuilder::listen_zenoh`].
     #[cfg(feature = "zenoh")]
     #[must_use]
@@ -103,19 +103,20 @@ impl PolicyServerBuilder {
         self
     }
 
-    /// Whether peers on this host that come by Zenoh see observations in shared memory, which then never
-    /// cross the network; they do by default. It takes eight observations' worth of memory, locked; where
-    /// that cannot be had, observations travel by the network, as the log says.
+    /// Whether Zenoh peers on this host receive observations in shared memory instead of over the network;
+    /// true by default. It takes locked memory for eight observations. Where the system does not provide
+    /// that, the server logs it and sends observations over the network.
     #[cfg(feature = "zenoh")]
     #[must_use]
-    pub fn shared_memory(mut self, is_wanted: bool) -> Self {
-        self.options.network.shared_memory = is_wanted;
+    pub fn shared_memory(mut self, enabled: bool) -> Self {
+        self.options.network.shared_memory = enabled;
         self
     }
 
-    /// Puts the robot on the Zenoh network of this configuration file of Zenoh's (JSON5, JSON or YAML): TLS,
-    /// users, access control, whatever else it says stands. Locators of [`PolicyServerBuilder::listen_zenoh`]
-    /// and [`PolicyServerBuilder::join_zenoh`] are added to its own. It is read when serving begins.
+    /// Puts the robot on the Zenoh network that this Zenoh configuration file describes (JSON5, JSON or
+    /// YAML), with its TLS, users, access control and other settings. The locators of
+    /// [`PolicyServerBuilder::listen_zenoh`] and [`PolicyServerBuilder::join_zenoh`] are added to the file's
+    /// own. The file is read when serving begins.
     #[cfg(feature = "zenoh")]
     #[must_use]
     pub fn zenoh_config(mut self, file: impl Into<PathBuf>) -> Self {
@@ -123,24 +124,24 @@ impl PolicyServerBuilder {
         self
     }
 
-    /// Whether the robot can be found without its address, by multicast; true by default, for one on a Zenoh
-    /// network who lets others in there. A configuration file's own word on multicast goes before it.
+    /// Whether clients can find the robot by multicast, without its address; true by default. It needs a
+    /// Zenoh locator to listen on. A multicast setting in the configuration file takes precedence.
     #[cfg(feature = "zenoh")]
     #[must_use]
-    pub fn discovery(mut self, is_found: bool) -> Self {
-        self.options.network.discovery = is_found;
+    pub fn discovery(mut self, enabled: bool) -> Self {
+        self.options.network.discovery = enabled;
         self
     }
 
-    /// Where observations come from, in place of the sensors' snapshot. The sensors still say what cameras
-    /// and proprioception there are.
+    /// The source of observations, in place of the sensors' snapshot. The sensors still declare the cameras
+    /// and proprioception.
     #[must_use]
     pub fn observations(mut self, source: impl ObservationSource) -> Self {
         self.source = Some(Arc::new(source));
         self
     }
 
-    /// How long an observation waits for a sensor that has published nothing, or nothing since a reset or
+    /// How long an observation waits for a sensor that has not published at all, or not since a reset or
     /// step; 1 s by default.
     #[must_use]
     pub fn observe_timeout(mut self, timeout: Duration) -> Self {
@@ -148,34 +149,37 @@ impl PolicyServerBuilder {
         self
     }
 
-    /// After how long without a word a peer counts as lost; 10 s by default. Peers ping every second;
-    /// legacy clients over WebSocket are pinged.
+    /// How long nothing may arrive from a peer before it counts as lost; 10 s by default. Clients ping every
+    /// second; legacy clients over WebSocket are pinged.
     #[must_use]
-    pub fn idle_timeout(mut self, limit: Duration) -> Self {
-        self.options.idle_timeout = limit;
+    pub fn idle_timeout(mut self, timeout: Duration) -> Self {
+        self.options.idle_timeout = timeout;
         self
     }
 
-    /// The largest frame that is taken from a peer, in bytes; 16 MiB by default.
+    /// The largest frame accepted from a peer, in bytes; 16 MiB by default.
     #[must_use]
     pub fn max_frame(mut self, bytes: usize) -> Self {
         self.options.max_frame = bytes;
         self
     }
 
-    /// The clock of observations and actions; CLOCK_MONOTONIC by default. Use the same as the sensors'.
+    /// The clock of observations and actions; CLOCK_MONOTONIC by default. Use the clock of the sensors.
     #[must_use]
     pub fn clock(mut self, clock: Clock) -> Self {
         self.clock = clock;
         self
     }
 
-    /// Makes the server, which starts the control thread and nothing else.
+    /// Builds the server. This starts the control thread and nothing else.
     ///
     /// # Errors
-    /// [`Error::Declaration`] if the robot's action spec cannot be, or its name on a Zenoh network;
-    /// [`Error::Start`] if there can be no thread.
-    #[cfg_attr(not(feature = "zenoh"), expect(unused_mut, reason = "only shared memory is decided here"))]
+    /// [`Error::Declaration`] if the robot's action spec is invalid, or its name not valid on a Zenoh
+    /// network; [`Error::Start`] if the thread cannot be started.
+    #[cfg_attr(
+        not(feature = "zenoh"),
+        expect(unused_mut, reason = "only the shared memory option is changed")
+    )]
     pub fn build(mut self) -> Result<PolicyServer, Error> {
         #[cfg(feature = "zenoh")]
         if self.options.is_on_zenoh() {
@@ -193,7 +197,7 @@ impl PolicyServerBuilder {
         };
         #[cfg(feature = "zenoh")]
         {
-            // What its sensors cannot have, its network need not try.
+            // Where the sensors have no shared memory, the network does not try to use any.
             self.options.network.shared_memory = shared_memory.is_some();
         }
         let info = RobotInfo {
@@ -217,7 +221,7 @@ impl PolicyServerBuilder {
     }
 }
 
-/// Fails if the spec contradicts itself.
+/// Fails if the action spec is invalid.
 fn check_spec(spec: &ActionSpec) -> Result<(), Error> {
     if spec.dimension == 0 || !(spec.control_hz > 0.0 && spec.control_hz.is_finite()) {
         let found = format!("dimension {} at {} Hz", spec.dimension, spec.control_hz);

@@ -1,5 +1,5 @@
-//! One connection of a session: a receive loop that hands actions straight to the control thread, and a send
-//! loop that owns the stream.
+//! One connection of a session: a receive loop that passes actions directly to the control thread, and a send
+//! loop that owns the stream. The session itself is `session`'s.
 
 use std::{
     future::pending,
@@ -27,7 +27,7 @@ use crate::{
     stream::Stream,
 };
 
-/// One connection of a session, while its loops run.
+/// A connection, while its loops run.
 struct Connection<'a, T> {
     session: &'a Arc<Session>,
     core: &'a Arc<ServerCore>,
@@ -36,7 +36,8 @@ struct Connection<'a, T> {
     send_queue: SendQueue,
 }
 
-/// Serves a connection of this session until either ends, from the welcome to the last word.
+/// Serves a connection of this session until either ends: sends the welcome, runs the two loops, sends the
+/// goodbye.
 pub(crate) async fn serve<T: Transport>(
     session: &Arc<Session>,
     transport: &T,
@@ -45,11 +46,11 @@ pub(crate) async fn serve<T: Transport>(
     welcome: Welcome,
 ) {
     let (send_queue, items) = mpsc::channel(SEND_QUEUE_CAPACITY);
-    let is_second = welcome.attach_token.is_empty();
+    let carries_observations = welcome.attach_token.is_empty();
     let welcome =
         SendItem::Message(Message::Reply { id: hello_id, reply: Reply::Welcome(Box::new(welcome)) });
-    send_queue.try_send(welcome).unwrap_or_else(|_| unreachable!("the queue is new and empty"));
-    if is_second {
+    send_queue.try_send(welcome).unwrap_or_else(|_| unreachable!("the send queue is new and empty"));
+    if carries_observations {
         session.set_observations_queue(send_queue.clone());
     }
     let connection = Connection { session, core: &session.core, transport, idle_timeout, send_queue };
@@ -114,13 +115,16 @@ impl<T: Transport> Connection<'_, T> {
             }
             Ok(Message::Notice(Notice::Goodbye { reason })) => return Err(End::Goodbye(reason)),
             Ok(Message::Notice(Notice::Error(fault))) => {
-                tracing::warn!(session = self.session.id, "the peer reports: {fault}")
+                tracing::warn!(session = self.session.id, "the peer reports an error: {fault}")
             }
             Ok(Message::Notice(Notice::Pong { .. }) | Message::Unknown { id: 0 }) => {}
             Ok(Message::Unknown { id }) => reply(
                 permit,
                 id,
-                Err(Fault::new(Code::Unsupported, "a kind of message unknown to this server")),
+                Err(Fault::new(
+                    Code::Unsupported,
+                    "expected a known kind of message, found one unknown to this server",
+                )),
             ),
             Ok(
                 Message::Reply { .. } | Message::Notice(Notice::Observation(_) | Notice::StreamEnd { .. }),
@@ -128,25 +132,29 @@ impl<T: Transport> Connection<'_, T> {
                 reply(
                     permit,
                     0,
-                    Err(Fault::new(Code::Protocol, "expected what a client says, found what a server says")),
+                    Err(Fault::new(
+                        Code::Protocol,
+                        "expected a message that a client sends, found one that a server sends",
+                    )),
                 );
             }
             Err(error) => {
-                tracing::debug!(session = self.session.id, "malformed: {error}");
+                tracing::debug!(session = self.session.id, "malformed message: {error}");
                 reply(permit, error.id, Err(error.into()));
             }
         }
         Ok(())
     }
 
-    /// Where the answer goes: if the session has a connection for what carries observations, there.
+    /// Returns the permit for the reply: on the observations lane, if there is one, unless the reply can
+    /// carry no observation.
     fn permit_for(&self, request: &Request, permit: SendPermit) -> Result<SendPermit, (SendPermit, Fault)> {
         match (request, self.session.observations_queue()) {
             (Request::Hello(_) | Request::GetMetadata, _) | (_, None) => Ok(permit),
             (_, Some(send_queue)) if send_queue.same_channel(&self.send_queue) => Ok(permit),
             (_, Some(send_queue)) => send_queue.clone().try_reserve_owned().map_err(|_| {
                 let text = format!(
-                    "expected at most {SEND_QUEUE_CAPACITY} requests whose answers were not read, found more"
+                    "expected at most {SEND_QUEUE_CAPACITY} requests with unread replies, found more"
                 );
                 (permit, Fault::new(Code::QueueFull, text).retryable())
             }),
@@ -177,7 +185,7 @@ impl<T: Transport> Connection<'_, T> {
                 control.step(request, Box::new(move |outcome| reply(permit, id, outcome.map(Reply::Step))));
             }
             Request::Subscribe(subscribe) => {
-                // If no second connection has joined until now, none will.
+                // The stream stays on this connection: from now on, no second one may join.
                 self.session.set_observations_queue(self.send_queue.clone());
                 self.subscribe(id, subscribe, permit);
             }
@@ -215,8 +223,7 @@ impl<T: Transport> Connection<'_, T> {
         if subscribe.cameras.is_empty() {
             subscribe.cameras = known.iter().map(|camera| camera.name.clone()).collect();
         }
-        // Granted once there is something to send, so that a stream that can never begin is an error and not
-        // a silence.
+        // Confirmed once there is an observation, so that a stream that cannot start is reported as an error.
         if self.core.sampler.is_ready() {
             return enqueue(permit, SendItem::Subscribe { id, subscribe });
         }
@@ -233,11 +240,11 @@ impl<T: Transport> Connection<'_, T> {
 
     async fn send(&self, mut items: mpsc::Receiver<SendItem>) -> End {
         let mut stream: Option<Stream> = None;
-        // The stream's next observation, being taken.
+        // The future of the stream's next observation.
         let mut observing = None;
         let mut ended = pin!(self.session.ended());
         loop {
-            // Only the choice of what to send is interruptible, never the sending.
+            // The session's end interrupts the choice of what to send, but not the sending.
             let message = tokio::select! {
                 biased;
                 item = items.recv() => match item {
@@ -245,7 +252,9 @@ impl<T: Transport> Connection<'_, T> {
                     None => return End::Closed,
                 },
                 end = &mut ended => return end,
-                observed = async { observing.as_mut().expect("checked below").await }, if observing.is_some() => {
+                observed = async { observing.as_mut().expect("checked below").await },
+                    if observing.is_some() =>
+                {
                     observing = None;
                     self.stream_message(observed, &mut stream)
                 }
@@ -322,15 +331,15 @@ impl<T: Transport> Connection<'_, T> {
     }
 }
 
-/// Sends a message; what the codec has no words for is told to the peer instead.
+/// Sends a message. If the codec cannot encode it, sends an error in its place.
 async fn write<T: Transport>(transport: &T, message: Message) -> Result<(), TransportError> {
     let codec = transport.codec();
     let frame = codec.encode(&message).or_else(|error| {
-        tracing::warn!("not sent: {error}");
+        tracing::warn!("cannot encode a message: {error}");
         let id = if let Message::Reply { id, .. } = message { id } else { 0 };
         codec.encode(&error_message(
             id,
-            Fault::new(Code::RobotFailed, format!("the robot's answer cannot be sent: {error}")),
+            Fault::new(Code::RobotFailed, format!("the robot's reply cannot be encoded: {error}")),
         ))
     });
     match frame {

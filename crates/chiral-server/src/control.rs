@@ -1,7 +1,8 @@
-//! The control thread, which alone touches the robot, and the queue before it: std only, no sockets.
+//! The control thread, which alone calls the robot, and its queue: std only, no sockets.
 //!
-//! Everything that must never reach the robot is refused here, under one lock: what is not the controller's,
-//! not of this episode, not well-formed, or more than the queue may hold.
+//! Everything that must never reach the robot is refused here, under one lock: commands of a session that is
+//! not the controller's, and actions of another episode, with an invalid shape or value, or beyond the
+//! queue's capacity.
 
 use std::{
     collections::VecDeque,
@@ -23,19 +24,19 @@ use crate::{
     sampler::Sampler,
 };
 
-/// Rows that may wait for the robot at most. More would be old when their turn comes.
+/// The most rows that may be pending. More would be old by the time they are applied.
 pub(crate) const MAX_PENDING_ROWS: usize = 16;
 
-/// How a reply finds its way back to whoever asked.
+/// Called with the outcome of a request.
 pub(crate) type OnReply<T> = Box<dyn FnOnce(Result<T, Fault>) + Send>;
 
-/// Called with what went wrong with an action, if anything did.
+/// Called only if actions are refused or fail.
 pub(crate) type OnFailure = Box<dyn FnOnce(Fault) + Send>;
 
 /// The observation after a reset, and the robot's info.
 pub(crate) type ResetReply = (Arc<Observation>, ValueMap);
 
-/// The sessions' side of the control thread. Dropped, it ends the thread.
+/// The handle with which sessions use the control thread. Dropping it ends the thread.
 pub(crate) struct Control {
     shared: Arc<Shared>,
 }
@@ -52,7 +53,7 @@ struct State {
     queue: VecDeque<Command>,
     pending_rows: usize,
     controller: Option<Controller>,
-    /// Resets that wait or run.
+    /// Resets that are pending or running.
     resets: usize,
     metadata: Result<ValueMap, Fault>,
     out_of_service: Option<Fault>,
@@ -61,22 +62,22 @@ struct State {
     counts: ControlCounts,
 }
 
-/// Who may move the robot.
+/// The session that may move the robot.
 #[derive(Clone)]
 struct Controller {
     session: u64,
     name: String,
 }
 
-/// What became of actions.
+/// Counts of what became of actions.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(crate) struct ControlCounts {
-    /// Rows that the robot carried out.
+    /// Rows that the robot applied.
     pub(crate) applied: u64,
-    /// Actions that were refused on arrival, or dropped or cut short because a reset or the controller's end
-    /// overtook them.
+    /// Actions that were refused on arrival, or dropped or cut short by a reset or the end of the
+    /// controller's session.
     pub(crate) refused: u64,
-    /// Actions at which the robot's own code failed.
+    /// Actions for which the robot's own code failed.
     pub(crate) failed: u64,
 }
 
@@ -88,7 +89,7 @@ enum Command {
 }
 
 impl Control {
-    /// Starts the thread that owns `robot`, which calls `ended` last of all.
+    /// Starts the thread that owns `robot`. The thread calls `on_end` last.
     pub(crate) fn start(
         robot: Box<dyn Robot>,
         spec: ActionSpec,
@@ -120,7 +121,7 @@ impl Control {
         Ok(Control { shared })
     }
 
-    /// Makes this session the controller, or says who is.
+    /// Makes this session the controller. The error names the controller if there is one already.
     pub(crate) fn claim(&self, session: u64, name: &str) -> Result<(), Fault> {
         let mut state = lock(&self.shared.state);
         if let Some(controller) = &state.controller {
@@ -137,8 +138,8 @@ impl Control {
         lock(&self.shared.state).controller.as_ref().map(|controller| controller.name.clone())
     }
 
-    /// The session has ended. If it was the controller, what it asked for is dropped, the robot holds, and
-    /// another may claim it at once.
+    /// Records that a session has ended. If it was the controller, its commands are dropped, the robot holds,
+    /// and another session may claim it at once.
     pub(crate) fn release(&self, session: u64) {
         let mut state = lock(&self.shared.state);
         if state.controller.as_ref().is_some_and(|controller| controller.session == session) {
@@ -147,7 +148,7 @@ impl Control {
             let resets =
                 state.queue.iter().filter(|command| matches!(command, Command::Reset { .. })).count();
             state.resets -= resets;
-            // What is left of an earlier controller's end is still to be done.
+            // The robot must still hold for earlier controllers that have disconnected.
             state.queue.retain(|command| matches!(command, Command::ControllerDisconnected));
             state.queue.push_back(Command::ControllerDisconnected);
             self.shared.wake.notify_one();
@@ -158,7 +159,7 @@ impl Control {
         lock(&self.shared.state).metadata.clone()
     }
 
-    /// An action was refused before it came here.
+    /// Counts an action that was refused before it reached the control thread.
     pub(crate) fn count_refused(&self) {
         lock(&self.shared.state).counts.refused += 1;
     }
@@ -172,7 +173,7 @@ impl Control {
         lock(&self.shared.state).out_of_service.clone()
     }
 
-    /// Asks for a new episode. From now until it is answered, actions are refused.
+    /// Requests a new episode. Until the reply, actions are refused.
     pub(crate) fn reset(
         &self,
         session: u64,
@@ -191,7 +192,7 @@ impl Control {
         self.shared.wake.notify_one();
     }
 
-    /// Asks for a step.
+    /// Requests a step.
     pub(crate) fn step(&self, request: StepRequest, on_reply: OnReply<StepResult>) {
         let StepRequest { session, stated_session, episode, chunk } = request;
         let mut state = lock(&self.shared.state);
@@ -204,7 +205,7 @@ impl Control {
         self.shared.wake.notify_one();
     }
 
-    /// Takes actions in. `on_failure` is called if they are refused, or should the robot's own code fail at them.
+    /// Queues actions. `on_failure` is called if they are refused, or if the robot's own code fails.
     pub(crate) fn submit_actions(&self, session: u64, message: ActionMessage, on_failure: OnFailure) {
         let mut state = lock(&self.shared.state);
         let rows = message.actions.rows();
@@ -222,7 +223,7 @@ impl Control {
         self.shared.wake.notify_one();
     }
 
-    /// Ends the thread once it has done what it was asked for. Does not wait.
+    /// Ends the thread once its queue is empty. Does not wait.
     pub(crate) fn stop(&self) {
         lock(&self.shared.state).stopping = true;
         self.shared.wake.notify_one();
@@ -240,14 +241,15 @@ impl Control {
         if state.resets > 0 {
             return Err(Fault::new(
                 Code::Resetting,
-                "expected actions after the reset's reply, found a reset under way",
+                "expected actions after the reset's reply, found a reset in progress",
             )
             .retryable());
         }
         let current = self.shared.sampler.episode();
         if (stated_session, episode) != (session, current) {
             let text = format!(
-                "expected actions of session {session}, episode {current}, found session {stated_session}, episode {episode}"
+                "expected actions of session {session}, episode {current}, \
+                 found session {stated_session}, episode {episode}"
             );
             return Err(Fault::new(Code::Stale, text));
         }
@@ -280,11 +282,11 @@ impl Drop for Control {
     }
 }
 
-/// A step as it arrived.
+/// A step request.
 pub(crate) struct StepRequest {
-    /// The session that asks.
+    /// The session that sent it.
     pub(crate) session: u64,
-    /// The session and the episode that it says the actions were chosen in.
+    /// The session and the episode that the actions were chosen in, as the client stated.
     pub(crate) stated_session: u64,
     pub(crate) episode: u64,
     pub(crate) chunk: ActionChunk,
@@ -312,7 +314,7 @@ impl State {
         Err(Fault::new(Code::QueueFull, text).retryable())
     }
 
-    /// Drops the actions that wait, and tells the one that runs to stop.
+    /// Drops the pending actions, and marks the episode of the running one as over.
     fn end_episode(&mut self) {
         let before = self.queue.len();
         let mut rows = 0;
@@ -333,15 +335,15 @@ fn control_period(spec: &ActionSpec) -> Duration {
     Duration::try_from_secs_f64(1.0 / spec.control_hz).unwrap_or_default()
 }
 
-/// Fails if the episode ended while the action waited or was carried out.
+/// Fails if the episode ended while the action was pending or being applied.
 fn check_episode(context: &ActionContext) -> Result<(), Fault> {
     match context.is_over() {
-        true => Err(Fault::new(Code::Stale, "the episode ended before all of it was carried out")),
+        true => Err(Fault::new(Code::Stale, "the episode ended before all rows were applied")),
         false => Ok(()),
     }
 }
 
-/// The thread itself.
+/// What the control thread owns.
 struct Thread {
     robot: Box<dyn Robot>,
     shared: Arc<Shared>,
@@ -381,8 +383,8 @@ impl Thread {
             self.refresh_metadata();
             Ok((self.observe_since(started_at)?, info))
         });
-        // Numbered only now: whatever was captured before the reset was done still belongs to the old
-        // episode.
+        // The episode is numbered only now: what was captured before the reset was done belongs to the old
+        // one.
         let episode = self.shared.sampler.begin_episode();
         lock(&self.shared.state).resets -= 1;
         on_reply(
@@ -441,8 +443,8 @@ impl Thread {
         }
     }
 
-    /// The observation of a reply: captured after the robot's method returned, or, in lock-step, while it
-    /// ran.
+    /// Takes the observation of a reply: captured after the robot's method returned or, in lock-step, while
+    /// it ran.
     fn observe_since(&mut self, started_at: Timestamp) -> Result<Observation, Fault> {
         let lock_step = self.call_robot("is_lock_step", |robot| Ok(robot.is_lock_step()))?;
         let after = if lock_step { started_at.shifted(-1) } else { self.shared.clock.now() };
@@ -454,7 +456,7 @@ impl Thread {
         lock(&self.shared.state).metadata = metadata;
     }
 
-    /// Calls the robot. A panic takes it out of service, after one attempt to hold it.
+    /// Calls the robot. After a panic, holds it if possible and takes it out of service.
     fn call_robot<T>(
         &mut self,
         method: &'static str,

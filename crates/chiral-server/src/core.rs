@@ -1,5 +1,5 @@
-//! What all sessions of a server share: the robot's control thread, the observations, the options, and the
-//! shutdown. It knows no session and no connection.
+//! What all sessions of a server share: the control thread, the sampler, the options and the shutdown. It
+//! knows neither sessions nor connections.
 
 use std::{
     net::SocketAddr,
@@ -24,7 +24,7 @@ use tokio::sync::watch;
 
 use crate::{control::Control, error::Error, robot::Robot, sampler::Sampler};
 
-/// How long a stopping server waits for its peers, and then for its robot.
+/// How long a stopping server waits for its sessions to end, and then for its robot.
 pub(crate) const STOP_TIMEOUT: Duration = Duration::from_secs(2);
 
 /// What all sessions of a server share.
@@ -34,12 +34,12 @@ pub(crate) struct ServerCore {
     pub(crate) control: Control,
     pub(crate) clock: Clock,
     pub(crate) options: Options,
-    /// Asked for by the actions that arrive.
+    /// Notified of the actions that arrive, for the connections that send large messages.
     pub(crate) pacing: Pacing,
-    /// For observations to peers on this host, if it can be had.
+    /// For observations to peers on this host, where the system provides it.
     #[cfg(feature = "zenoh")]
     pub(crate) shared_memory: Option<SharedMemory>,
-    /// For what is worth a line in the log, and not one for every connection.
+    /// Makes the server log only once that connections run on the host's runtime.
     #[cfg(feature = "websocket")]
     pub(crate) host_runtime_logged: std::sync::Once,
     last_session: AtomicU64,
@@ -49,10 +49,10 @@ pub(crate) struct ServerCore {
     control_ended: watch::Receiver<bool>,
 }
 
-/// What is known before the server is made.
+/// The options of a server.
 #[derive(Clone, Debug)]
 pub(crate) struct Options {
-    /// Absent if nobody has said where.
+    /// Absent unless the user gave an address.
     pub(crate) bind: Option<SocketAddr>,
     #[cfg(feature = "zenoh")]
     pub(crate) network: chiral_transport::zenoh::ZenohSessionOptions,
@@ -106,7 +106,7 @@ impl ServerCore {
         })
     }
 
-    /// What this server says of its robot, to a session or, with 0, to none.
+    /// The description of the robot that a session gets, or with session 0 a peer that has none.
     pub(crate) fn welcome(&self, session: u64, attach_token: Bytes) -> Welcome {
         Welcome {
             protocol: PROTOCOL_VERSION,
@@ -119,7 +119,7 @@ impl ServerCore {
         }
     }
 
-    /// A new session's number.
+    /// Counts a new session and returns its id.
     pub(crate) fn register_session(&self) -> Result<u64, Fault> {
         if *self.stopping.borrow() {
             return Err(Fault::new(Code::ShuttingDown, "the server is shutting down"));
@@ -128,7 +128,7 @@ impl ServerCore {
         Ok(self.last_session.fetch_add(1, Ordering::Relaxed) + 1)
     }
 
-    /// How many sessions there are.
+    /// The number of sessions.
     pub(crate) fn session_count(&self) -> usize {
         *self.sessions.borrow()
     }
@@ -137,34 +137,34 @@ impl ServerCore {
         self.sessions.send_modify(|count| *count -= 1);
     }
 
-    /// Tells the server to stop. Returns at once.
+    /// Makes the server stop. Returns at once.
     pub(crate) fn request_stop(&self) {
         self.stopping.send_replace(true);
     }
 
-    /// Returns when the server has been told to stop.
+    /// Waits until the server is to stop.
     pub(crate) async fn stop_requested(&self) {
         let mut stopping = self.stopping.subscribe();
         stopping.wait_for(|stopping| *stopping).await.map(drop).unwrap_or_default();
     }
 
-    /// Waits for the peers to leave, then for the robot to hold.
+    /// Waits for all sessions to end, then for the robot to hold.
     pub(crate) async fn wait_until_stopped(&self) {
         let mut sessions = self.sessions.subscribe();
         let _ = tokio::time::timeout(STOP_TIMEOUT, sessions.wait_for(|count| *count == 0)).await;
         self.control.stop();
         let mut ended = self.control_ended.clone();
         if tokio::time::timeout(STOP_TIMEOUT, ended.wait_for(|ended| *ended)).await.is_err() {
-            tracing::warn!("the robot is still busy after {} s; not waiting for it", STOP_TIMEOUT.as_secs());
+            tracing::warn!("the robot is still busy after {} s: not waiting for it", STOP_TIMEOUT.as_secs());
         }
     }
 }
 
-/// A thread for a connection; or, if there is none, the runtime that this is called in.
+/// A thread for one connection or, if none can be started, the caller's runtime.
 #[cfg(any(feature = "websocket", feature = "zenoh"))]
 pub(crate) fn connection_runtime() -> Runtime {
     Runtime::thread("chiral-connection").unwrap_or_else(|error| {
-        tracing::warn!("no thread for a connection: {error}");
+        tracing::warn!("cannot start a thread for a connection, so it runs on the current runtime: {error}");
         Runtime::current()
     })
 }

@@ -1,4 +1,4 @@
-//! What can go wrong on the server's side, and the error that a robot's own code returns.
+//! The errors of this crate, and the error that a robot's own code returns.
 
 use std::{any::Any, error::Error as StdError, fmt, io, net::SocketAddr, time::Duration};
 
@@ -7,11 +7,11 @@ use chiral_proto::{
     error::{UnknownName, chain},
 };
 
-/// Why a server could not start or go on serving.
+/// Why a server could not start, or stopped serving.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum Error {
-    /// The address cannot be listened on.
+    /// The server cannot listen on the address.
     #[error("cannot listen on {address}")]
     Bind {
         /// The address.
@@ -26,16 +26,16 @@ pub enum Error {
     /// A thread or runtime could not be started.
     #[error("cannot start {what}")]
     Start {
-        /// What was to be started.
+        /// What could not be started.
         what: &'static str,
         /// Why not.
         #[source]
         source: io::Error,
     },
-    /// A robot of this name is on the Zenoh network already.
+    /// Another robot on the Zenoh network has this name.
     #[cfg(feature = "zenoh")]
     #[error(
-        "a robot named {name:?} is alive on this network (server {holder}): expected a name of its own for every robot"
+        "a robot named {name:?} is alive on this network (server {holder}): give every robot a unique name"
     )]
     NameTaken {
         /// The robot's name.
@@ -43,23 +43,23 @@ pub enum Error {
         /// The server that has it: its Zenoh id, and its host.
         holder: String,
     },
-    /// The Zenoh network cannot be joined.
+    /// The server cannot join the Zenoh network.
     #[cfg(feature = "zenoh")]
     #[error("cannot join the Zenoh network")]
     Zenoh(#[source] Box<dyn StdError + Send + Sync>),
-    /// What the robot or its sensors declare cannot be.
+    /// The robot, its sensors or its name are declared wrongly.
     #[error("{0}")]
     Declaration(String),
 }
 
-/// Why a sensor's data was not taken.
+/// Why a sensor's data was not accepted.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[non_exhaustive]
 pub enum SensorError {
-    /// No such sensor was declared.
+    /// No sensor of this name was declared.
     #[error(transparent)]
     Unknown(#[from] UnknownName),
-    /// The data is not of the declared shape.
+    /// The data does not have the declared shape.
     #[error("{sensor}: {source}")]
     Shape {
         /// The sensor, and which part of it.
@@ -90,10 +90,10 @@ pub enum ObserveError {
     Late {
         /// The first sensor that is late, such as `camera wrist_cam`.
         sensor: String,
-        /// How long was waited.
+        /// How long the observation waited.
         waited: Duration,
     },
-    /// The host's own source failed.
+    /// The host's own observation source failed.
     #[error("{0}")]
     Failed(RobotError),
 }
@@ -110,9 +110,9 @@ impl From<ObserveError> for Fault {
     }
 }
 
-/// What a robot's own code returns when it fails; the peer is told its text and that of its causes.
+/// The error that a robot's own code returns; the peer receives its text and that of its causes.
 ///
-/// Any error becomes one by `?`, and so do a `String` and a `&str`.
+/// `?` converts any error, a `String` or a `&str` into one.
 pub struct RobotError(Box<dyn StdError + Send + Sync>);
 
 impl<E: Into<Box<dyn StdError + Send + Sync>>> From<E> for RobotError {

@@ -1,10 +1,13 @@
 //! The robot's side of Chiral: a [`PolicyServer`] owns cameras and joints, streams observations to policies
-//! and carries out their actions.
+//! and applies their actions.
 //!
-//! Mind the word: elsewhere a "policy server" serves the policy; this one serves the *robot*.
+//! Elsewhere a "policy server" serves the policy; this one serves the *robot*.
 //!
 //! ```no_run
-//! use chiral_server::{ActionContext, ActionSpec, PolicyServer, ProprioSpec, Robot, RobotError, Sensors, ValueMap, action::Action};
+//! use chiral_server::{
+//!     ActionContext, ActionSpec, PolicyServer, ProprioSpec, Robot, RobotError, Sensors, ValueMap,
+//!     action::Action,
+//! };
 //!
 //! struct Arm;
 //!
@@ -24,7 +27,7 @@
 //! let sensors = Sensors::new([], [ProprioSpec::new("joint_pos", 7, "rad")])?;
 //! let reader = sensors.clone();
 //! std::thread::spawn(move || loop {
-//!     reader.update_proprio("joint_pos", &[0.0; 7]).expect("it was declared so");
+//!     reader.update_proprio("joint_pos", &[0.0; 7]).expect("it is declared above");
 //!     std::thread::sleep(std::time::Duration::from_millis(2));
 //! });
 //! PolicyServer::new(Arm, sensors)?.run()?; // ws://127.0.0.1:8765
@@ -52,7 +55,7 @@ mod websocket;
 #[cfg(feature = "zenoh")]
 mod zenoh;
 
-/// The types and the protocol that both ends share.
+/// The types and the protocol that clients and servers share.
 pub use chiral_proto as proto;
 pub use chiral_proto::{ActionChunk, ActionSpec, CameraSpec, ProprioSpec, Value, ValueMap, action, value};
 

@@ -1,4 +1,4 @@
-//! What may happen at any rate, and is logged once a second.
+//! Limits the log lines of an event that may happen at any rate to one a second.
 
 use std::{sync::Mutex, time::Duration};
 
@@ -7,7 +7,7 @@ use chiral_transport::lock;
 
 const PERIOD: Duration = Duration::from_secs(1);
 
-/// Counts what happens between two times that it is logged.
+/// Counts how often an event happens between two log lines.
 pub(crate) struct LogThrottle {
     clock: Clock,
     state: Mutex<State>,
@@ -24,7 +24,8 @@ impl LogThrottle {
         LogThrottle { clock, state: Mutex::default() }
     }
 
-    /// It happened. If it is time to tell, `tell` gets how often it happened since it was logged last.
+    /// Records an event. If the last log line is at least a second old, calls `log` with the number of events
+    /// since.
     pub(crate) fn record(&self, log: impl FnOnce(u64)) {
         let now = self.clock.now();
         let mut state = lock(&self.state);

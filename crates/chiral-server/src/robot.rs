@@ -1,4 +1,4 @@
-//! What a robot must be able to do, and what it is told with every action.
+//! The trait that a robot implements, and the context that it gets with every action.
 
 use std::{
     fmt,
@@ -15,26 +15,28 @@ use crate::error::RobotError;
 ///
 /// Its methods are called on one thread that owns it, the *control thread*, so they may block: a `reset` that
 /// homes the arm for 10 s stops neither the observation stream nor anything else. (`action_spec`, and
-/// `metadata` for the first time, are called where the server is made.) A panic in one of them is caught; the
-/// robot is then out of service, which every peer is told, and the server goes on serving observations.
+/// `metadata` for the first time, are called by the thread that builds the server.) A panic in one of them is
+/// caught: the robot is then out of service, every peer's commands get that as an error, and the server still
+/// serves observations.
 pub trait Robot: Send + 'static {
-    /// What an action of this robot is. Asked once, when the server is made.
+    /// Describes the actions of this robot. Called once, when the server is built.
     fn action_spec(&self) -> ActionSpec;
 
-    /// Starts a new episode, repeatable by `seed` where the robot can. Returns the application's `info`.
+    /// Starts a new episode, reproducible with `seed` where the robot supports that. Returns the
+    /// application's `info`.
     ///
     /// # Errors
-    /// Whatever keeps the robot from it; the peer is told.
+    /// Why the robot cannot do it; the peer receives the text.
     fn reset(&mut self, seed: Option<u64>, options: &ValueMap) -> Result<ValueMap, RobotError>;
 
-    /// Carries one action out, or sets it going. It has the dimension that the spec says, and every value is
-    /// finite; clamping is the robot's own.
+    /// Applies one action, or starts it. It has the dimension of the spec, and every value is finite; the
+    /// robot clamps values itself.
     ///
     /// # Errors
-    /// Whatever keeps the robot from it; the peer is told.
+    /// Why the robot cannot do it; the peer receives the text.
     fn apply_action(&mut self, action: &Action, context: &ActionContext) -> Result<(), RobotError>;
 
-    /// Carries N actions out that were predicted together; a single one comes by [`Robot::apply_action`]. By
+    /// Applies N actions that were predicted together; a single one goes to [`Robot::apply_action`]. By
     /// default row after row at `control_hz`, until the episode is over.
     ///
     /// # Errors
@@ -50,8 +52,8 @@ pub trait Robot: Send + 'static {
         Ok(())
     }
 
-    /// Carries the rows of a chunk out and says what came of it. By default [`Robot::apply_chunk`], no
-    /// reward, no end. The observation of the reply is taken by the server, after this returned.
+    /// Applies the rows of a chunk and returns the outcome. By default [`Robot::apply_chunk`], with no reward
+    /// and no end of the episode. The server takes the observation of the reply after this has returned.
     ///
     /// # Errors
     /// As [`Robot::apply_action`].
@@ -60,8 +62,8 @@ pub trait Robot: Send + 'static {
         Ok(StepOutcome::default())
     }
 
-    /// What `get_metadata` answers: free-form. Asked when the server is made and after every reset that
-    /// succeeded, so that the answer never waits for the robot.
+    /// Returns what `get_metadata` replies, in free form. Called when the server is built and after every
+    /// successful reset, so that the reply never waits for the robot.
     fn metadata(&self) -> ValueMap {
         ValueMap::new()
     }
@@ -73,38 +75,38 @@ pub trait Robot: Send + 'static {
         false
     }
 
-    /// Brings the robot to a safe stop where it is. Called when the controller leaves or is lost, and after a
-    /// panic.
+    /// Brings the robot to a safe stop where it is. Called when the controller has disconnected or is lost,
+    /// and after a panic.
     fn hold(&mut self) {}
 
-    /// Called when the controller left or was lost, after [`Robot::hold`].
+    /// Called when the controller has disconnected or is lost, after [`Robot::hold`].
     fn on_disconnect(&mut self) {}
 }
 
-/// What came of a step.
+/// The outcome of a step.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct StepOutcome {
     /// Summed over the rows.
     pub reward: f64,
-    /// The episode reached an end of the task's own.
+    /// Whether the episode reached a terminal state of the task.
     pub terminated: bool,
-    /// The episode was cut off, by a time limit for instance.
+    /// Whether the episode was cut off, for instance by a time limit.
     pub truncated: bool,
     /// The application's own values.
     pub info: ValueMap,
 }
 
-/// What is known about an action, and whether it still counts. The default is good for a robot's own tests:
-/// an episode that does not end.
+/// Where an action comes from, and whether its episode is over. The default, an episode that does not end,
+/// suits a robot's own tests.
 #[derive(Clone, Debug, Default)]
 pub struct ActionContext {
-    /// The session it came in.
+    /// The session that sent it.
     pub session: u64,
     /// The episode it was chosen in.
     pub episode: u64,
-    /// The client's number of it; 0 in a step.
+    /// The client's sequence number of the action; 0 in a step.
     pub seq: u64,
-    /// `seq` of the observation that the policy looked at; 0 where it did not say.
+    /// `seq` of the observation that the policy used; 0 if the client did not state it.
     pub observation_seq: u64,
     /// When it arrived, on this host's monotonic clock.
     pub received_at: Timestamp,
@@ -114,26 +116,32 @@ pub struct ActionContext {
 }
 
 impl ActionContext {
-    /// Whether the episode is over: a reset was asked for, or the controller has left. What is left of a
-    /// chunk should not be carried out.
+    /// Whether the episode is over: a reset was requested, or the controller has disconnected. The rest of a
+    /// chunk should not be applied.
     pub fn is_over(&self) -> bool {
         *lock(&self.end.shared.over)
     }
 
-    /// Waits, and returns whether the episode still runs; returns at once when it ends.
+    /// Waits until `deadline` or the end of the episode, and returns whether the episode still runs.
     pub fn wait_until(&self, deadline: Instant) -> bool {
         let mut over = lock(&self.end.shared.over);
         loop {
-            let left = deadline.saturating_duration_since(Instant::now());
-            if *over || left.is_zero() {
+            let remaining = deadline.saturating_duration_since(Instant::now());
+            if *over || remaining.is_zero() {
                 return !*over;
             }
-            over = self.end.shared.changed.wait_timeout(over, left).unwrap_or_else(PoisonError::into_inner).0;
+            over = self
+                .end
+                .shared
+                .changed
+                .wait_timeout(over, remaining)
+                .unwrap_or_else(PoisonError::into_inner)
+                .0;
         }
     }
 }
 
-/// The end of an episode, as those see it who work for it.
+/// The end of an episode, shared by the actions in it.
 #[derive(Clone, Default)]
 pub(crate) struct EpisodeEnd {
     shared: Arc<EndState>,

@@ -1,4 +1,4 @@
-//! Observations as sessions get them: from the source, numbered, and labelled with their episode.
+//! Takes observations from their source, numbers them and labels them with their episode.
 
 use std::{
     panic::{AssertUnwindSafe, catch_unwind},
@@ -21,11 +21,11 @@ pub(crate) struct Sampler {
     timeout: Duration,
     episode: AtomicU64,
     seq: AtomicU64,
-    /// Every sensor has published once.
+    /// Whether every sensor has published once.
     is_complete: AtomicBool,
 }
 
-/// The sensors, whose snapshot waits for nothing, or the host's own source, which may.
+/// Where observations come from: a snapshot of the sensors never waits, the host's own source may.
 pub(crate) enum Source {
     Sensors(Sensors),
     Custom(Arc<dyn ObservationSource>),
@@ -50,10 +50,10 @@ impl Sampler {
         self.episode.fetch_add(1, Ordering::AcqRel) + 1
     }
 
-    /// The newest observation, waiting for sensors that have published nothing yet, or nothing later than
-    /// `after`.
+    /// Returns the newest observation. Blocks until every sensor has published, and, with `after`, published
+    /// something captured later than that.
     pub(crate) fn observe_blocking(&self, after: Option<Timestamp>) -> Result<Observation, Fault> {
-        // Read first: the observation is then at least as new as its label.
+        // Read before the observation is taken, which is then at least as new as its label.
         let episode = self.episode();
         let source: &dyn ObservationSource = match &self.source {
             Source::Sensors(sensors) => sensors,
@@ -66,8 +66,8 @@ impl Sampler {
         Ok(self.label(observation, episode))
     }
 
-    /// Whether an observation is to be had without waiting. Once true of sensors, it stays true, and is not
-    /// looked at again.
+    /// Whether an observation can be taken without waiting. Once true for sensors, it stays true and is not
+    /// checked again.
     pub(crate) fn is_ready(&self) -> bool {
         let Source::Sensors(sensors) = &self.source else { return false };
         if !self.is_complete.load(Ordering::Relaxed) {
@@ -76,7 +76,7 @@ impl Sampler {
         self.is_complete.load(Ordering::Relaxed)
     }
 
-    /// The newest observation; where that takes waiting, on a thread that may block.
+    /// Returns the newest observation. If it has to wait, it does so on a thread that may block.
     pub(crate) async fn observe(self: &Arc<Sampler>) -> Result<Observation, Fault> {
         let episode = self.episode();
         if let Source::Sensors(sensors) = &self.source

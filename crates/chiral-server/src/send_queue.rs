@@ -1,19 +1,19 @@
-//! What the send loop of a connection has to do, and the queue that its receive loop and the control thread
-//! put it in.
+//! The queue of a connection's send loop, filled by the receive loop and the control thread. A permit for a
+//! reply is reserved before its request is read.
 
 use chiral_proto::{Fault, Message, Notice, Reply, Timestamp, message::Subscribe};
 use tokio::sync::mpsc::{self, OwnedPermit};
 
-/// Replies that may wait or be owed; a peer that asks for more is not read from until some are sent.
+/// The items and permits of one queue. While all are in use, nothing more is read from the peer.
 pub(crate) const SEND_QUEUE_CAPACITY: usize = 256;
 
 /// The sending half of a connection's queue.
 pub(crate) type SendQueue = mpsc::Sender<SendItem>;
 
-/// What the send loop has to do, in order.
+/// One task of the send loop. The loop handles items in order.
 pub(crate) enum SendItem {
     Message(Message),
-    /// The observation is taken when its turn comes, so that it is never old.
+    /// Replies with an observation that is taken when the item is handled, so that it is never old.
     Observation {
         id: u64,
     },
@@ -34,11 +34,11 @@ pub(crate) enum SendItem {
     },
 }
 
-/// A permit in an outbox, reserved before a message is read, so that no answer ever waits and no flood of
-/// requests fills the memory.
+/// Room for one item. It is reserved before a message is read, so that a reply never waits for room and a
+/// flood of requests cannot fill the memory.
 pub(crate) type SendPermit = OwnedPermit<SendItem>;
 
-/// An error as the answer to a request, or to nothing that has an id.
+/// An error, as the reply to request `id` or, with 0, as a notice.
 pub(crate) fn error_message(id: u64, fault: Fault) -> Message {
     match id {
         0 => Message::Notice(Notice::Error(fault)),

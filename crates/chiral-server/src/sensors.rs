@@ -1,4 +1,4 @@
-//! Latest-value slots that sensor threads write and sessions read. Nobody waits for anybody: a snapshot
+//! Latest-value slots that sensor threads write and sessions read. Neither waits for the other: a snapshot
 //! clones reference counts.
 
 use std::{
@@ -21,28 +21,30 @@ use nalgebra::{Matrix3, Matrix4};
 
 use crate::error::{Error, ObserveError, SensorError};
 
-/// Where observations come from. [`Sensors`] is one; a host that assembles observations itself gives its own
-/// to the server.
+/// The source of observations. [`Sensors`] is one; a host that assembles observations itself gives its own to
+/// the server.
 ///
-/// Asked on a thread that may block, apart from the [`Robot`](crate::Robot), so a robot that is busy does not
+/// It is called on a thread that may block, apart from the [`Robot`](crate::Robot), so a busy robot does not
 /// stop the stream.
 pub trait ObservationSource: Send + Sync + 'static {
-    /// The newest observation; its `session`, `episode` and `seq` are the server's to fill in.
+    /// Returns the newest observation. The server fills in `session`, `episode` and `seq`.
     ///
-    /// With `after`, everything in it was captured later than that, which may take up to `timeout`.
+    /// With `after`, everything in it was captured later than that. This may block for up to `timeout`.
     ///
     /// # Errors
     /// [`ObserveError::Late`] names the sensor that published nothing in time.
     fn observe(&self, after: Option<Timestamp>, timeout: Duration) -> Result<Observation, ObserveError>;
 }
 
-/// The robot's cameras and proprioception, each a slot that holds its latest value. A clone is the same
-/// sensors.
+/// The robot's cameras and proprioception, each a slot that holds its latest value. A clone shares the slots.
 ///
 /// ```
 /// use chiral_server::{CameraFrame, CameraSpec, ProprioSpec, Sensors};
 ///
-/// let sensors = Sensors::new([CameraSpec::rgb("wrist_cam", 480, 640)], [ProprioSpec::new("joint_pos", 7, "rad")])?;
+/// let sensors = Sensors::new(
+///     [CameraSpec::rgb("wrist_cam", 480, 640)],
+///     [ProprioSpec::new("joint_pos", 7, "rad")],
+/// )?;
 /// let camera = sensors.camera("wrist_cam")?;
 /// let mut image = camera.buffer(); // pooled memory: fill it in place, publishing copies nothing
 /// image.fill(128);
@@ -66,7 +68,7 @@ struct Shared {
     clock: Clock,
 }
 
-/// What applications that keep their own time or add their own values set.
+/// The values that an application may add to observations.
 #[derive(Debug, Default)]
 struct ApplicationValues {
     timestamp: Option<f64>,
@@ -97,7 +99,7 @@ struct ProprioSlot {
     latest: Mutex<Option<Arc<Proprio>>>,
 }
 
-/// Wakes those who wait for a publication.
+/// Wakes the threads that wait for a publication.
 #[derive(Debug, Default)]
 struct Publications {
     mutex: Mutex<()>,
@@ -105,14 +107,14 @@ struct Publications {
 }
 
 impl Sensors {
-    /// Idle buffers kept for each camera's image and depth: one being written, one latest, one or two on
-    /// their way to peers.
+    /// Idle buffers kept for each camera's image and depth: one being written, one latest, one or two being
+    /// sent to peers.
     const IDLE_BUFFERS: usize = 8;
 
-    /// Sensors of these declarations, nothing published yet.
+    /// Creates sensors from these declarations. Nothing is published yet.
     ///
     /// # Errors
-    /// [`Error::Declaration`] if a name is empty or stands twice.
+    /// [`Error::Declaration`] if a name is empty or occurs twice.
     pub fn new(
         cameras: impl IntoIterator<Item = CameraSpec>,
         proprios: impl IntoIterator<Item = ProprioSpec>,
@@ -120,7 +122,7 @@ impl Sensors {
         Sensors::with_clock(cameras, proprios, monotonic())
     }
 
-    /// The same, with a clock of the caller's.
+    /// The same as [`Sensors::new`], with the caller's clock.
     ///
     /// # Errors
     /// As [`Sensors::new`].
@@ -140,9 +142,8 @@ impl Sensors {
         Ok(Sensors { shared: Arc::new(shared) })
     }
 
-    /// From now on, the cameras' buffers lie in memory that other processes of this host may see, as long as
-    /// what is returned is there. `None` without cameras, or if there is no such memory to be had, as the log
-    /// then says.
+    /// Puts the cameras' buffers into shared memory of this host, while the returned value is alive. Returns
+    /// `None` without cameras, or if the system does not provide the memory, which is logged.
     #[cfg(feature = "zenoh")]
     pub(crate) fn use_shared_memory(&self) -> Option<SharedMemory> {
         let aligned = |len: usize| len.next_multiple_of(ALIGNMENT);
@@ -152,7 +153,7 @@ impl Sensors {
         if observation == 0 {
             return None;
         }
-        // What the allocator needs for itself, and peers' probes, besides.
+        // The rest is for the allocator itself, and for peers' probes.
         let len = Self::IDLE_BUFFERS * observation + (1 << 20);
         match SharedMemory::new(len) {
             Ok(memory) => {
@@ -162,27 +163,28 @@ impl Sensors {
             Err(error) => {
                 let megabytes = len as f64 * 1e-6;
                 tracing::info!(
-                    "no {megabytes:.0} MB of shared memory (/dev/shm, ulimit -l), so observations travel by the network: {error}"
+                    "no {megabytes:.0} MB of shared memory (/dev/shm, ulimit -l), \
+                     so observations go over the network: {error}"
                 );
                 None
             }
         }
     }
 
-    /// The cameras' declarations.
+    /// Returns the declarations of the cameras.
     pub fn camera_specs(&self) -> impl Iterator<Item = &CameraSpec> {
         self.shared.cameras.iter().map(|slot| &slot.spec)
     }
 
-    /// The proprioception's declarations.
+    /// Returns the declarations of the proprioception.
     pub fn proprio_specs(&self) -> impl Iterator<Item = &ProprioSpec> {
         self.shared.proprios.iter().map(|slot| &slot.spec)
     }
 
-    /// The camera of this name, to publish its frames.
+    /// Returns the camera of this name, to publish its frames.
     ///
     /// # Errors
-    /// [`UnknownName`], which lists the names there are.
+    /// [`UnknownName`], which lists the known names.
     pub fn camera(&self, name: &str) -> Result<CameraSensor, UnknownName> {
         let names = || self.shared.cameras.iter().map(|slot| &*slot.name);
         let index = names()
@@ -191,11 +193,11 @@ impl Sensors {
         Ok(CameraSensor { shared: Arc::clone(&self.shared), index })
     }
 
-    /// Copies in an image (H, W, C) and says that it was captured now. Its matrices stay as they are:
-    /// [`CameraSensor::publish`] swaps all at once.
+    /// Copies in an image (H, W, C), with now as its capture time. The camera's matrices stay as they are:
+    /// [`CameraSensor::publish`] swaps everything at once.
     ///
     /// # Errors
-    /// [`SensorError`] if there is no such camera or the image is of another size.
+    /// [`SensorError`] if there is no such camera or the image does not have the declared size.
     pub fn update_image(&self, camera: &str, image: &[u8]) -> Result<(), SensorError> {
         let camera = self.camera(camera)?;
         let image = camera.slot().image(camera.copy(image))?;
@@ -203,11 +205,11 @@ impl Sensors {
         Ok(())
     }
 
-    /// Copies in a depth image (H, W) in metres and says that it was captured now.
+    /// Copies in a depth image (H, W) in metres, with now as its capture time.
     ///
     /// # Errors
-    /// [`SensorError`] if there is no such camera, it was declared without depth, or the image is of another
-    /// size.
+    /// [`SensorError`] if there is no such camera, it was declared without depth, or the image does not have
+    /// the declared size.
     pub fn update_depth(&self, camera: &str, depth: &[f32]) -> Result<(), SensorError> {
         let camera = self.camera(camera)?;
         let depth = camera.slot().depth(Some(camera.copy(bytemuck::cast_slice(depth))))?;
@@ -233,15 +235,15 @@ impl Sensors {
         Ok(())
     }
 
-    /// Copies in proprioception and says that it was captured now.
+    /// Copies in proprioception, with now as its capture time.
     ///
     /// # Errors
-    /// [`SensorError`] if there is no such proprio, or there are more or fewer values than declared.
+    /// [`SensorError`] if there is no such proprio, or the number of values is not the declared one.
     pub fn update_proprio(&self, name: &str, values: &[f32]) -> Result<(), SensorError> {
         self.publish_proprio(name, values, self.shared.clock.now())
     }
 
-    /// Copies in proprioception that was captured at this time.
+    /// Copies in proprioception that was captured at `captured_at`.
     ///
     /// # Errors
     /// As [`Sensors::update_proprio`].
@@ -264,23 +266,23 @@ impl Sensors {
         Ok(())
     }
 
-    /// Sets what observations carry as `timestamp`, for an application that keeps its own time. Without, it
-    /// is the monotonic clock's seconds.
+    /// Sets the `timestamp` of observations, for an application that keeps its own time. Unless set, it is
+    /// the monotonic clock's seconds.
     pub fn set_timestamp(&self, seconds: f64) {
         lock(&self.shared.application).timestamp = Some(seconds);
     }
 
-    /// Sets what observations carry as `extra`.
+    /// Sets the `extra` of observations.
     pub fn set_extra(&self, extra: ValueMap) {
         lock(&self.shared.application).extra = extra;
     }
 
-    /// The latest of every sensor; `None` until each has published once.
+    /// Returns the latest value of every sensor; `None` until each has published once.
     pub fn snapshot(&self) -> Option<Observation> {
         self.try_observe(None).ok()
     }
 
-    /// The latest of every sensor, or the name of the first that published nothing later than `after`.
+    /// Returns the latest value of every sensor, or the name of the first that has none later than `after`.
     fn try_observe(&self, after: Option<Timestamp>) -> Result<Observation, String> {
         let fresh = |captured_at: Timestamp| after.is_none_or(|after| captured_at > after);
         let Shared { cameras, proprios, application, clock, .. } = &*self.shared;
@@ -313,21 +315,21 @@ impl ObservationSource for Sensors {
         let Publications { mutex, changed } = &self.shared.publications;
         let mut guard = lock(mutex);
         loop {
-            // The mutex is held, so no publication is missed between this look and the wait.
+            // The mutex is locked, so no publication is missed between this check and the wait.
             let late = match self.try_observe(after) {
                 Ok(observation) => return Ok(observation),
                 Err(late) => late,
             };
-            let left = deadline.saturating_duration_since(Instant::now());
-            if left.is_zero() {
+            let remaining = deadline.saturating_duration_since(Instant::now());
+            if remaining.is_zero() {
                 return Err(ObserveError::Late { sensor: late, waited: timeout });
             }
-            guard = changed.wait_timeout(guard, left).unwrap_or_else(PoisonError::into_inner).0;
+            guard = changed.wait_timeout(guard, remaining).unwrap_or_else(PoisonError::into_inner).0;
         }
     }
 }
 
-/// One instant of one camera, to be published at once: what belongs together cannot be torn apart.
+/// What one camera captured at one instant, published as a whole so that its parts cannot tear.
 #[derive(Clone, Debug)]
 pub struct CameraFrame {
     /// (H, W, C) as declared, row-major.
@@ -338,7 +340,7 @@ pub struct CameraFrame {
     pub intrinsics: Matrix3<f64>,
     /// The pose T, camera to world, in metres.
     pub extrinsics: Matrix4<f64>,
-    /// When it was captured; now, where not given.
+    /// The capture time; by default the time of publishing.
     pub captured_at: Option<Timestamp>,
 }
 
@@ -355,7 +357,7 @@ impl Default for CameraFrame {
     }
 }
 
-/// The writing end of one camera. A clone is the same camera.
+/// The writing end of one camera. A clone writes to the same camera.
 #[derive(Clone, Debug)]
 pub struct CameraSensor {
     shared: Arc<Shared>,
@@ -363,28 +365,28 @@ pub struct CameraSensor {
 }
 
 impl CameraSensor {
-    /// What was declared.
+    /// Returns the declaration of the camera.
     pub fn spec(&self) -> &CameraSpec {
         &self.slot().spec
     }
 
-    /// Memory for one image, whatever it held last; pooled, aligned, never waited for.
+    /// Returns pooled, aligned memory for one image, with arbitrary content. Never waits.
     pub fn buffer(&self) -> Buffer {
         self.shared.pool.take(self.slot().image_len())
     }
 
-    /// Memory for one depth image, as [`CameraSensor::buffer`]; written as
+    /// Returns memory for one depth image, as [`CameraSensor::buffer`] does; write it through
     /// `depth_buffer().values_mut::<f32>()`.
     pub fn depth_buffer(&self) -> Buffer {
         self.shared.pool.take(self.slot().depth_len())
     }
 
-    /// Swaps image, depth, K, T and time in, all at once. Nothing is copied: the memory is shared until the
-    /// last reader is done with it.
+    /// Swaps in image, depth, K, T and capture time at once. Nothing is copied: the memory is shared until
+    /// the last reader has dropped it.
     ///
     /// # Errors
-    /// [`SensorError`] if the image or the depth is not of the declared size, or there is depth where none
-    /// was declared, or none where it was.
+    /// [`SensorError`] if the image or the depth does not have the declared size, or if depth is given but
+    /// not declared, or declared but not given.
     pub fn publish(&self, frame: CameraFrame) -> Result<(), SensorError> {
         let image = self.slot().image(frame.image)?;
         let depth = self.slot().depth(frame.depth)?;
@@ -456,7 +458,7 @@ impl CameraSlot {
 }
 
 impl CameraState {
-    /// Makes the parts one camera, once all that was declared is there.
+    /// Assembles the parts into one camera, once all declared parts are present.
     fn assemble(&mut self, slot: &CameraSlot) {
         let Some((image, image_at)) = self.image.clone() else { return };
         let depth = self.depth.clone();
@@ -494,7 +496,7 @@ fn check_names<'a>(kind: &str, names: impl Iterator<Item = &'a str>) -> Result<(
     for name in names {
         if name.is_empty() || !seen.insert(name) {
             return Err(Error::Declaration(format!(
-                "expected {kind} names that are different and not empty, found {name:?}"
+                "expected {kind} names that are unique and not empty, found {name:?}"
             )));
         }
     }

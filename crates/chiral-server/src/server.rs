@@ -1,4 +1,4 @@
-//! The server as its host sees it: how it is run, embedded, watched and stopped. How it is made is
+//! The server as its host sees it: running, embedding, monitoring and stopping it. Building it is
 //! `builder`'s.
 
 #[cfg(feature = "websocket")]
@@ -7,7 +7,7 @@ use std::{fmt, sync::Arc, sync::atomic::Ordering};
 
 #[cfg(feature = "websocket")]
 use axum::Router;
-use chiral_proto::Transport;
+use chiral_proto::{Codec, Transport};
 use chiral_transport::IdleTimeout;
 #[cfg(feature = "zenoh")]
 use chiral_transport::zenoh::{SharedMemory, SharedMemoryCounts};
@@ -24,7 +24,7 @@ use crate::{core::STOP_TIMEOUT, error::Error};
 
 /// Serves a robot to policies: observations out, actions in.
 ///
-/// It listens by itself ([`PolicyServer::run`], [`PolicyServer::serve`]) or is embedded in a host
+/// It runs on its own ([`PolicyServer::run`], [`PolicyServer::serve`]) or is embedded in a host
 /// ([`PolicyServer::into_router`]).
 #[derive(Clone)]
 pub struct PolicyServer {
@@ -32,25 +32,29 @@ pub struct PolicyServer {
 }
 
 impl PolicyServer {
-    /// Tells how the server is doing and stops it, from anywhere.
+    /// Returns a handle that monitors and stops the server from anywhere.
     pub fn handle(&self) -> ServerHandle {
         ServerHandle { core: Arc::clone(&self.acceptor.core) }
     }
 
-    /// Serves one peer over a connection of the host's, until it ends. Needs a tokio runtime.
+    /// Serves one peer over a connection that the host provides, until it ends. Needs a tokio runtime.
     pub async fn serve_connection(&self, transport: impl Transport) {
-        let idle_timeout = IdleTimeout::new(self.acceptor.core.options.idle_timeout);
+        let idle_timeout = match transport.codec() {
+            Codec::Protobuf => IdleTimeout::new(self.acceptor.core.options.idle_timeout),
+            // Nothing pings a peer of another wire here, and it may be idle for as long as it likes.
+            _ => IdleTimeout::never(),
+        };
         self.acceptor.serve(transport, idle_timeout).await;
     }
 }
 
 #[cfg(any(feature = "websocket", feature = "zenoh"))]
 impl PolicyServer {
-    /// Serves until it is shut down, on a runtime of its own; blocks. Not to be called within a tokio
-    /// runtime: there, use [`PolicyServer::serve`].
+    /// Serves until it is shut down, on a runtime of its own, and blocks the caller. Within a tokio runtime,
+    /// use [`PolicyServer::serve`] instead.
     ///
     /// # Errors
-    /// As [`PolicyServer::serve`]; also [`Error::Start`] if there can be no runtime.
+    /// As [`PolicyServer::serve`]; also [`Error::Start`] if the runtime cannot be started.
     pub fn run(self) -> Result<(), Error> {
         let runtime =
             tokio::runtime::Builder::new_multi_thread().enable_all().thread_name("chiral-server").build();
@@ -60,11 +64,11 @@ impl PolicyServer {
         served
     }
 
-    /// Serves until it is shut down, on the caller's runtime: over WebSocket at the address that the server
-    /// was built with, on a Zenoh network if it was built to, or both.
+    /// Serves until it is shut down, on the caller's runtime: over WebSocket, on a Zenoh network, or both, as
+    /// the server was built.
     ///
     /// # Errors
-    /// [`Error::Bind`] if the address cannot be listened on; on a Zenoh network `Error::NameTaken` and
+    /// [`Error::Bind`] if the server cannot listen on the address; on a Zenoh network `Error::NameTaken` and
     /// `Error::Zenoh`.
     pub async fn serve(self) -> Result<(), Error> {
         #[cfg(feature = "websocket")]
@@ -82,7 +86,7 @@ impl PolicyServer {
         Ok(())
     }
 
-    /// The same, with a listener of the host's for WebSocket: at `/`, and `/healthz`.
+    /// The same as [`PolicyServer::serve`], with the host's listener for WebSocket: at `/`, and `/healthz`.
     ///
     /// # Errors
     /// [`Error::Listener`] if the listener fails; on a Zenoh network `Error::NameTaken` and `Error::Zenoh`.
@@ -90,7 +94,7 @@ impl PolicyServer {
     pub async fn serve_on(self, listener: TcpListener) -> Result<(), Error> {
         #[cfg(feature = "zenoh")]
         if self.acceptor.core.options.is_on_zenoh() {
-            // Nobody is let in by WebSocket before the robot's name is its own on the network.
+            // Accept no WebSocket before the robot's name is known to be unique on the network.
             let on_zenoh = ZenohServer::join(&self.acceptor).await?;
             let zenoh = async {
                 on_zenoh.serve().await;
@@ -101,26 +105,27 @@ impl PolicyServer {
         websocket::serve(self.acceptor, listener).await
     }
 
-    /// The WebSocket route alone, at `/`, for a host to merge or to nest under any path. The server lives as
-    /// long as the router and its sessions.
+    /// Returns the WebSocket route alone, at `/`, for a host to merge or to nest under any path. The server
+    /// lives as long as the router and its sessions.
     #[cfg(feature = "websocket")]
     pub fn into_router(self) -> Router {
         websocket::router(self.acceptor)
     }
 
-    /// `GET /healthz`: 200 while the robot is in service, 503 and the reason when it is not.
+    /// Returns the route `GET /healthz`: 200 while the robot is in service, 503 and the reason when it is
+    /// not.
     #[cfg(feature = "websocket")]
     pub fn health_router(&self) -> Router {
         websocket::health_router(Arc::clone(&self.acceptor.core))
     }
 
-    /// Serves until it is shut down, on the Zenoh network that the server was built for and nowhere else: for
-    /// a host that takes the WebSocket route into an application of its own. Needs a tokio runtime, of any
-    /// kind.
+    /// Serves until it is shut down, on the Zenoh network that the server was built for and nowhere else.
+    /// This is for a host that mounts the WebSocket route in its own application. Needs a tokio runtime, of
+    /// any kind.
     ///
     /// # Errors
-    /// [`Error::NameTaken`] if a robot of this name is alive on the network, [`Error::Zenoh`] if it cannot be
-    /// joined.
+    /// [`Error::NameTaken`] if a robot of this name is alive on the network, [`Error::Zenoh`] if the server
+    /// cannot join it.
     #[cfg(feature = "zenoh")]
     pub async fn serve_zenoh(self) -> Result<(), Error> {
         ZenohServer::join(&self.acceptor).await?.serve().await;
@@ -135,48 +140,47 @@ impl fmt::Debug for PolicyServer {
     }
 }
 
-/// Tells how a server is doing and stops it. A clone is a handle of the same server.
+/// Monitors and stops a server. A clone is a handle of the same server.
 #[derive(Clone)]
 pub struct ServerHandle {
     core: Arc<ServerCore>,
 }
 
-/// How a server is doing.
+/// The state and the counters of a server.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct ServerStats {
-    /// Peers connected now.
+    /// Sessions that are open now.
     pub sessions: usize,
-    /// Rows that the robot carried out.
+    /// Rows that the robot applied.
     pub rows_applied: u64,
-    /// Actions refused on arrival, or dropped or cut short because a reset or the controller's end overtook
-    /// them.
+    /// Actions refused on arrival, or dropped or cut short by a reset or the end of the controller's session.
     pub actions_refused: u64,
-    /// Actions at which the robot's own code failed.
+    /// Actions for which the robot's own code failed.
     pub actions_failed: u64,
-    /// Observations that streams left out: their ticks passed while the link, the client or a sensor was not
-    /// ready for them.
+    /// Observations that streams skipped: their ticks passed while the link, the client or a sensor was not
+    /// ready.
     pub observations_skipped: u64,
     /// Why the robot is out of service, if it is.
     pub out_of_service: Option<String>,
-    /// How observations travelled to peers that came by Zenoh.
+    /// How observations were sent to Zenoh peers: in shared memory or over the network.
     #[cfg(feature = "zenoh")]
     pub shared_memory: SharedMemoryCounts,
 }
 
 impl ServerHandle {
-    /// Says goodbye to every peer, lets the robot hold, and stops. `run` and `serve` then return. Returns at
-    /// once.
+    /// Starts the shutdown and returns at once: every session ends with a goodbye, the robot holds, and `run`
+    /// and `serve` return.
     pub fn shutdown(&self) {
         self.core.request_stop();
     }
 
-    /// The same, and waits until no peer is left and the robot has held; at most a few seconds.
+    /// Shuts down, and waits until all sessions have ended and the robot has held; at most a few seconds.
     pub async fn shutdown_and_wait(&self) {
         self.shutdown();
         self.core.wait_until_stopped().await;
     }
 
-    /// How the server is doing.
+    /// Returns the state and the counters of the server.
     pub fn stats(&self) -> ServerStats {
         let ControlCounts { applied, refused, failed } = self.core.control.counts();
         ServerStats {

@@ -1,4 +1,5 @@
-//! A peer's session: how it begins, which connections belong to it, and its end, which comes once.
+//! The life of one session, which has one or two connections and ends once. How a session is found for a new
+//! connection is `accept`'s; what a connection does, `connection`'s.
 
 use std::{
     future::{Future, pending},
@@ -11,13 +12,13 @@ use tokio::{sync::watch, time::sleep};
 
 use crate::{core::ServerCore, send_queue::SendQueue};
 
-/// For a last word and an orderly close.
+/// How long the last message and the close handshake may take.
 pub(crate) const CLOSE_TIMEOUT: Duration = Duration::from_secs(1);
 
 /// Why a session ended.
 #[derive(Clone, Debug, thiserror::Error)]
 pub(crate) enum End {
-    #[error("the peer said goodbye ({0})")]
+    #[error("the peer sent a goodbye ({0})")]
     Goodbye(String),
     #[error("the peer closed the connection")]
     Closed,
@@ -31,11 +32,11 @@ pub(crate) enum End {
     ShuttingDown,
 }
 
-/// An admitted peer, on one connection or two.
+/// A session of a peer, on one connection or two.
 pub(crate) struct Session {
     pub(crate) id: u64,
     pub(crate) core: Arc<ServerCore>,
-    /// What the second connection has to send.
+    /// Where everything that carries observations is sent, once that is decided.
     observations_queue: OnceLock<SendQueue>,
     ended: watch::Sender<Option<End>>,
     pub(crate) span: tracing::Span,
@@ -48,7 +49,7 @@ impl Drop for Session {
 }
 
 impl Session {
-    /// A new session, which controls the robot if it is to.
+    /// Opens a session, which controls the robot if `role` is `Controller`.
     pub(crate) fn open(
         core: &Arc<ServerCore>,
         role: Role,
@@ -71,22 +72,23 @@ impl Session {
         Ok(session)
     }
 
-    /// Whether a second connection may join it. One that is still saying goodbye is over, and a stream that has
-    /// begun stays where it is.
+    /// Whether a second connection may join: the session has not ended, and no stream has started on the
+    /// first connection, where it would stay.
     pub(crate) fn accepts_second_connection(&self) -> bool {
         self.ended.borrow().is_none() && self.observations_queue().is_none()
     }
 
-    /// From now on, and for good, what carries observations is sent by this connection.
+    /// Makes this the queue of everything that carries observations. The first call decides.
     pub(crate) fn set_observations_queue(&self, queue: SendQueue) {
         let _ = self.observations_queue.set(queue);
     }
 
+    /// The send queue of the connection that carries observations, once that is decided.
     pub(crate) fn observations_queue(&self) -> Option<&SendQueue> {
         self.observations_queue.get()
     }
 
-    /// Ends the session, if it has not ended before: at once another may control the robot.
+    /// Ends the session, unless it has ended already. From then on another session may control the robot.
     pub(crate) fn end(&self, end: End) {
         let is_first = self.ended.send_if_modified(|ended| {
             let is_first = ended.is_none();
@@ -99,14 +101,14 @@ impl Session {
         }
     }
 
-    /// Runs the two loops of a connection, until the session has ended and nothing is half said; and why it
-    /// has.
+    /// Runs the two loops of a connection until the session has ended and no message is partly sent. Returns
+    /// why it ended.
     pub(crate) async fn run(
         &self,
         receive: impl Future<Output = End>,
         send: impl Future<Output = End>,
     ) -> End {
-        // Also if this future is dropped.
+        // Ends the session even if this future is dropped.
         let _end_on_drop = EndOnDrop(self);
         let receive = async {
             self.end(receive.await);
@@ -117,7 +119,7 @@ impl Session {
             self.end(End::ShuttingDown);
             pending().await
         };
-        let close_timed_out = async {
+        let timed_out = async {
             self.ended().await;
             sleep(CLOSE_TIMEOUT).await;
         };
@@ -125,14 +127,14 @@ impl Session {
             biased;
             () = receive => {}
             () = stopping => {}
-            // Ends when the session does, but with nothing half said.
+            // Returns after the session has ended, but never in the middle of a message.
             () = async { self.end(send.await) } => {}
-            () = close_timed_out => {}
+            () = timed_out => {}
         }
         self.ended().await
     }
 
-    /// Returns when the session has ended, and why.
+    /// Waits until the session has ended, and returns why.
     pub(crate) async fn ended(&self) -> End {
         let mut ended = self.ended.subscribe();
         let end = ended.wait_for(Option::is_some).await;
@@ -140,6 +142,7 @@ impl Session {
     }
 }
 
+/// Ends the session when dropped.
 struct EndOnDrop<'a>(&'a Session);
 
 impl Drop for EndOnDrop<'_> {

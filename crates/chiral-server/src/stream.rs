@@ -1,4 +1,4 @@
-//! When the next observation of a stream is due, and what is in it. Pure: `now` is passed in.
+//! When the next observation of a stream is due, and what it contains. Pure: `now` is passed in.
 
 use std::{sync::Arc, time::Duration};
 
@@ -25,26 +25,26 @@ impl Stream {
         }
     }
 
-    /// The client's word on how far it has come.
+    /// Records how many observations the client has received, and how many may be unacknowledged.
     pub(crate) fn set_credit(&mut self, received: u64, window: u32) {
         self.received = self.received.max(received);
         self.window = window;
     }
 
-    /// How long until an observation is due; `None` while the client's credit is used up.
+    /// How long until the next observation is due; `None` while the client's credit is used up.
     pub(crate) fn due_in(&self, now: Timestamp) -> Option<Duration> {
         let has_credit = self.sent.saturating_sub(self.received) < u64::from(self.window);
         has_credit.then(|| self.ticker.due_in(now))
     }
 
-    /// An observation is being sent. Ticks that have passed meanwhile are skipped, so that none is sent in a
-    /// burst; how many.
+    /// Records that an observation is being sent. Skips the ticks that have passed meanwhile, so that none is
+    /// sent in a burst, and returns how many.
     pub(crate) fn advance(&mut self, now: Timestamp) -> u64 {
         self.sent += 1;
         self.ticker.take(now).skipped
     }
 
-    /// Only what was asked for.
+    /// Removes the cameras and the depth that were not subscribed to.
     pub(crate) fn select(&self, observation: Observation) -> Observation {
         let Subscribe { cameras: wanted, depth, .. } = &self.subscribe;
         let wanted =
@@ -64,8 +64,8 @@ mod tests {
 
     use super::*;
 
-    /// Runs a stream whose observations each take `transfer_ms`, credited on arrival; the times at which they
-    /// were taken, in ms. Every tick is taken or skipped.
+    /// Runs a stream whose observations each take `transfer_ms`, with credit on arrival. Returns the times at
+    /// which they were taken, in ms. Every tick is taken or skipped.
     fn check(hz: f64, window: u32, transfer_ms: i64, until_ms: i64) -> Vec<i64> {
         let subscribe = Subscribe { rate: Rate::new(hz).unwrap(), cameras: vec![], depth: true, window };
         let mut stream = Stream::new(subscribe, Timestamp(0));

@@ -1,5 +1,5 @@
-//! WebSocket by axum and tungstenite's handshake: the route and the listener around it. What comes after the
-//! handshake is `chiral-transport`'s.
+//! WebSocket over axum, with tungstenite's handshake: the routes, and the thread of each connection. The
+//! frames after the handshake are `chiral-transport`'s.
 
 use std::{future::IntoFuture, net::SocketAddr, sync::Arc};
 
@@ -40,7 +40,7 @@ pub(crate) async fn serve(acceptor: Arc<Acceptor>, listener: TcpListener) -> Res
     tracing::info!("serving robot {:?} at ws://{address}", core.robot.name);
     if !address.ip().is_loopback() {
         tracing::warn!(
-            "listening on {address}: whoever reaches it can move the robot, for there is no authentication yet"
+            "listening on {address}: without authentication, any host that can connect can move the robot"
         );
     }
     let app = health_router(Arc::clone(&core)).merge(router(acceptor));
@@ -52,7 +52,7 @@ pub(crate) async fn serve(acceptor: Arc<Acceptor>, listener: TcpListener) -> Res
         core.stop_requested().await;
         core.wait_until_stopped().await;
     };
-    // A connection that never became a session must not keep a stopping server alive.
+    // Connections without a session must not keep a stopping server alive.
     tokio::select! {
         served = serving => {
             served.map_err(Error::Listener)?;
@@ -63,12 +63,12 @@ pub(crate) async fn serve(acceptor: Arc<Acceptor>, listener: TcpListener) -> Res
     Ok(())
 }
 
-/// The WebSocket route alone, at `/`.
+/// The WebSocket route, at `/`.
 pub(crate) fn router(acceptor: Arc<Acceptor>) -> Router {
     Router::new().route("/", get(move |request| upgrade_or_explain(acceptor, request)))
 }
 
-/// `GET /healthz`.
+/// The health route, `GET /healthz`.
 pub(crate) fn health_router(core: Arc<ServerCore>) -> Router {
     let health = move || async move {
         match core.control.out_of_service() {
@@ -79,15 +79,17 @@ pub(crate) fn health_router(core: Arc<ServerCore>) -> Router {
     Router::new().route("/healthz", get(health))
 }
 
-/// So many times the silence limit a legacy client may answer no ping: one may be busy with its model, or
-/// read only what it has asked for. That its host is gone shows in TCP, after the limit itself.
+/// A legacy client may leave pings unanswered for this many times the idle timeout: it may be busy with its
+/// model, or read only the replies to its requests. If its host is gone, TCP notices after the idle timeout
+/// itself.
 const PINGED_IDLE_FACTOR: u32 = 4;
 
-/// Does the handshake by hand, since axum's own WebSocket keeps its byte stream to itself.
+/// Upgrades the connection, or explains why not. The handshake is done here since axum's own WebSocket does
+/// not give out its byte stream.
 async fn upgrade_or_explain(acceptor: Arc<Acceptor>, mut request: Request) -> Response {
     let offered =
         request.headers().get_all(SEC_WEBSOCKET_PROTOCOL).iter().filter_map(|value| value.to_str().ok());
-    // Legacy clients offer none.
+    // Legacy clients offer no subprotocol.
     let codec = match offered.flat_map(|names| names.split(',')).any(|name| name.trim() == SUBPROTOCOL) {
         true => Some(Codec::Protobuf),
         false => (!request.headers().contains_key(SEC_WEBSOCKET_PROTOCOL)).then_some(Codec::Msgpack),
@@ -100,8 +102,7 @@ async fn upgrade_or_explain(acceptor: Arc<Acceptor>, mut request: Request) -> Re
         }
     };
     let Some(codec) = codec else {
-        let text =
-            format!("expected WebSocket subprotocol {SUBPROTOCOL}, found none that this server speaks\n");
+        let text = format!("expected WebSocket subprotocol {SUBPROTOCOL}, found only others\n");
         return (StatusCode::BAD_REQUEST, text).into_response();
     };
     if codec == Codec::Protobuf {
@@ -109,24 +110,25 @@ async fn upgrade_or_explain(acceptor: Arc<Acceptor>, mut request: Request) -> Re
     }
     let peer = request.extensions().get::<ConnectInfo<SocketAddr>>();
     let peer =
-        peer.map_or_else(|| "a peer of the host's".to_owned(), |ConnectInfo(address)| address.to_string());
+        peer.map_or_else(|| "an unknown address".to_owned(), |ConnectInfo(address)| address.to_string());
     let upgrading = hyper::upgrade::on(&mut request);
     tokio::spawn(async move {
         match upgrading.await {
             Ok(upgraded) => serve_upgraded(acceptor, upgraded, codec, peer).await,
-            Err(error) => tracing::debug!(peer, "no WebSocket: {error}"),
+            Err(error) => tracing::debug!(peer, "WebSocket upgrade failed: {error}"),
         }
     });
     response
 }
 
-/// Serves a connection by a thread of its own, where there is a TCP socket beneath. A host's own listener may
-/// have wrapped it, say in TLS: then by the runtime that it is on.
+/// Serves a connection on a thread of its own if it is a TCP socket. If the host's listener has wrapped the
+/// socket, for instance in TLS, serves it on the current runtime.
 async fn serve_upgraded(acceptor: Arc<Acceptor>, upgraded: Upgraded, codec: Codec, peer: String) {
     let max_message = acceptor.core.options.max_frame;
-    // What a client says is small.
+    // Frames from clients are small, so no buffers are kept.
     let (pool, pacing) = (Pool::new(0), acceptor.core.pacing.clone());
-    // Our own clients say something every second; legacy ones think for as long as they like.
+    // Clients with protobuf ping every second. Legacy clients may compute for long, so they are pinged
+    // instead.
     let (idle_timeout, pings) = match codec {
         Codec::Protobuf => (acceptor.core.options.idle_timeout, false),
         _ => (acceptor.core.options.idle_timeout.saturating_mul(PINGED_IDLE_FACTOR), true),
@@ -137,7 +139,9 @@ async fn serve_upgraded(acceptor: Arc<Acceptor>, upgraded: Upgraded, codec: Code
         Ok(Parts { io, read_buf, .. }) => (io.into_inner(), read_buf),
         Err(upgraded) => {
             acceptor.core.host_runtime_logged.call_once(|| {
-                tracing::info!("connections are served by the host's runtime: they are no bare TCP sockets")
+                tracing::info!(
+                    "connections are served on the host's runtime, since they are not plain TCP sockets"
+                )
             });
             return serve_stream(&acceptor, TokioIo::new(upgraded), &[], options).await;
         }
@@ -145,7 +149,7 @@ async fn serve_upgraded(acceptor: Arc<Acceptor>, upgraded: Upgraded, codec: Code
     if let Ok(address) = stream.peer_addr() {
         tcp::set_options(&stream, address);
     }
-    if codec == Codec::Msgpack {
+    if pings {
         tcp::set_user_timeout(&stream, acceptor.core.options.idle_timeout);
     }
     let stream = stream.into_std();
@@ -153,7 +157,7 @@ async fn serve_upgraded(acceptor: Arc<Acceptor>, upgraded: Upgraded, codec: Code
         match stream.and_then(TcpStream::from_std) {
             Ok(stream) => serve_stream(&acceptor, stream, &read_already, options).await,
             Err(error) => {
-                tracing::warn!(peer = options.peer, "the connection cannot be moved to its thread: {error}")
+                tracing::warn!(peer = options.peer, "cannot move the connection to its thread: {error}")
             }
         }
     });

@@ -1,5 +1,5 @@
-//! A robot on a Zenoh network: its presence there, and a thread for each connection. How peers meet, and what
-//! carries frames, is `chiral-transport`'s.
+//! A robot on a Zenoh network: announcing it, and a thread for each connection. How peers find each other and
+//! how frames travel is `chiral-transport`'s.
 
 use std::sync::Arc;
 
@@ -16,7 +16,7 @@ use crate::{
     legacy,
 };
 
-/// A server whose robot is alive on a Zenoh network.
+/// A server whose robot is announced on a Zenoh network.
 pub(crate) struct ZenohServer {
     acceptor: Arc<Acceptor>,
     network: ZenohSession,
@@ -24,27 +24,27 @@ pub(crate) struct ZenohServer {
 }
 
 impl ZenohServer {
-    /// Joins the network and makes the robot known there.
+    /// Joins the network and announces the robot there.
     pub(crate) async fn join(acceptor: &Arc<Acceptor>) -> Result<ZenohServer, Error> {
         let ServerCore { robot, options, .. } = &*acceptor.core;
         let (name, options) = (&robot.name, &options.network);
         let network = join(options).await.map_err(error)?;
         let listener = match network.announce(name).await {
             Ok(listener) => listener,
-            Err(refused) => {
+            Err(failed) => {
                 network.close().await;
-                return Err(error(refused));
+                return Err(error(failed));
             }
         };
         log_serving(name, options);
         Ok(ZenohServer { acceptor: Arc::clone(acceptor), network, listener })
     }
 
-    /// Serves whoever comes, until the server is shut down.
+    /// Serves clients until the server is shut down.
     pub(crate) async fn serve(self) {
         let ZenohServer { acceptor, network, mut listener } = self;
         let core = &acceptor.core;
-        // What a client says is small.
+        // Frames from clients are small, so no buffers are kept.
         let options = ZenohOptions {
             max_frame: core.options.max_frame,
             pool: Pool::new(0),
@@ -77,18 +77,21 @@ fn serve_connection(acceptor: &Arc<Acceptor>, transport: ZenohTransport) {
     });
 }
 
-/// Joins the network; without an answer to those who search by multicast, where only that cannot be had.
+/// Joins the network. If only multicast discovery fails, joins without it.
 async fn join(options: &ZenohSessionOptions) -> Result<ZenohSession, ZenohError> {
-    let refused = match ZenohSession::open(options).await {
-        Err(refused @ ZenohError::Open { .. }) if options.discovery => refused,
+    let multicast_error = match ZenohSession::open(options).await {
+        Err(error @ ZenohError::Open { .. }) if options.discovery => error,
         joined => return joined,
     };
     let network = ZenohSession::open(&ZenohSessionOptions { discovery: false, ..options.clone() }).await?;
-    tracing::warn!("the robot cannot be found without its address: {}", chain(&refused));
+    tracing::warn!(
+        "multicast discovery is off, so clients need the robot's address: {}",
+        chain(&multicast_error)
+    );
     Ok(network)
 }
 
-/// What is told of the robot to whoever asks: a welcome without a session, as a frame.
+/// The description of the robot that discovery returns: a welcome without a session, as a frame.
 fn info(core: &ServerCore) -> Vec<u8> {
     let welcome = Message::Reply { id: 1, reply: Reply::Welcome(Box::new(core.welcome(0, Bytes::new()))) };
     Codec::Protobuf.encode(&welcome).map(|frame| frame.into_bytes().to_vec()).unwrap_or_default()
@@ -99,14 +102,16 @@ fn log_serving(name: &str, options: &ZenohSessionOptions) {
     match config {
         Some(file) => {
             tracing::info!(
-                "serving robot {name:?} on Zenoh as {} says, at {listen:?} and by {connect:?}",
+                "serving robot {name:?} on Zenoh with {}, listening at {listen:?}, connecting to {connect:?}",
                 file.display()
             )
         }
         None => {
-            tracing::info!("serving robot {name:?} on Zenoh, at {listen:?} and by {connect:?}");
+            tracing::info!(
+                "serving robot {name:?} on Zenoh, listening at {listen:?}, connecting to {connect:?}"
+            );
             tracing::warn!(
-                "on Zenoh, whoever reaches the network can move the robot, unless a configuration file says who may"
+                "any host on this network can move the robot, unless a configuration file restricts access"
             );
         }
     }

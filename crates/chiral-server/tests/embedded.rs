@@ -1,7 +1,7 @@
-//! Servers embedded in a host's own HTTP application, asked over plain TCP as a browser or a load balancer
-//! would.
+//! Servers embedded in a host's own HTTP application, with requests over plain TCP as a browser or a load
+//! balancer sends them.
 #![cfg(feature = "websocket")]
-#![allow(clippy::unwrap_used, reason = "helpers of tests, too, fail by panicking")]
+#![allow(clippy::unwrap_used, reason = "test helpers fail by panicking")]
 
 use std::{
     io::{Read, Write},
@@ -34,12 +34,12 @@ impl Robot for Still {
     }
 
     fn metadata(&self) -> ValueMap {
-        assert!(!self.broken, "no encoder answers");
+        assert!(!self.broken, "no encoder responds");
         value::map([("broken", Value::Bool(false))])
     }
 }
 
-/// A host of two robots, the right one out of service.
+/// A host with two robots, the right one out of service.
 struct Host {
     runtime: Runtime,
     address: SocketAddr,
@@ -63,9 +63,9 @@ impl Host {
         Host { runtime, address, left: handle }
     }
 
-    /// Asks for a path, and checks the answer's status and that it holds these words.
+    /// Requests a path, and checks the status of the response and that it contains `text`.
     #[track_caller]
-    fn check(&self, path: &str, headers: &[&str], status: u16, words: &str) {
+    fn check(&self, path: &str, headers: &[&str], status: u16, text: &str) {
         let mut request = format!("GET {path} HTTP/1.1\r\nHost: {}\r\n", self.address);
         for header in headers {
             request += &format!("{header}\r\n");
@@ -73,20 +73,20 @@ impl Host {
         let mut connection = TcpStream::connect(self.address).unwrap();
         connection.set_read_timeout(Some(Duration::from_secs(20))).unwrap();
         connection.write_all((request + "\r\n").as_bytes()).unwrap();
-        let mut answer = String::new();
-        connection.read_to_string(&mut answer).unwrap();
+        let mut response = String::new();
+        connection.read_to_string(&mut response).unwrap();
         assert!(
-            answer.starts_with(&format!("HTTP/1.1 {status} ")),
-            "{path}: expected status {status}, found {answer}"
+            response.starts_with(&format!("HTTP/1.1 {status} ")),
+            "{path}: expected status {status}, found {response}"
         );
-        assert!(answer.contains(words), "{path}: expected {words:?}, found {answer}");
+        assert!(response.contains(text), "{path}: expected {text:?}, found {response}");
     }
 }
 
 const PLAIN: &[&str] = &["Connection: close"];
 
-/// An upgrade as browsers ask for it, here with a close, so that the answer of a server that declines is the
-/// connection's last.
+/// The headers of a browser's upgrade request, with a close, so that a server that declines closes the
+/// connection after its response.
 const UPGRADE: &[&str] = &[
     "Connection: upgrade, close",
     "Upgrade: websocket",
@@ -95,7 +95,7 @@ const UPGRADE: &[&str] = &[
 ];
 
 #[test]
-fn two_servers_live_in_one_host() {
+fn one_host_embeds_two_servers() {
     let host = Host::start();
     host.check("/healthz", PLAIN, 200, "the host is up\n");
     host.check("/robot/left/healthz", PLAIN, 200, "\r\n\r\nok\n");
@@ -103,7 +103,7 @@ fn two_servers_live_in_one_host() {
         "/robot/right/healthz",
         PLAIN,
         503,
-        "the robot panicked in metadata and is out of service: no encoder answers\n",
+        "the robot panicked in metadata and is out of service: no encoder responds\n",
     );
     for path in ["/robot/left", "/robot/right"] {
         host.check(path, PLAIN, 426, "this is a Chiral policy server: connect with a PolicyClient");
@@ -114,7 +114,7 @@ fn two_servers_live_in_one_host() {
 }
 
 #[test]
-fn the_host_outlives_its_servers() {
+fn the_host_goes_on_after_its_servers_shut_down() {
     let host = Host::start();
     host.runtime.block_on(host.left.shutdown_and_wait());
     host.check("/healthz", PLAIN, 200, "the host is up\n");

@@ -1,10 +1,8 @@
-//! Legacy clients, which speak the msgpack wire: [`serve`] serves a connection of one's own, [`zenoh::start`]
-//! the keys that all of a Zenoh network shares. The rest of the crate knows nothing of this wire but that.
+//! The legacy wire: msgpack, without a hello, ids or error replies. [`serve`] serves a client's own
+//! connection, [`zenoh::start`] the keys that all legacy clients of a Zenoh network share. The rest of the
+//! crate knows nothing else of this wire.
 
-#[cfg_attr(
-    not(feature = "zenoh"),
-    allow(dead_code, reason = "only Zenoh's keys are shared by several clients")
-)]
+#[cfg_attr(not(feature = "zenoh"), allow(dead_code, reason = "only on Zenoh do clients share keys"))]
 mod requests;
 mod session;
 #[cfg(feature = "zenoh")]

@@ -1,65 +1,67 @@
-//! What a legacy client has asked for, and what of it is answered when. Pure: `now` is passed in.
+//! The pending requests of a legacy client, and which of them is served when. Pure: `now` is passed in.
 //!
-//! On a connection of its own every request is answered, one after another. On the keys that all of a Zenoh
-//! network shares nobody can be told from anybody else, and an answer goes to whoever listens; so a second
-//! client must be noticed by what it asks, before it is answered:
+//! On a connection of its own every request is served, one after another. On the Zenoh keys that all of a
+//! network shares, clients cannot be told apart and a reply reaches every subscriber, so a second client must
+//! be recognized by its requests before it gets a reply:
 //!
-//! - A client has one request under way at a time. Another one, before the answer, is out of turn: it is
+//! - A client has one request in flight at a time. Another request before the reply is out of turn: it is
 //!   dropped.
-//! - A client says `metadata` every half a second until it is answered. In a session in which nothing else
-//!   was reply_sent yet, that is answered at once, and not again while the answer is on its way: any one answer
-//!   will do, and of the others the client may hear late. It may be an answer to an earlier probe that the
-//!   client goes on with, so what it asks next is in turn.
-//! - Later, `metadata` may be the client's own question, or a second client's probe. It is held back for a
-//!   second: if anything else is asked meanwhile, its asker was not waiting for it; if `metadata` comes
-//!   again, somebody is probing, and everything of that kind is dropped until a second has passed without it.
-//!   Else the client is waiting for its answer, and gets it.
+//! - A client probes: it sends `metadata` every half a second until it receives a reply. While a session has
+//!   had no other request, a probe is answered at once, but not again while a reply is in flight: any one
+//!   reply will do, and the client may receive the others late. The client may go on after the reply to an
+//!   earlier probe, so its next request is in turn.
+//! - Later, `metadata` is either the client's own request or a second client's probe. It is held for a
+//!   second. If another request arrives meanwhile, its sender was not pending for `metadata`. If `metadata`
+//!   arrives again, a second client is probing, and every `metadata` is dropped until a second has passed
+//!   without one. Otherwise the client is pending for its reply, and gets it.
 
 use std::{collections::VecDeque, time::Duration};
 
 use chiral_proto::{Code, Fault, Request, Timestamp};
 
-/// Requests of a connection that may wait for their answers: minutes of a client that asks 30 times a second
-/// during a long reset, some 100 bytes each.
+/// Pending requests of one connection: minutes of a client that sends 30 requests a second during a long
+/// reset, some 100 bytes each.
 const MAX_PENDING: usize = 4096;
-/// Rows in those of them that are steps, each of some 30 to 130 bytes.
+/// Rows in the pending steps of one connection, each of some 30 to 130 bytes.
 const MAX_PENDING_ROWS: usize = 1 << 16;
-/// Twice as long as a client waits between two probes.
+/// Twice the period of a client's probes.
 const METADATA_HOLD_PERIOD: Duration = Duration::from_secs(1);
 
-/// Something asked, or why it is refused when its turn comes.
+/// A request, or why it is refused when its turn comes.
 pub(crate) type CheckedRequest = Result<Request, Fault>;
 
-/// What is to be done now.
+/// What the send loop does next.
 #[derive(Debug, PartialEq)]
 pub(crate) enum Next {
     Serve(CheckedRequest),
-    /// Nothing for so long, unless more is asked; without a limit if there is none.
+    /// Wait for the next request, at most for this long where a limit is given.
     Wait(Option<Duration>),
-    /// Nothing was heard for as long as may be.
+    /// End the session: its idle timeout has passed.
     Idle,
 }
 
+/// The pending requests of a session.
 pub(crate) enum RequestQueue {
-    /// A connection's own.
+    /// Those of one client's own connection, oldest first.
     Connection(VecDeque<CheckedRequest>),
+    /// Those that arrived on the shared keys.
     Shared(SharedQueue),
 }
 
-/// Whoever speaks on the shared keys.
+/// The state of the session on the shared keys.
 pub(crate) struct SharedQueue {
     idle_timeout: Duration,
-    /// The last that was heard of the client whose session it is, or reply_sent to it.
+    /// When the session's own client last sent something or was sent a reply.
     last_activity: Timestamp,
-    /// Something else than `metadata` was heard.
+    /// Whether anything but `metadata` has arrived.
     has_other_requests: bool,
-    /// `metadata`, or something else, or the one before the other.
+    /// At most two: `metadata`, one other request, or first the one and then the other.
     pending: VecDeque<Request>,
     in_progress: Option<Kind>,
-    /// When `metadata` came that is not answered yet.
+    /// When the `metadata` arrived that is being held.
     held_since: Option<Timestamp>,
-    /// When the newest of several came.
-    last_foreign_probe: Option<Timestamp>,
+    /// When the newest `metadata` arrived that was taken for a second client's probe.
+    last_probe_at: Option<Timestamp>,
 }
 
 #[derive(Clone, Copy, PartialEq)]
@@ -75,11 +77,13 @@ impl Kind {
 }
 
 impl RequestQueue {
+    /// The queue of a client's own connection.
     pub(crate) fn for_connection() -> RequestQueue {
         RequestQueue::Connection(VecDeque::new())
     }
 
-    /// The keys that all share, on which a session ends after a silence of so long.
+    /// The queue for the shared keys, on which a session ends once its client has been idle for
+    /// `idle_timeout`.
     pub(crate) fn for_shared_keys(idle_timeout: Duration, now: Timestamp) -> RequestQueue {
         RequestQueue::Shared(SharedQueue {
             idle_timeout,
@@ -88,69 +92,70 @@ impl RequestQueue {
             pending: VecDeque::new(),
             in_progress: None,
             held_since: None,
-            last_foreign_probe: None,
+            last_probe_at: None,
         })
     }
 
+    /// Whether other clients may send on the same keys.
     pub(crate) fn is_shared(&self) -> bool {
         matches!(self, RequestQueue::Shared(_))
     }
 
-    /// Something was asked; or why that, or what was asked before, is not answered at all.
+    /// Adds a request. An error says why this request, or the `metadata` that was held, gets no reply at all.
     pub(crate) fn push(&mut self, request: CheckedRequest, now: Timestamp) -> Result<(), Fault> {
         match self {
-            RequestQueue::Connection(waiting) => {
-                let held = waiting.iter().map(rows).sum::<usize>() + rows(&request);
+            RequestQueue::Connection(pending) => {
+                let rows = pending.iter().map(step_rows).sum::<usize>() + step_rows(&request);
                 let refuse = |text| Err(Fault::new(Code::QueueFull, text).retryable());
-                if waiting.len() == MAX_PENDING {
+                if pending.len() == MAX_PENDING {
+                    return refuse(format!("expected at most {MAX_PENDING} pending requests, found more"));
+                }
+                if rows > MAX_PENDING_ROWS {
                     return refuse(format!(
-                        "expected at most {MAX_PENDING} requests that wait for their answers, found more"
+                        "expected at most {MAX_PENDING_ROWS} rows in pending steps, found {rows}"
                     ));
                 }
-                if held > MAX_PENDING_ROWS {
-                    return refuse(format!(
-                        "expected at most {MAX_PENDING_ROWS} rows in steps that wait for their turn, found {held}"
-                    ));
-                }
-                waiting.push_back(request);
+                pending.push_back(request);
                 Ok(())
             }
             RequestQueue::Shared(shared) => shared.push(request?, now),
         }
     }
 
-    /// Actions came, which ask for nothing.
+    /// Records that actions arrived, which get no reply.
     pub(crate) fn note_actions(&mut self, now: Timestamp) {
         if let RequestQueue::Shared(shared) = self {
             (shared.last_activity, shared.has_other_requests) = (now, true);
         }
     }
 
-    /// Whether a reset was asked for and has not reached the robot: actions that come now would overtake it.
+    /// Whether a reset has not reached the robot yet: actions that arrive now would overtake it.
     pub(crate) fn has_pending_reset(&self) -> bool {
         let is_reset = |request: &Request| matches!(request, Request::Reset { .. });
         match self {
-            RequestQueue::Connection(waiting) => waiting.iter().flatten().any(is_reset),
+            RequestQueue::Connection(pending) => pending.iter().flatten().any(is_reset),
             RequestQueue::Shared(shared) => shared.pending.iter().any(is_reset),
         }
     }
 
+    /// What the send loop does next. A request that it serves is in progress until
+    /// [`RequestQueue::begin_reply`].
     pub(crate) fn next(&mut self, now: Timestamp) -> Next {
         match self {
-            RequestQueue::Connection(waiting) => waiting.pop_front().map_or(Next::Wait(None), Next::Serve),
+            RequestQueue::Connection(pending) => pending.pop_front().map_or(Next::Wait(None), Next::Serve),
             RequestQueue::Shared(shared) => shared.next(now),
         }
     }
 
-    /// What was asked last is about to be answered, or was refused. Not later: whoever hears the answer may
-    /// ask again before all of it is known to be sent.
+    /// Records that the reply is about to be sent, or that the request was refused. Call it before sending:
+    /// the client may send its next request before the send of the reply returns.
     pub(crate) fn begin_reply(&mut self) {
         if let RequestQueue::Shared(shared) = self {
             shared.in_progress = None;
         }
     }
 
-    /// The answer is sent, which may have taken long.
+    /// Records that the reply was sent, which may have taken long.
     pub(crate) fn reply_sent(&mut self, now: Timestamp) {
         if let RequestQueue::Shared(shared) = self {
             shared.last_activity = now;
@@ -172,23 +177,22 @@ impl SharedQueue {
         let held = self.held_since.take();
         self.has_other_requests |= Kind::of(&request) == Kind::Other;
         if is_out_of_turn {
-            return Err(second_client("asked before the last request was answered"));
+            return Err(second_client("sent a request before the reply to the last one"));
         }
         self.last_activity = now;
         self.pending.push_back(request);
         match held {
-            Some(_) => Err(second_client("asked for metadata, and somebody did not wait for it")),
+            Some(_) => Err(second_client("requested metadata, and another request arrived before the reply")),
             None => Ok(()),
         }
     }
 
+    /// Holds a `metadata`, or drops it as a second client's probe.
     fn hold(&mut self, now: Timestamp) -> Result<(), Fault> {
-        let is_probing = self
-            .last_foreign_probe
-            .is_some_and(|last_foreign_probe| now.since(last_foreign_probe) < METADATA_HOLD_PERIOD);
+        let is_probing = self.last_probe_at.is_some_and(|at| now.since(at) < METADATA_HOLD_PERIOD);
         if self.held_since.take().is_some() || is_probing {
-            self.last_foreign_probe = Some(now);
-            return Err(second_client("asks for metadata again and again"));
+            self.last_probe_at = Some(now);
+            return Err(second_client("requests metadata repeatedly"));
         }
         self.held_since = Some(now);
         Ok(())
@@ -213,8 +217,8 @@ impl SharedQueue {
     }
 }
 
-/// How much of a robot's time is asked for.
-fn rows(request: &CheckedRequest) -> usize {
+/// The rows of a step, a measure of the robot's time that it takes.
+fn step_rows(request: &CheckedRequest) -> usize {
     match request {
         Ok(Request::Step { actions, .. }) => actions.rows(),
         _ => 0,
@@ -223,7 +227,7 @@ fn rows(request: &CheckedRequest) -> usize {
 
 fn second_client(what: &str) -> Fault {
     let text = format!(
-        "two legacy clients seem to be on this network, of which one is not answered: somebody {what}"
+        "two legacy clients seem to be on this network, one of which gets no replies: a client {what}"
     );
     Fault::new(Code::Busy, text).retryable()
 }
@@ -235,37 +239,37 @@ mod tests {
     use super::*;
 
     const RESET: Request = Request::Reset { seed: None, options: chiral_proto::ValueMap::new() };
-    const LIMIT: Duration = Duration::from_secs(10);
+    const IDLE_TIMEOUT: Duration = Duration::from_secs(10);
 
-    /// What happens, and when in milliseconds.
-    enum Step {
-        /// Asked; whether it is found to be a second client's.
-        Ask(i64, Request, bool),
-        Act(i64),
+    /// An event, and when it happens in milliseconds.
+    enum Event {
+        /// A request arrives; whether it is taken for a second client's.
+        Request(i64, Request, bool),
+        Actions(i64),
         Next(i64, Option<Request>),
-        Answered(i64),
+        Replied(i64),
         Idle(i64),
     }
-    use Step::{Act, Answered, Ask, Idle};
+    use Event::{Actions, Idle, Replied};
 
-    fn check(what: &str, steps: impl IntoIterator<Item = Step>) {
+    fn check(what: &str, events: impl IntoIterator<Item = Event>) {
         let at = |ms: i64| Timestamp(ms * 1_000_000);
-        let mut requests = RequestQueue::for_shared_keys(LIMIT, at(0));
-        for step in steps {
-            match step {
-                Ask(ms, request, is_foreign) => {
-                    let taken = requests.push(Ok(request.clone()), at(ms));
-                    assert_eq!(taken.is_err(), is_foreign, "{what}: {request:?} at {ms} ms: {taken:?}");
+        let mut requests = RequestQueue::for_shared_keys(IDLE_TIMEOUT, at(0));
+        for event in events {
+            match event {
+                Event::Request(ms, request, is_foreign) => {
+                    let added = requests.push(Ok(request.clone()), at(ms));
+                    assert_eq!(added.is_err(), is_foreign, "{what}: {request:?} at {ms} ms: {added:?}");
                 }
-                Act(ms) => requests.note_actions(at(ms)),
-                Step::Next(ms, Some(expected)) => {
+                Actions(ms) => requests.note_actions(at(ms)),
+                Event::Next(ms, Some(expected)) => {
                     assert_eq!(requests.next(at(ms)), Next::Serve(Ok(expected)), "{what}: at {ms} ms");
                 }
-                Step::Next(ms, None) => {
+                Event::Next(ms, None) => {
                     let next = requests.next(at(ms));
                     assert!(matches!(next, Next::Wait(Some(_))), "{what}: at {ms} ms, found {next:?}");
                 }
-                Answered(ms) => {
+                Replied(ms) => {
                     requests.begin_reply();
                     requests.reply_sent(at(ms));
                 }
@@ -274,28 +278,28 @@ mod tests {
         }
     }
 
-    fn probe(ms: i64) -> Step {
-        Ask(ms, Request::GetMetadata, false)
+    fn probe(ms: i64) -> Event {
+        Event::Request(ms, Request::GetMetadata, false)
     }
 
-    fn foreign_probe(ms: i64) -> Step {
-        Ask(ms, Request::GetMetadata, true)
+    fn foreign_probe(ms: i64) -> Event {
+        Event::Request(ms, Request::GetMetadata, true)
     }
 
-    fn ask(ms: i64, request: Request) -> Step {
-        Ask(ms, request, false)
+    fn request(ms: i64, request: Request) -> Event {
+        Event::Request(ms, request, false)
     }
 
-    fn answer(ms: i64, request: Request) -> Step {
-        Step::Next(ms, Some(request))
+    fn reply(ms: i64, request: Request) -> Event {
+        Event::Next(ms, Some(request))
     }
 
-    fn nothing(ms: i64) -> Step {
-        Step::Next(ms, None)
+    fn nothing(ms: i64) -> Event {
+        Event::Next(ms, None)
     }
 
     #[test]
-    fn a_connection_is_a_queue() {
+    fn requests_of_a_connection_are_served_in_order_up_to_a_limit() {
         let mut requests = RequestQueue::for_connection();
         let now = Timestamp(0);
         assert_eq!(requests.next(now), Next::Wait(None));
@@ -325,95 +329,95 @@ mod tests {
     }
 
     #[test]
-    fn a_client_that_begins_is_answered_at_once() {
-        let begin = [probe(0), probe(1), answer(2, Request::GetMetadata), probe(3), Answered(4), nothing(4)];
+    fn the_first_probes_are_answered_at_once() {
+        let begin = [probe(0), probe(1), reply(2, Request::GetMetadata), probe(3), Replied(4), nothing(4)];
         let again = [
             probe(500),
-            answer(500, Request::GetMetadata),
-            Answered(501),
-            ask(502, RESET),
-            answer(502, RESET),
+            reply(500, Request::GetMetadata),
+            Replied(501),
+            request(502, RESET),
+            reply(502, RESET),
         ];
-        check("probes are answered, but not while an answer is on its way", begin.into_iter().chain(again));
+        check("probes are answered, but not while a reply is in flight", begin.into_iter().chain(again));
         let together = [
             probe(0),
-            ask(0, RESET),
-            Ask(1, Request::GetObs, true),
-            answer(1, Request::GetMetadata),
-            Answered(1),
+            request(0, RESET),
+            Event::Request(1, Request::GetObs, true),
+            reply(1, Request::GetMetadata),
+            Replied(1),
         ];
-        check("a late probe", together.into_iter().chain([answer(2, RESET), Answered(3), nothing(4)]));
         check(
-            "on its way",
-            [probe(0), answer(0, Request::GetMetadata), ask(1, RESET), Answered(2), answer(2, RESET)],
+            "a request after a probe",
+            together.into_iter().chain([reply(2, RESET), Replied(3), nothing(4)]),
+        );
+        check(
+            "a request during the reply",
+            [probe(0), reply(0, Request::GetMetadata), request(1, RESET), Replied(2), reply(2, RESET)],
         );
     }
 
     #[test]
-    fn metadata_is_answered_later_if_somebody_waits_for_it() {
-        let played = || [ask(0, RESET), answer(0, RESET), Answered(5000)];
+    fn later_metadata_is_answered_once_it_is_known_to_be_the_clients_own() {
+        let played = || [request(0, RESET), reply(0, RESET), Replied(5000)];
         let waited =
-            [probe(6000), nothing(6999), answer(7000, Request::GetMetadata), Answered(7001), nothing(7002)];
-        check("the client itself asks", played().into_iter().chain(waited));
-        let acting = [probe(6000), Act(6500), answer(7000, Request::GetMetadata)];
-        check("actions need nobody who waits", played().into_iter().chain(acting));
+            [probe(6000), nothing(6999), reply(7000, Request::GetMetadata), Replied(7001), nothing(7002)];
+        check("the client's own request", played().into_iter().chain(waited));
+        let acting = [probe(6000), Actions(6500), reply(7000, Request::GetMetadata)];
+        check("actions do not show that nobody waits for metadata", played().into_iter().chain(acting));
         let together =
-            [ask(0, Request::GetObs), probe(0), answer(1, Request::GetObs), Answered(2), nothing(3)];
+            [request(0, Request::GetObs), probe(0), reply(1, Request::GetObs), Replied(2), nothing(3)];
         check(
-            "asked together with something else",
-            together.into_iter().chain([answer(1000, Request::GetMetadata)]),
+            "sent together with another request",
+            together.into_iter().chain([reply(1000, Request::GetMetadata)]),
         );
         let busy = [
-            ask(0, RESET),
-            answer(0, RESET),
+            request(0, RESET),
+            reply(0, RESET),
             probe(10),
-            Answered(45_000),
-            answer(45_000, Request::GetMetadata),
+            Replied(45_000),
+            reply(45_000, Request::GetMetadata),
         ];
-        check("not before what was asked first", busy);
+        check("not before an earlier request", busy);
     }
 
     #[test]
-    fn a_second_client_is_noticed_and_not_answered() {
+    fn a_second_client_is_recognized_and_gets_no_reply() {
         let out_of_turn = [
-            ask(0, RESET),
-            answer(0, RESET),
-            Ask(1, RESET, true),
-            Ask(2, Request::GetObs, true),
-            Answered(3),
+            request(0, RESET),
+            reply(0, RESET),
+            Event::Request(1, RESET, true),
+            Event::Request(2, Request::GetObs, true),
+            Replied(3),
             nothing(3),
         ];
         check("out of turn", out_of_turn);
-        let played = || [Act(0), probe(1000)];
+        let played = || [Actions(0), probe(1000)];
         let not_waited_for = [
-            Ask(1500, Request::GetObs, true),
-            answer(1500, Request::GetObs),
-            Answered(1501),
+            Event::Request(1500, Request::GetObs, true),
+            reply(1500, Request::GetObs),
+            Replied(1501),
             nothing(1501),
             nothing(3000),
         ];
-        check("somebody did not wait", played().into_iter().chain(not_waited_for));
+        check("the sender did not wait for metadata", played().into_iter().chain(not_waited_for));
         let probing = (1..20).map(|i| foreign_probe(1000 + 500 * i)).flat_map(|probe| [probe, nothing(1000)]);
         check(
-            "probes, and no answer to the last of them",
+            "probes, and no reply to the last of them",
             played().into_iter().chain(probing).chain([nothing(9999)]),
         );
-        let gone = [foreign_probe(1500), nothing(3000), probe(3100), answer(4100, Request::GetMetadata)];
-        check("the probing has stopped", played().into_iter().chain(gone));
+        let gone = [foreign_probe(1500), nothing(3000), probe(3100), reply(4100, Request::GetMetadata)];
+        check("the probes have stopped", played().into_iter().chain(gone));
     }
 
     #[test]
-    fn silence_is_the_clients_own() {
-        check("nothing was said", [nothing(9999), Idle(10_000)]);
+    fn only_the_sessions_own_client_keeps_it_from_being_idle() {
+        check("nothing arrived", [nothing(9999), Idle(10_000)]);
         check(
-            "the robot is busy for it",
-            [ask(0, RESET), answer(0, RESET), Answered(45_000), nothing(54_999), Idle(55_000)],
+            "the robot was busy with its request",
+            [request(0, RESET), reply(0, RESET), Replied(45_000), nothing(54_999), Idle(55_000)],
         );
-        let last_foreign_probe = (1..19).map(|i| foreign_probe(500 + 500 * i));
-        let began = [Act(0), probe(500)];
-        check(
-            "another one does not speak for it",
-            began.into_iter().chain(last_foreign_probe).chain([Idle(10_000)]),
-        );
+        let probes = (1..19).map(|i| foreign_probe(500 + 500 * i));
+        let began = [Actions(0), probe(500)];
+        check("a second client's probes do not count", began.into_iter().chain(probes).chain([Idle(10_000)]));
     }
 }

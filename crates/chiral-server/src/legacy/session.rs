@@ -1,8 +1,9 @@
-//! The session of a legacy client: one connection, no hello, no words for errors.
+//! The session of a legacy client: one connection, no hello, no error replies.
 //!
-//! Its requests are carried out one after another, as the servers do that it knows: the next begins when the
-//! last one was answered, so that answers come in the order of the requests. Its actions never wait for them.
-//! What the wire does not say, the session and the episode that actions belong to, is the newest.
+//! Its requests are served one after another, as legacy servers do: the next one starts after the reply to
+//! the last one, so that replies come in the order of the requests. Its actions never wait for requests. The
+//! wire does not carry the session and the episode that actions belong to; they are taken to be the current
+//! ones.
 
 use std::{
     pin::pin,
@@ -28,9 +29,9 @@ use crate::{
     session::{CLOSE_TIMEOUT, End, Session},
 };
 
-/// Serves a connection of a legacy client's own until it ends.
+/// Serves a legacy client on a connection of its own, until that ends.
 pub(crate) async fn serve<T: Transport>(core: &Arc<ServerCore>, transport: &T, idle_timeout: IdleTimeout) {
-    // Until its last word is said it counts, so that a stopping server waits for that.
+    // The session is dropped only after the close, so that a stopping server waits for the close frame.
     let session = open_session(core, transport);
     let end = match &session {
         Ok(session) => {
@@ -52,10 +53,10 @@ pub(crate) async fn serve<T: Transport>(core: &Arc<ServerCore>, transport: &T, i
 }
 
 pub(super) fn not_a_client_message() -> Fault {
-    Fault::new(Code::Protocol, "expected what a client says, found something else")
+    Fault::new(Code::Protocol, "expected a message that a client sends, found another")
 }
 
-/// The first connection controls the robot, since on this wire there is nobody who only watches.
+/// Opens a session as controller: this wire has no observers.
 pub(super) fn open_session<T: Transport>(
     core: &Arc<ServerCore>,
     transport: &T,
@@ -64,7 +65,7 @@ pub(super) fn open_session<T: Transport>(
     Session::open(core, Role::Controller, &name, "unknown", transport.peer())
 }
 
-/// A session, while its loops run.
+/// A legacy client's session, while its loops run.
 pub(super) struct LegacySession<'a, T> {
     session: &'a Arc<Session>,
     core: &'a Arc<ServerCore>,
@@ -72,7 +73,7 @@ pub(super) struct LegacySession<'a, T> {
     idle_timeout: IdleTimeout,
     requests: Mutex<RequestQueue>,
     is_shared: bool,
-    /// Something was asked.
+    /// Notified when a request arrives, to wake the send loop.
     request_arrived: Notify,
     dropped_actions: Arc<LogThrottle>,
     dropped_requests: LogThrottle,
@@ -116,7 +117,7 @@ impl<'a, T: Transport> LegacySession<'a, T> {
 
     async fn receive_frames(&self) -> End {
         loop {
-            let heard = match self.transport.recv().await {
+            let end = match self.transport.recv().await {
                 Ok(Some(frame)) => self.handle_frame(frame),
                 Ok(None) => return End::Closed,
                 Err(error @ TransportError::Protocol { .. }) => {
@@ -124,19 +125,19 @@ impl<'a, T: Transport> LegacySession<'a, T> {
                 }
                 Err(error) => return End::Lost(error),
             };
-            if let Some(end) = heard {
+            if let Some(end) = end {
                 return end;
             }
         }
     }
 
-    /// Takes a frame in; what comes of its refusal, if it is refused at once.
+    /// Handles one frame. Returns why the session ends, if it does.
     pub(super) fn handle_frame(&self, frame: Frame) -> Option<End> {
         self.handle_message(frame).err().and_then(|fault| self.handle_refusal(fault))
     }
 
     fn handle_message(&self, frame: Frame) -> Result<(), Fault> {
-        let asked = match self.transport.codec().decode(frame) {
+        let request = match self.transport.codec().decode(frame) {
             Ok(Message::Notice(Notice::Action(message))) => {
                 self.handle_actions(message);
                 return Ok(());
@@ -145,7 +146,7 @@ impl<'a, T: Transport> LegacySession<'a, T> {
             Ok(Message::Unknown { .. }) => {
                 tracing::debug!(
                     session = self.session.id,
-                    "passed over what is unknown to this wire, as legacy servers do"
+                    "ignored a message of an unknown kind, as legacy servers do"
                 );
                 return Ok(());
             }
@@ -157,13 +158,13 @@ impl<'a, T: Transport> LegacySession<'a, T> {
             }
             Err(error) => Err(error.into()),
         };
-        // What is wrong is refused in its turn, after what was asked before it.
-        let taken = lock(&self.requests).push(asked, self.core.clock.now());
+        // An invalid request, too, is refused in its turn, after the requests before it.
+        let pushed = lock(&self.requests).push(request, self.core.clock.now());
         self.request_arrived.notify_one();
-        taken
+        pushed
     }
 
-    /// What no robot should see need not wait for its turn in memory.
+    /// Checks a step's actions on arrival, so that invalid ones do not take up memory until their turn.
     fn check(&self, request: Request) -> CheckedRequest {
         if let Request::Step { actions, .. } = &request {
             self.core.robot.action_spec.check(actions)?;
@@ -182,7 +183,7 @@ impl<'a, T: Transport> LegacySession<'a, T> {
             self.core.control.count_refused();
             let fault = Fault::new(
                 Code::Resetting,
-                "expected actions after the reset's reply, found a reset that waits",
+                "expected actions after the reset's reply, found a pending reset",
             );
             return log_dropped(&self.dropped_actions, session, &fault);
         }
@@ -196,14 +197,15 @@ impl<'a, T: Transport> LegacySession<'a, T> {
         );
     }
 
-    /// A request was refused: the end of a connection, since its caller would wait for ever; but who shares
-    /// the keys with others is not even told.
+    /// Ends a connection on which a request was refused: the wire has no error reply, so the caller would
+    /// wait without end. On shared keys, where there is no connection to close, the refusal is only logged.
     fn handle_refusal(&self, fault: Fault) -> Option<End> {
         if !self.is_shared {
             return Some(End::Refused(fault));
         }
         let session = self.session.id;
-        self.dropped_requests.record(|count| tracing::warn!(session, count, "no answer: {fault}"));
+        self.dropped_requests
+            .record(|count| tracing::warn!(session, count, "no reply to a request: {fault}"));
         None
     }
 
@@ -213,8 +215,8 @@ impl<'a, T: Transport> LegacySession<'a, T> {
         let mut ended = pin!(self.session.ended());
         loop {
             let next = lock(&self.requests).next(self.core.clock.now());
-            let asked = match next {
-                Next::Serve(asked) => asked,
+            let request = match next {
+                Next::Serve(request) => request,
                 Next::Idle => return End::Idle(self.core.options.idle_timeout),
                 Next::Wait(limit) => {
                     tokio::select! {
@@ -226,14 +228,14 @@ impl<'a, T: Transport> LegacySession<'a, T> {
                     continue;
                 }
             };
-            // Only the choice of what to send is interruptible, never the sending.
-            let answer = tokio::select! {
+            // The session's end interrupts the wait for a reply, but not the sending.
+            let reply = tokio::select! {
                 biased;
                 end = &mut ended => return end,
-                answer = self.reply_to(asked) => answer,
+                reply = self.reply_to(request) => reply,
             };
             lock(&self.requests).begin_reply();
-            let end = match answer {
+            let end = match reply {
                 Ok(frame) => self.transport.send(frame).await.err().map(End::Lost),
                 Err(fault) => self.handle_refusal(fault),
             };
@@ -244,11 +246,11 @@ impl<'a, T: Transport> LegacySession<'a, T> {
         }
     }
 
-    /// The frame that answers.
-    async fn reply_to(&self, asked: CheckedRequest) -> Result<Frame, Fault> {
-        let message = Message::Reply { id: msgpack::ID, reply: self.serve_request(asked?).await? };
+    /// Serves a request and encodes the reply.
+    async fn reply_to(&self, request: CheckedRequest) -> Result<Frame, Fault> {
+        let message = Message::Reply { id: msgpack::ID, reply: self.serve_request(request?).await? };
         let encode_failed =
-            |error| Fault::new(Code::RobotFailed, format!("the robot's answer cannot be sent: {error}"));
+            |error| Fault::new(Code::RobotFailed, format!("the robot's reply cannot be encoded: {error}"));
         self.transport.codec().encode(&message).map_err(encode_failed)
     }
 
@@ -268,20 +270,21 @@ impl<'a, T: Transport> LegacySession<'a, T> {
                 call_control(|on_reply| control.step(request, on_reply)).await.map(Reply::Step)
             }
             Request::Hello(_) | Request::Subscribe(_) | Request::Unsubscribe => {
-                Err(Fault::new(Code::Unsupported, "expected a request of this wire's, found another"))
+                Err(Fault::new(Code::Unsupported, "expected a request of the legacy wire, found another"))
             }
         }
     }
 }
 
-/// What the control thread answers.
+/// Calls the control thread and waits for its reply.
 async fn call_control<R: Send + 'static>(call: impl FnOnce(OnReply<R>)) -> Result<R, Fault> {
     let (sender, receiver) = oneshot::channel();
     call(Box::new(move |outcome| drop(sender.send(outcome))));
-    let dropped = |_| Err(Fault::new(Code::ShuttingDown, "the session ended before the robot answered"));
+    let dropped = |_| Err(Fault::new(Code::ShuttingDown, "the session ended before the robot replied"));
     receiver.await.unwrap_or_else(dropped)
 }
 
+/// Logs that actions were dropped, since this wire cannot report it.
 fn log_dropped(dropped: &LogThrottle, session: u64, fault: &Fault) {
     dropped.record(|count| {
         tracing::warn!(session, count, "a legacy client's apply_action was dropped: {fault}")

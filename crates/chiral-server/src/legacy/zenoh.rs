@@ -1,5 +1,5 @@
-//! The keys that all legacy clients of a Zenoh network share. There are no connections on them, and nobody can
-//! be told from anybody else.
+//! The keys that all legacy clients of a Zenoh network share. There are no connections on them, and clients
+//! cannot be told apart.
 
 use std::{convert::Infallible, sync::Arc};
 
@@ -21,36 +21,35 @@ use crate::{
     log_throttle::LogThrottle,
 };
 
-/// Serves legacy clients on this network, by a thread of its own, until what is returned is dropped.
+/// Serves legacy clients on this network, on a thread of its own, until the returned sender is dropped.
 pub(crate) async fn start(core: &Arc<ServerCore>, network: &ZenohSession) -> oneshot::Sender<Infallible> {
-    let (serving, ended) = oneshot::channel();
+    let (guard, dropped) = oneshot::channel();
     match network.legacy(End::Server, core.options.max_frame, Pool::new(0)).await {
         Ok(transport) => {
             let (core, network) = (Arc::clone(core), network.clone());
             connection_runtime().spawn(async move {
                 tokio::select! {
                     () = serve(&core, &network, &transport) => {}
-                    _ = ended => {}
+                    _ = dropped => {}
                 }
             });
         }
         Err(error) => tracing::warn!("legacy clients are not served on Zenoh: {}", chain(&error)),
     }
-    serving
+    guard
 }
 
-/// Serves whoever is heard on keys that all legacy clients share, one session after another; returns when
-/// nothing more can be heard. A session begins with the first word while there is none, if `may_begin` has
-/// nothing against it, and ends when nobody listens any more, or with a silence. `transport`'s `recv` may be
-/// dropped.
+/// Serves one session after another; returns when the Zenoh session is closed. A message opens a session if
+/// there is none and the robot is alone on the network. The session ends when no client subscribes any more,
+/// or when its client is idle.
 async fn serve(core: &Arc<ServerCore>, network: &ZenohSession, transport: &LegacyTransport) {
-    let dropped = LogThrottle::new(core.clock.clone());
-    while let Ok(heard) = transport.recv().await {
-        // Of those who leave, none has a session here.
-        let Some(frame) = heard else { continue };
-        let begun = match (check_client_message(frame.clone()), core.control.controller()) {
+    let refusals = LogThrottle::new(core.clock.clone());
+    while let Ok(received) = transport.recv().await {
+        // The last subscriber has gone; it had no session here.
+        let Some(frame) = received else { continue };
+        let session = match (check_client_message(frame.clone()), core.control.controller()) {
             (Err(fault), _) => Err(fault),
-            // Asked before the network is.
+            // Checked first, since it needs no request on the network.
             (Ok(()), Some(holder)) => {
                 Err(Fault::new(Code::Busy, format!("the robot is controlled by {holder:?}")))
             }
@@ -58,24 +57,26 @@ async fn serve(core: &Arc<ServerCore>, network: &ZenohSession, transport: &Legac
                 check_alone(network, &core.robot.name).await.and_then(|()| open_session(core, transport))
             }
         };
-        match begun {
+        match session {
             Ok(session) => {
                 let requests = RequestQueue::for_shared_keys(core.options.idle_timeout, core.clock.now());
-                let legacy = LegacySession::new(&session, transport, IdleTimeout::never(), requests);
-                legacy.handle_frame(frame);
-                legacy.run().await;
+                // Not the idle timeout of the transport: frames of a second client must not count as this
+                // one's. The request queue, which tells them apart, decides when the session is idle.
+                let session = LegacySession::new(&session, transport, IdleTimeout::never(), requests);
+                session.handle_frame(frame);
+                session.run().await;
             }
             Err(fault) => {
                 let peer = transport.peer();
-                dropped.record(|count| {
-                    tracing::warn!(peer, count, "dropped what a legacy client says: {fault}")
+                refusals.record(|count| {
+                    tracing::warn!(peer, count, "dropped a legacy client's message: {fault}")
                 });
             }
         }
     }
 }
 
-/// Whether it is what a client says: nothing else may claim the robot.
+/// Fails unless a client sent the frame: nothing else may claim the robot.
 fn check_client_message(frame: Frame) -> Result<(), Fault> {
     match Codec::Msgpack.decode(frame)? {
         Message::Request { .. } | Message::Notice(Notice::Action(_)) => Ok(()),
@@ -83,17 +84,19 @@ fn check_client_message(frame: Frame) -> Result<(), Fault> {
     }
 }
 
-/// A legacy client does not say which robot it means: no robot of ours takes its word where there are two.
+/// Fails unless the robot is the only one on this network: legacy messages name no robot, so with two robots
+/// no server acts on them.
 async fn check_alone(network: &ZenohSession, robot: &str) -> Result<(), Fault> {
     let robots = network.robots().await;
     let robots = robots.map_err(|error| {
-        Fault::new(Code::Busy, format!("which robots there are is not known: {}", chain(&error)))
+        Fault::new(Code::Busy, format!("cannot list the robots on this network: {}", chain(&error)))
     })?;
     match robots.into_iter().find(|(name, _)| name != robot) {
         None => Ok(()),
         Some((other, _)) => {
             let text = format!(
-                "expected robot {robot:?} to be alone on this network, where legacy clients name none, found {other:?}"
+                "expected robot {robot:?} to be alone on this network, since legacy clients name no robot, \
+                 found {other:?}"
             );
             Err(Fault::new(Code::Busy, text).retryable())
         }
