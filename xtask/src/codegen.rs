@@ -1,23 +1,27 @@
-//! Generates what is committed of the schema: the prost types and the descriptor set, without a protoc.
-//! `--bless` rewrites the golden frames too.
-
-use std::path::Path;
+//! The generated files that are committed: the prost types, the descriptor set and, with `--bless`, the golden
+//! frames. The generator is the binary `xtask-codegen`; here its output is compared and installed.
 
 use anyhow::{Context, Result, bail};
 
 use crate::command::{self, cargo};
 
-/// The schema, the one source of both outputs.
+/// The source of all generated files.
 const SCHEMA: &str = "proto/chiral/v1/chiral.proto";
 
-/// Write what is generated from the schema, and say what changed.
+/// What the generator writes, and where it is committed.
+const GENERATED: &[(&str, &str)] =
+    &[("wire.rs", "crates/chiral-proto/src/codec/wire.rs"), ("chiral.binpb", "proto/chiral.binpb")];
+
+/// Write the files that are generated from the protobuf schema.
+///
+/// Lists the files that changed. Commit them together with the schema.
 #[derive(clap::Args)]
 pub(crate) struct Arguments {
-    /// Write nothing: fail, naming the file, if a committed one is not what the schema gives.
+    /// Write nothing; fail if a committed file differs from what the schema gives.
     #[arg(long)]
     check: bool,
-    /// Rewrite the golden frames and the fuzz seeds too. Do so only when the protocol was meant to change,
-    /// and read the diff: old peers speak the old frames.
+    /// Also rewrite the golden frames and the fuzz seeds. Only for an intended change of the protocol: read
+    /// the diff, since released peers still speak the old frames.
     #[arg(long, conflicts_with = "check")]
     bless: bool,
 }
@@ -26,11 +30,11 @@ pub(crate) fn run(arguments: &Arguments) -> Result<()> {
     if arguments.check {
         return check();
     }
-    let stale = stale()?;
-    if stale.is_empty() {
-        println!("the generated files are what {SCHEMA} gives");
+    let outdated = outdated()?;
+    if outdated.is_empty() {
+        println!("the generated files are up to date with {SCHEMA}");
     }
-    for (path, bytes) in stale {
+    for (path, bytes) in outdated {
         std::fs::write(command::root().join(path), bytes).with_context(|| format!("writing {path}"))?;
         println!("wrote {path}");
     }
@@ -41,43 +45,30 @@ pub(crate) fn run(arguments: &Arguments) -> Result<()> {
     Ok(())
 }
 
-/// Fails, naming the file, if a committed file is not what the schema gives.
+/// Fails, naming the file, if a committed file differs from what the schema gives.
 pub(crate) fn check() -> Result<()> {
-    if let Some((path, _)) = stale()?.first() {
-        bail!("{path} is not what {SCHEMA} gives: run `cargo xtask codegen` and commit the result");
+    if let Some((path, _)) = outdated()?.first() {
+        bail!("{path} is out of date with {SCHEMA}: run `cargo xtask codegen` and commit the result");
     }
-    println!("the generated files are what {SCHEMA} gives");
+    println!("the generated files are up to date with {SCHEMA}");
     Ok(())
 }
 
-/// The generated files whose committed content is another, each with what it ought to hold.
-fn stale() -> Result<Vec<(&'static str, Vec<u8>)>> {
-    let root = command::root();
-    let mut files = generate(root)?;
-    files.retain(|(path, wanted)| !std::fs::read(root.join(path)).is_ok_and(|found| found == *wanted));
-    Ok(files)
-}
+/// The committed files that differ from what the schema gives, each with its new content.
+fn outdated() -> Result<Vec<(&'static str, Vec<u8>)>> {
+    let output = command::target()?.join("codegen");
+    std::fs::create_dir_all(&output).with_context(|| format!("creating {}", output.display()))?;
+    let generator = ["run", "--quiet", "--package", "xtask", "--features", "codegen", "--bin", "xtask-codegen"];
+    command::run(cargo(generator).args(["--", "proto"]).arg(&output))?;
 
-/// The generated files, each with what it ought to hold.
-fn generate(root: &Path) -> Result<Vec<(&'static str, Vec<u8>)>> {
-    let descriptors = protox::Compiler::new([root.join("proto")])?
-        .include_source_info(true)
-        .open_file(root.join(SCHEMA))
-        .context("compiling the schema")?
-        .file_descriptor_set();
-    let mut without_comments = descriptors.clone();
-    for file in &mut without_comments.file {
-        file.source_code_info = None;
+    let mut outdated = Vec::new();
+    for (name, committed) in GENERATED {
+        let path = output.join(name);
+        let bytes = std::fs::read(&path).with_context(|| format!("reading {}", path.display()))?;
+        if std::fs::read(command::root().join(committed)).is_ok_and(|found| found == bytes) {
+            continue;
+        }
+        outdated.push((*committed, bytes));
     }
-
-    let requests = descriptors.file.into_iter().map(|file| {
-        let module = prost_build::Module::from_protobuf_package_name(file.package());
-        (module, file)
-    });
-    let modules = prost_build::Config::new().btree_map(["."]).bytes(["."]).generate(requests.collect())?;
-    let rust = modules.into_values().next().context("the schema has one package")?;
-    Ok(vec![
-        ("crates/chiral-proto/src/codec/wire.rs", rust.into_bytes()),
-        ("proto/chiral.binpb", prost::Message::encode_to_vec(&without_comments)),
-    ])
+    Ok(outdated)
 }

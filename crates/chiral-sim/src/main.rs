@@ -6,7 +6,9 @@ use std::process::ExitCode;
 
 use clap::Parser;
 
-use crate::cli::{discover, policy, router, serve, watch};
+use crate::cli::{policy, serve, watch};
+#[cfg(feature = "zenoh")]
+use crate::cli::{discover, router};
 
 /// A simulated robot, and a policy that drives it from pixels.
 #[derive(Parser)]
@@ -15,7 +17,9 @@ enum Command {
     Serve(serve::Arguments),
     Policy(policy::Arguments),
     Watch(watch::Arguments),
+    #[cfg(feature = "zenoh")]
     Discover(discover::Arguments),
+    #[cfg(feature = "zenoh")]
     #[command(hide = true)]
     Router(router::Arguments),
 }
@@ -38,7 +42,9 @@ fn main() -> ExitCode {
         Command::Serve(arguments) => serve::run(&arguments).map(|()| ExitCode::SUCCESS),
         Command::Policy(arguments) => policy::run(&arguments),
         Command::Watch(arguments) => watch::run(&arguments).map(|()| ExitCode::SUCCESS),
+        #[cfg(feature = "zenoh")]
         Command::Discover(arguments) => discover::run(&arguments),
+        #[cfg(feature = "zenoh")]
         Command::Router(arguments) => router::run(&arguments).map(|()| ExitCode::SUCCESS),
     };
     ended.unwrap_or_else(|error| {

@@ -1,13 +1,16 @@
 //! The commands, a file each, and what they share: logs, Ctrl-C, the process's own CPU time.
 
+#[cfg(feature = "zenoh")]
 pub(crate) mod discover;
 pub(crate) mod policy;
+#[cfg(feature = "zenoh")]
 pub(crate) mod router;
 pub(crate) mod serve;
 pub(crate) mod watch;
+#[cfg(feature = "zenoh")]
+mod zenoh;
 
 use std::io::IsTerminal;
-use std::path::PathBuf;
 use std::process;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
@@ -49,12 +52,9 @@ pub(crate) struct Target {
     /// --robot tcp/localhost:7447, with --zenoh-config zenoh:
     #[arg(value_name = "URI")]
     uri: Option<String>,
-    /// Which robot, on a Zenoh network of several
-    #[arg(long, value_name = "NAME")]
-    robot: Option<String>,
-    /// A configuration file of Zenoh's: TLS, user and password, whom to connect to
-    #[arg(long, value_name = "FILE")]
-    zenoh_config: Option<PathBuf>,
+    #[cfg(feature = "zenoh")]
+    #[command(flatten)]
+    zenoh: zenoh::ClientOptions,
     /// The one wire that will do; by default ours, or else that of legacy servers
     #[arg(long, value_enum)]
     codec: Option<Wire>,
@@ -81,19 +81,18 @@ pub(crate) fn name(codec: Codec) -> &'static str {
 
 impl Target {
     pub(crate) fn uri(&self) -> &str {
-        match self {
-            Target { uri: Some(uri), .. } => uri,
-            Target { zenoh_config: Some(_), .. } => "zenoh:",
-            Target { robot: Some(_), .. } => "tcp/localhost:7447",
-            _ => PolicyClient::DEFAULT_URI,
-        }
+        #[cfg(feature = "zenoh")]
+        let default = self.zenoh.default_uri();
+        #[cfg(not(feature = "zenoh"))]
+        let default = None;
+        self.uri.as_deref().or(default).unwrap_or(PolicyClient::DEFAULT_URI)
     }
 
     /// A client yet to be connected.
     pub(crate) fn client(&self) -> Result<PolicyClientBuilder> {
         let builder = PolicyClient::builder(self.uri());
-        let builder = if let Some(robot) = &self.robot { builder.robot(robot) } else { builder };
-        let builder = if let Some(file) = &self.zenoh_config { builder.zenoh_config(file) } else { builder };
+        #[cfg(feature = "zenoh")]
+        let builder = self.zenoh.apply(builder);
         let builder = match self.codec {
             Some(Wire::Protobuf) => builder.codec(Codec::Protobuf),
             Some(Wire::Msgpack) => builder.codec(Codec::Msgpack),

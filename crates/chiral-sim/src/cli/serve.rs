@@ -1,7 +1,6 @@
 //! `chiral-sim serve`: the robot.
 
 use std::net::{SocketAddr, ToSocketAddrs};
-use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
@@ -19,23 +18,9 @@ pub(crate) struct Arguments {
     /// authentication yet
     #[arg(long, value_name = "ADDRESS", value_parser = resolve)]
     bind: Option<SocketAddr>,
-    /// Be on a Zenoh network, and let others into it here, such as tcp/0.0.0.0:7447; without a locator
-    /// tcp/127.0.0.1:7447, for this host
-    #[arg(long, value_name = "LOCATOR", num_args = 0..=1, default_missing_value = "tcp/127.0.0.1:7447")]
-    zenoh: Vec<String>,
-    /// Join the Zenoh network of a router or another robot, such as tcp/router:7447
-    #[arg(long, value_name = "LOCATOR")]
-    zenoh_join: Vec<String>,
-    /// Send observations by the network also to peers on this host
-    #[arg(long)]
-    no_shared_memory: bool,
-    /// Be on a Zenoh network as this configuration file of Zenoh's says: TLS, users, access control, whom to
-    /// connect to
-    #[arg(long, value_name = "FILE")]
-    zenoh_config: Option<PathBuf>,
-    /// Do not answer those who search the Zenoh networks around for robots
-    #[arg(long)]
-    no_discovery: bool,
+    #[cfg(feature = "zenoh")]
+    #[command(flatten)]
+    zenoh: super::zenoh::ServerOptions,
     /// The robot's name, as peers see it; on a Zenoh network each has its own. By default this host's
     #[arg(long)]
     name: Option<String>,
@@ -91,20 +76,15 @@ pub(crate) fn run(arguments: &Arguments) -> Result<()> {
         let each = (super::cpu_seconds() - cpu_before) * 1e3 / pictures.max(1) as f64;
         tracing::info!("drew {pictures} pictures, {each:.2} ms of CPU each");
     }
-    let mut builder = PolicyServer::builder(robot, sensors)
-        .shared_memory(!arguments.no_shared_memory)
-        .discovery(!arguments.no_discovery);
+    let mut builder = PolicyServer::builder(robot, sensors);
     if let Some(name) = &arguments.name {
         builder = builder.name(name);
-    }
-    if let Some(file) = &arguments.zenoh_config {
-        builder = builder.zenoh_config(file);
     }
     if let Some(address) = arguments.bind {
         builder = builder.bind(address);
     }
-    builder = arguments.zenoh.iter().fold(builder, |builder, locator| builder.listen_zenoh(locator));
-    builder = arguments.zenoh_join.iter().fold(builder, |builder, locator| builder.join_zenoh(locator));
+    #[cfg(feature = "zenoh")]
+    let builder = arguments.zenoh.apply(builder);
     let server = builder.build()?;
     tracing::info!("{cameras} cameras of {width} x {height} at {fps} Hz");
 
