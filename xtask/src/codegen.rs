@@ -58,7 +58,8 @@ pub(crate) fn check() -> Result<()> {
 fn outdated() -> Result<Vec<(&'static str, Vec<u8>)>> {
     let output = command::target()?.join("codegen");
     std::fs::create_dir_all(&output).with_context(|| format!("creating {}", output.display()))?;
-    let generator = ["run", "--quiet", "--package", "xtask", "--features", "codegen", "--bin", "xtask-codegen"];
+    let generator =
+        ["run", "--quiet", "--package", "xtask", "--features", "codegen", "--bin", "xtask-codegen"];
     command::run(cargo(generator).args(["--", "proto"]).arg(&output))?;
 
     let mut outdated = Vec::new();

@@ -100,10 +100,10 @@ mod tests {
                 .unwrap();
             frame.into_bytes().to_vec()
         };
-        let seen = |robot: &str, locator: &str, is_own, info: &[u8]| ScoutedRobot {
+        let seen = |robot: &str, locator: &str, is_direct, info: &[u8]| ScoutedRobot {
             robot: robot.to_owned(),
             locator: locator.to_owned(),
-            is_own,
+            is_direct,
             info: info.to_vec(),
         };
         let robots = merge(vec![

@@ -8,9 +8,8 @@ use std::{
 };
 
 use chiral_proto::{
-    Code, DecodeError, Fault, Message, Notice, Observation, Reply, Request, Timestamp, Transport,
-    TransportError,
-    error::UnknownName,
+    Code, Fault, Message, Notice, Observation, Reply, Request, Timestamp, Transport, TransportError,
+    error::{DecodeError, UnknownName},
     message::{Subscribe, Welcome},
 };
 use chiral_transport::IdleTimeout;
@@ -102,7 +101,7 @@ impl<T: Transport> Connection<'_, T> {
                 Err((permit, fault)) => reply(permit, id, Err(fault)),
             },
             Ok(Message::Notice(Notice::Action(message))) => {
-                self.core.pacing.ask();
+                self.core.pacing.note_action();
                 let report =
                     |fault| enqueue(permit, SendItem::Message(Message::Notice(Notice::Error(fault))));
                 self.core.control.submit_actions(self.session.id, message, Box::new(report));

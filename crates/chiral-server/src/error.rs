@@ -3,8 +3,9 @@
 use std::{any::Any, error::Error as StdError, fmt, io, net::SocketAddr, time::Duration};
 
 use chiral_proto::{
-    Code, Fault, TensorError,
+    Code, Fault,
     error::{UnknownName, chain},
+    tensor::TensorError,
 };
 
 /// Why a server could not start, or stopped serving.

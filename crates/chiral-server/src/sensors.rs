@@ -157,7 +157,7 @@ impl Sensors {
         let len = Self::IDLE_BUFFERS * observation + (1 << 20);
         match SharedMemory::new(len) {
             Ok(memory) => {
-                self.shared.pool.set_provider(&memory.memory());
+                self.shared.pool.set_provider(&memory.provider());
                 Some(memory)
             }
             Err(error) => {

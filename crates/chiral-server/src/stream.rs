@@ -2,7 +2,7 @@
 
 use std::{sync::Arc, time::Duration};
 
-use chiral_proto::{Camera, Observation, Ticker, Timestamp, message::Subscribe};
+use chiral_proto::{Camera, Observation, Timestamp, clock::Ticker, message::Subscribe};
 
 /// One client's observation stream.
 #[derive(Debug)]
@@ -60,7 +60,7 @@ impl Stream {
 
 #[cfg(test)]
 mod tests {
-    use chiral_proto::Rate;
+    use chiral_proto::clock::Rate;
 
     use super::*;
 

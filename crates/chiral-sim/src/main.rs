@@ -6,9 +6,9 @@ use std::process::ExitCode;
 
 use clap::Parser;
 
-use crate::cli::{policy, serve, watch};
 #[cfg(feature = "zenoh")]
 use crate::cli::{discover, router};
+use crate::cli::{policy, serve, watch};
 
 /// A simulated robot, and a policy that drives it from pixels.
 #[derive(Parser)]

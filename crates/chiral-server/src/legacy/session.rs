@@ -187,7 +187,7 @@ impl<'a, T: Transport> LegacySession<'a, T> {
             );
             return log_dropped(&self.dropped_actions, session, &fault);
         }
-        self.core.pacing.ask();
+        self.core.pacing.note_action();
         let message = ActionMessage { session, episode: self.core.sampler.episode(), ..message };
         let dropped = Arc::clone(&self.dropped_actions);
         self.core.control.submit_actions(
