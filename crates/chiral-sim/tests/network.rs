@@ -140,7 +140,7 @@ async fn check_drives(builder: PolicyClientBuilder, robot: &str) {
     env.close().await.unwrap();
 }
 
-/// Connecting fails fast, with an error that says that the network refused the client.
+/// Checks that connecting fails fast with the error of a refused client.
 async fn check_network_refuses(builder: PolicyClientBuilder) {
     let error = builder.connect().await.unwrap_err();
     assert!(

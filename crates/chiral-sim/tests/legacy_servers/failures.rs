@@ -33,7 +33,7 @@ async fn a_late_reply_is_never_taken_for_the_reply_to_another_request() {
 
     let (late, _) = in_time(async { tokio::join!(env.get_obs(), server.expect("obs_request")) }).await;
     assert!(matches!(late, Err(Error::Timeout { .. })), "{late:?}");
-    // A late reply of another kind is told apart by its kind.
+    // The client recognises a late reply of another kind by its kind.
     let (late, next) = (server.next_observation(), server.next_observation());
     let replying = async {
         server.expect("metadata").await;
