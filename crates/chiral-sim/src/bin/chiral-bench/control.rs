@@ -1,5 +1,5 @@
-//! The connection by which the measuring client asks the server process for what only that knows: a word a
-//! line there, a JSON object a line back.
+//! The control connection, on which the measuring client requests what only the server process knows. A
+//! request is a line of text, the reply a JSON object on one line.
 
 use std::io::{BufRead, BufReader, Write};
 use std::net::{SocketAddr, TcpListener, TcpStream};
@@ -10,24 +10,24 @@ use anyhow::{Context, Result, bail};
 use serde_json::{Value, json};
 
 use crate::raw;
-use crate::server::About;
+use crate::server_info::ServerInfo;
 use crate::usage::Usage;
 use crate::workload::Arrivals;
 
-/// What the server process answers from.
-pub(crate) struct Runtime {
-    pub(crate) about: Value,
+/// The state of the server process that requests read and change.
+pub(crate) struct ServerState {
+    pub(crate) info: Value,
     pub(crate) arrivals: Arrivals,
     pub(crate) cameras: Arc<Mutex<Cameras>>,
 }
 
-/// What the cameras do.
+/// How the cameras publish.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
 pub(crate) struct Cameras {
-    /// They publish at this rate; at 0, not at all.
+    /// The rate; 0: they do not publish.
     pub(crate) hz: f64,
-    /// Those of the robot on Zenoh, into fresh buffers, as cameras do. The other robot's publish what was
-    /// drawn before, which costs nothing.
+    /// Whether the Zenoh robot's cameras draw each picture into a fresh buffer, as real cameras do. If not, the
+    /// other robot's cameras publish prepared pictures, which costs nothing.
     pub(crate) draw: bool,
 }
 
@@ -35,25 +35,25 @@ impl Cameras {
     pub(crate) const OFF: Cameras = Cameras { hz: 0.0, draw: false };
 }
 
-/// Answers one client after the other, for ever.
-pub(crate) fn serve(listener: &TcpListener, host: &Runtime) -> Result<()> {
+/// Serves one client after the other; never returns without an error.
+pub(crate) fn serve(listener: &TcpListener, state: &ServerState) -> Result<()> {
     loop {
         let (stream, _) = listener.accept().context("accepting a control connection")?;
         stream.set_nodelay(true).context("setting TCP_NODELAY")?;
         let mut writer = stream.try_clone().context("sharing a control connection")?;
         for line in BufReader::new(stream).lines().map_while(Result::ok) {
-            let answer = answer(host, &line)?;
-            if writeln!(writer, "{answer}").is_err() {
+            let reply = reply(state, &line)?;
+            if writeln!(writer, "{reply}").is_err() {
                 break;
             }
         }
     }
 }
 
-fn answer(host: &Runtime, line: &str) -> Result<Value> {
-    let arrivals = || host.arrivals.lock().unwrap_or_else(PoisonError::into_inner);
+fn reply(state: &ServerState, line: &str) -> Result<Value> {
+    let arrivals = || state.arrivals.lock().unwrap_or_else(PoisonError::into_inner);
     Ok(match line.split_once(' ').unwrap_or((line, "")) {
-        ("about", _) => host.about.clone(),
+        ("info", _) => state.info.clone(),
         ("usage", _) => {
             let Usage { cpu_s, minor_faults, resident_bytes, peak_resident_bytes } = Usage::now()?;
             json!({"cpu_s": cpu_s, "minor_faults": minor_faults, "resident_bytes": resident_bytes, "peak": peak_resident_bytes})
@@ -62,35 +62,35 @@ fn answer(host: &Runtime, line: &str) -> Result<Value> {
             let (hz, draw) = how.split_once(' ').context("cameras")?;
             let cameras =
                 Cameras { hz: hz.parse().context("cameras")?, draw: draw.parse().context("cameras")? };
-            *host.cameras.lock().unwrap_or_else(PoisonError::into_inner) = cameras;
+            *state.cameras.lock().unwrap_or_else(PoisonError::into_inner) = cameras;
             json!({})
         }
         ("count", _) => json!({"count": arrivals().len()}),
         ("arrivals", _) => json!({"arrivals": std::mem::take(&mut *arrivals())}),
-        _ => bail!("the control connection says {line:?}"),
+        _ => bail!("unknown request on the control connection: {line:?}"),
     })
 }
 
-/// The client's end.
+/// The client's end of a control connection.
 pub(crate) struct Control {
     reader: BufReader<TcpStream>,
 }
 
 impl Control {
-    /// After how long without an arrival those that are missing count as lost.
-    const SILENCE: Duration = Duration::from_secs(2);
+    /// How long no action may arrive before the missing ones count as lost.
+    const ARRIVAL_TIMEOUT: Duration = Duration::from_secs(2);
 
     pub(crate) fn connect(address: SocketAddr) -> Result<Control> {
         Ok(Control { reader: BufReader::new(raw::connect(address)?) })
     }
 
-    pub(crate) fn about(&mut self) -> Result<About> {
-        let about = self.ask("about")?;
+    pub(crate) fn info(&mut self) -> Result<ServerInfo> {
+        let info = self.request("info")?;
         let address =
-            |path: &str| text(&about[path])?.parse().with_context(|| format!("the address of {path}"));
-        Ok(About {
-            workload: text(&about["workload"])?.to_owned(),
-            bytes: number(&about["bytes"])? as usize,
+            |path: &str| text(&info[path])?.parse().with_context(|| format!("the address of {path}"));
+        Ok(ServerInfo {
+            workload: text(&info["workload"])?.to_owned(),
+            bytes: number(&info["bytes"])? as usize,
             raw_blocking: address("raw_blocking")?,
             raw_tokio: address("raw_tokio")?,
             naive: address("naive")?,
@@ -101,9 +101,9 @@ impl Control {
         })
     }
 
-    /// What the server process has used.
+    /// What the server process has used so far.
     pub(crate) fn usage(&mut self) -> Result<Usage> {
-        let usage = self.ask("usage")?;
+        let usage = self.request("usage")?;
         let get = |key: &str| number(&usage[key]);
         Ok(Usage {
             cpu_s: get("cpu_s")?,
@@ -113,43 +113,43 @@ impl Control {
         })
     }
 
-    /// Has the cameras publish at this rate what was drawn before; at 0, not at all.
+    /// Makes the cameras publish prepared pictures at this rate; 0: nothing.
     pub(crate) fn set_cameras_hz(&mut self, hz: f64) -> Result<()> {
         self.set_cameras(Cameras { hz, draw: false })
     }
 
     pub(crate) fn set_cameras(&mut self, Cameras { hz, draw }: Cameras) -> Result<()> {
-        self.ask(&format!("cameras {hz} {draw}")).map(drop)
+        self.request(&format!("cameras {hz} {draw}")).map(drop)
     }
 
-    /// When which actions arrived, in the order they did, since this was asked last; waits until there are
-    /// `count`, or no more come.
+    /// Returns the actions that arrived since the last call, each with its time, in order of arrival. Waits
+    /// until there are `count` or no more arrive.
     pub(crate) fn arrivals(&mut self, count: usize) -> Result<Vec<(usize, i64)>> {
         let (mut arrived, mut grew) = (0, Instant::now());
-        while arrived < count && grew.elapsed() < Self::SILENCE {
+        while arrived < count && grew.elapsed() < Self::ARRIVAL_TIMEOUT {
             std::thread::sleep(Duration::from_millis(10));
-            let now = number(&self.ask("count")?["count"])? as usize;
+            let now = number(&self.request("count")?["count"])? as usize;
             if now > arrived {
                 (arrived, grew) = (now, Instant::now());
             }
         }
-        let answer = self.ask("arrivals")?;
-        let arrivals = answer["arrivals"].as_array().context("expected a list of arrivals")?;
+        let reply = self.request("arrivals")?;
+        let arrivals = reply["arrivals"].as_array().context("expected a list of arrivals")?;
         let pair = |pair: &Value| {
             Ok((number(&pair[0])? as usize, pair[1].as_i64().context("expected nanoseconds")?))
         };
         arrivals.iter().map(pair).collect()
     }
 
-    fn ask(&mut self, line: &str) -> Result<Value> {
+    fn request(&mut self, line: &str) -> Result<Value> {
         self.reader
             .get_mut()
             .write_all(format!("{line}\n").as_bytes())
-            .context("asking the server process")?;
-        let mut answer = String::new();
-        self.reader.read_line(&mut answer).context("hearing from the server process")?;
-        serde_json::from_str(&answer)
-            .with_context(|| format!("the server process answered {answer:?} to {line:?}"))
+            .context("sending a request to the server process")?;
+        let mut reply = String::new();
+        self.reader.read_line(&mut reply).context("receiving from the server process")?;
+        serde_json::from_str(&reply)
+            .with_context(|| format!("expected JSON in reply to {line:?}, found {reply:?}"))
     }
 }
 
@@ -158,5 +158,5 @@ fn number(value: &Value) -> Result<f64> {
 }
 
 fn text(value: &Value) -> Result<&str> {
-    value.as_str().with_context(|| format!("expected a text, found {value}"))
+    value.as_str().with_context(|| format!("expected a string, found {value}"))
 }

@@ -1,4 +1,4 @@
-//! Rows sent by the client's dispatch: at which rate they reach the robot, and how far off the grid.
+//! Rows sent by the client's dispatch: the rate at which they reach the robot, and how late they are.
 
 use std::f64::consts::TAU;
 
@@ -6,21 +6,21 @@ use anyhow::{Context, Result};
 use chiral_client::blocking::PolicyClient;
 
 use crate::control::Control;
-use crate::server::About;
-use crate::sheet::{Sheet, percentile};
+use crate::report::{Report, percentile};
+use crate::server_info::ServerInfo;
 
 const STREAM_HZ: f64 = 30.0;
 const RATES_HZ: [u32; 4] = [10, 50, 100, 500];
 const SECONDS: u32 = 2;
 
-pub(crate) fn run(control: &mut Control, about: &About, sheet: &Sheet, rounds: usize) -> Result<()> {
-    let client = about.drive()?;
-    // The observation after a reset is one captured after it.
+pub(crate) fn run(control: &mut Control, info: &ServerInfo, report: &Report, rounds: usize) -> Result<()> {
+    let client = info.connect_controller()?;
+    // A reset waits for an observation that is captured after it.
     control.set_cameras_hz(STREAM_HZ)?;
     client.reset().context("reset")?;
     control.set_cameras_hz(0.0)?;
     for hz in RATES_HZ {
-        for workload in ["idle", &about.workload] {
+        for workload in ["idle", &info.workload] {
             let [mut achieved_hz, mut late_us, mut arrival_late_us, mut lost] = [const { Vec::new() }; 4];
             if workload != "idle" {
                 control.set_cameras_hz(STREAM_HZ)?;
@@ -38,11 +38,11 @@ pub(crate) fn run(control: &mut Control, about: &About, sheet: &Sheet, rounds: u
                 control.set_cameras_hz(0.0)?;
             }
             let row = format!("dispatch_{hz}hz");
-            sheet.put_under(workload, &row, "asked", "achieved_hz", &[hz.into()]);
-            sheet.put_under(workload, &row, "chiral", "achieved_hz", &achieved_hz);
-            sheet.put_under(workload, &row, "chiral", "late_p50_us", &late_us);
-            sheet.put_under(workload, &row, "chiral", "arrival_late_p50_us", &arrival_late_us);
-            sheet.put_under(workload, &row, "chiral", "lost_rows", &lost);
+            report.print_for(workload, &row, "asked", "achieved_hz", &[hz.into()]);
+            report.print_for(workload, &row, "chiral", "achieved_hz", &achieved_hz);
+            report.print_for(workload, &row, "chiral", "late_p50_us", &late_us);
+            report.print_for(workload, &row, "chiral", "arrival_late_p50_us", &arrival_late_us);
+            report.print_for(workload, &row, "chiral", "lost_rows", &lost);
         }
     }
     client.close().context("closing")
@@ -52,9 +52,10 @@ struct Round {
     /// Rows that were queued and never reached the robot.
     lost: f64,
     achieved_hz: f64,
-    /// Of arrivals, see [`late_us`]: the way there varies, so this is more than dispatch's own.
+    /// How late rows arrive, see [`late_us`]. Includes the varying time in transit, so it exceeds dispatch's own
+    /// lateness.
     arrival_late_p50_us: f64,
-    /// What the client says of its own ticks.
+    /// How late the client's ticks are, by its own statistics.
     late_p50_us: Option<f64>,
 }
 
@@ -82,11 +83,10 @@ fn dispatch(client: &PolicyClient, control: &mut Control, hz: u32) -> Result<Rou
     Ok(Round { lost, achieved_hz, arrival_late_p50_us: percentile(&late_us, 50), late_p50_us })
 }
 
-/// By how much arrivals are behind the ticks of this period, in microseconds. Where the ticks lie is not
-/// known here: where the earliest twentieth of the arrivals would be on time. Ticks that were skipped show in
-/// the rate, not here.
+/// How late arrivals are after the ticks of this period, in microseconds. The ticks' phase is unknown here;
+/// the one taken makes the earliest twentieth of the arrivals punctual. Skipped ticks show in the rate, not here.
 fn late_us(after_ns: &[f64], period_ns: f64) -> Vec<f64> {
-    // Within a period there is no first and last: places are told from their mean on the circle.
+    // Phases are circular, so they are compared with their circular mean.
     let angles = after_ns.iter().map(|at| at / period_ns * TAU);
     let (sin, cos) = angles.fold((0.0, 0.0), |(sin, cos), angle| (sin + angle.sin(), cos + angle.cos()));
     let mean_ns = f64::atan2(sin, cos) / TAU * period_ns;
@@ -101,7 +101,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn lateness_is_told_wherever_in_the_period_the_ticks_lie() {
+    fn lateness_does_not_depend_on_the_phase_of_the_ticks() {
         const PERIOD_NS: f64 = 2e6;
         for phase_ns in [0.0, 0.9e6, 1.0e6, 1.9e6] {
             // A tenth on time, most 100 µs late, a few by more than half a period.

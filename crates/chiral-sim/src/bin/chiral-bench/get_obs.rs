@@ -1,44 +1,44 @@
-//! Request and reply by every path in turn: how long one takes, and what CPU time it costs either side.
+//! Request and reply over every path in turn: how long one takes, and the CPU time it costs on either side.
 
 use std::time::Instant;
 
 use anyhow::{Context, Result};
 
 use crate::control::{Cameras, Control};
-use crate::server::{About, Path};
-use crate::sheet::{Sheet, percentile};
+use crate::report::{Report, percentile};
+use crate::server_info::{Path, ServerInfo};
 use crate::usage::Usage;
 use crate::{naive, put, query, raw};
 
-/// One way to ask, and what a round of it gave, each.
-struct Way {
+/// A path, and its figures: one value per round each.
+struct Series {
     name: &'static str,
-    ask: Box<dyn FnMut() -> Result<()>>,
+    request: Box<dyn FnMut() -> Result<()>>,
     p50_ms: Vec<f64>,
     client_cpu_ms: Vec<f64>,
     server_cpu_ms: Vec<f64>,
 }
 
-impl Way {
-    fn new(name: &'static str, ask: impl FnMut() -> Result<()> + 'static) -> Way {
-        Way {
+impl Series {
+    fn new(name: &'static str, request: impl FnMut() -> Result<()> + 'static) -> Series {
+        Series {
             name,
-            ask: Box::new(ask),
+            request: Box::new(request),
             p50_ms: Vec::new(),
             client_cpu_ms: Vec::new(),
             server_cpu_ms: Vec::new(),
         }
     }
 
-    fn round(&mut self, control: &mut Control, count: usize) -> Result<()> {
-        // The first brings back what the other paths have driven from the caches.
-        (self.ask)()?;
+    fn measure_round(&mut self, control: &mut Control, count: usize) -> Result<()> {
+        // One request outside the measurement: the other paths have evicted this one from the caches.
+        (self.request)()?;
         let (server, client) = (control.usage()?, Usage::now()?);
         let mut took_ms = Vec::with_capacity(count);
         for _ in 0..count {
-            let began = Instant::now();
-            (self.ask)()?;
-            took_ms.push(began.elapsed().as_secs_f64() * 1e3);
+            let start = Instant::now();
+            (self.request)()?;
+            took_ms.push(start.elapsed().as_secs_f64() * 1e3);
         }
         let (client, server) = (Usage::now()? - client, control.usage()? - server);
         self.p50_ms.push(percentile(&took_ms, 50));
@@ -48,45 +48,45 @@ impl Way {
     }
 }
 
-pub(crate) fn run(control: &mut Control, about: &About, sheet: &Sheet, rounds: usize) -> Result<()> {
-    // About as much data a round whatever the size, within reason.
-    let count = (160_000_000 / about.bytes.max(1)).clamp(4, 200);
-    let mut blocking = raw::Blocking::connect(about.raw_blocking, about.bytes)?;
-    let mut tokio = raw::Tokio::connect(about.raw_tokio, about.bytes)?;
-    let mut naive = naive::Client::connect(about.naive, about.bytes)?;
-    let mut query = query::Client::connect(about.zenoh_query, about.bytes)?;
-    let mut put = put::Client::connect(about.zenoh_put, about.bytes)?;
-    let mut ways = vec![
-        Way::new("raw_blocking", move || blocking.ask()),
-        Way::new("raw_tokio", move || tokio.ask()),
-        Way::new("naive", move || naive.ask()),
-        Way::new("zenoh_query", move || query.ask()),
-        Way::new("zenoh_put", move || put.ask()),
+pub(crate) fn run(control: &mut Control, info: &ServerInfo, report: &Report, rounds: usize) -> Result<()> {
+    // About the same amount of data in every round, within limits.
+    let count = (160_000_000 / info.bytes.max(1)).clamp(4, 200);
+    let mut blocking = raw::Blocking::connect(info.raw_blocking, info.bytes)?;
+    let mut tokio = raw::Tokio::connect(info.raw_tokio, info.bytes)?;
+    let mut naive = naive::Client::connect(info.naive, info.bytes)?;
+    let mut query = query::Client::connect(info.zenoh_query, info.bytes)?;
+    let mut put = put::Client::connect(info.zenoh_put, info.bytes)?;
+    let mut all = vec![
+        Series::new("raw_blocking", move || blocking.request()),
+        Series::new("raw_tokio", move || tokio.request()),
+        Series::new("naive", move || naive.request()),
+        Series::new("zenoh_query", move || query.request()),
+        Series::new("zenoh_put", move || put.request()),
     ];
     let mut clients = Vec::new();
-    // A reset waits for pictures that are newer.
+    // The legacy Zenoh client resets on connecting, and a reset waits for newer pictures.
     control.set_cameras(Cameras { hz: 30.0, draw: true })?;
     for path in Path::ALL {
-        let client = about.watch(path)?;
+        let client = info.connect_observer(path)?;
         clients.push(client.clone());
-        ways.push(Way::new(path.name(), move || client.get_obs().map(drop).context("get_obs")));
+        all.push(Series::new(path.name(), move || client.get_obs().map(drop).context("get_obs")));
     }
     control.set_cameras(Cameras::OFF)?;
-    // TCP's windows and everyone's buffers have grown by then.
-    for way in &mut ways {
+    // Warm up: let TCP's windows and all buffers grow.
+    for series in &mut all {
         for _ in 0..count.max(20) {
-            (way.ask)()?;
+            (series.request)()?;
         }
     }
     for _ in 0..rounds {
-        for way in &mut ways {
-            way.round(control, count)?;
+        for series in &mut all {
+            series.measure_round(control, count)?;
         }
     }
-    for way in &ways {
-        sheet.put("get_obs", way.name, "p50_ms", &way.p50_ms);
-        sheet.put("cpu_client", way.name, "ms_per_obs", &way.client_cpu_ms);
-        sheet.put("cpu_server", way.name, "ms_per_obs", &way.server_cpu_ms);
+    for series in &all {
+        report.print("get_obs", series.name, "p50_ms", &series.p50_ms);
+        report.print("cpu_client", series.name, "ms_per_obs", &series.client_cpu_ms);
+        report.print("cpu_server", series.name, "ms_per_obs", &series.server_cpu_ms);
     }
     clients.iter().try_for_each(|client| client.close()).context("closing")
 }

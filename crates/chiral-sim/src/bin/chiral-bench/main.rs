@@ -1,6 +1,6 @@
-//! `chiral-bench`: the processes that `cargo xtask bench` measures and that nobody else starts. A server
-//! process serves one workload in every way that is compared, a client process asks for it and prints what it
-//! measured, a JSON object a line. What is made of it is the bench's own business.
+//! `chiral-bench`: the processes that `cargo xtask bench` starts and measures. A server process serves one
+//! workload over every path that is compared; a client process measures requests to it and prints the figures,
+//! one JSON object per line. `xtask` computes ratios, compares them with targets and prints the tables.
 
 mod actions;
 mod control;
@@ -12,8 +12,9 @@ mod naive;
 mod put;
 mod query;
 mod raw;
+mod report;
 mod server;
-mod sheet;
+mod server_info;
 mod soak;
 mod stream;
 mod usage;
@@ -27,13 +28,13 @@ use anyhow::{Context, Result};
 use clap::{Parser, Subcommand};
 use rustix::thread::{CpuSet, sched_setaffinity};
 
-use crate::sheet::Sheet;
+use crate::report::Report;
 use crate::workload::Workload;
 
 /// The measured processes of `cargo xtask bench`.
 #[derive(Parser)]
 struct Arguments {
-    /// Run on this core alone
+    /// Run on this core only
     #[arg(long, global = true, value_name = "N")]
     cpu: Option<usize>,
     #[command(subcommand)]
@@ -42,27 +43,27 @@ struct Arguments {
 
 #[derive(Subcommand)]
 enum Command {
-    /// Serve a workload; prints where
+    /// Serve a workload; prints the control address
     Serve { workload: Workload },
-    /// Measure against the server whose control address this is
+    /// Measure against the server with this control address
     Measure {
         what: What,
         control: SocketAddr,
-        /// How often everything is measured
+        /// Number of rounds
         #[arg(long, default_value_t = 5)]
         rounds: usize,
     },
-    /// Stream for long, and see whether memory grows
+    /// Stream for a long time, and measure whether memory grows
     Soak {
         control: SocketAddr,
         #[arg(long)]
-        over: server::Path,
+        over: server_info::Path,
         #[arg(long)]
         seconds: u64,
     },
-    /// Measure what needs no server
+    /// Measure what runs within one process
     Micro {
-        /// How often everything is measured
+        /// Number of rounds
         #[arg(long, default_value_t = 5)]
         rounds: usize,
     },
@@ -73,7 +74,7 @@ enum What {
     GetObs,
     Stream,
     Actions,
-    ActionQueue,
+    Dispatch,
     Held,
 }
 
@@ -90,30 +91,30 @@ fn main() -> ExitCode {
 
 fn run(Arguments { cpu, command }: Arguments) -> Result<()> {
     if let Some(cpu) = cpu {
-        // Before any thread is started: they all inherit it.
+        // Before any thread is started: threads inherit it.
         let mut set = CpuSet::new();
         set.set(cpu);
-        sched_setaffinity(None, &set).with_context(|| format!("moving to core {cpu}"))?;
+        sched_setaffinity(None, &set).with_context(|| format!("pinning to core {cpu}"))?;
     }
     match command {
         Command::Serve { workload } => server::run(workload),
         Command::Micro { rounds } => micro::run(rounds),
         Command::Soak { control, over, seconds } => {
             let mut control = control::Control::connect(control)?;
-            let about = control.about()?;
-            let sheet = Sheet::new(about.workload.clone());
-            soak::run(&mut control, &about, &sheet, over, Duration::from_secs(seconds))
+            let info = control.info()?;
+            let report = Report::new(info.workload.clone());
+            soak::run(&mut control, &info, &report, over, Duration::from_secs(seconds))
         }
         Command::Measure { what, control, rounds } => {
             let mut control = control::Control::connect(control)?;
-            let about = control.about()?;
-            let sheet = Sheet::new(about.workload.clone());
+            let info = control.info()?;
+            let report = Report::new(info.workload.clone());
             match what {
-                What::GetObs => get_obs::run(&mut control, &about, &sheet, rounds),
-                What::Stream => stream::run(&mut control, &about, &sheet, rounds),
-                What::Actions => actions::run(&mut control, &about, &sheet, rounds),
-                What::ActionQueue => dispatch::run(&mut control, &about, &sheet, rounds),
-                What::Held => held::run(&mut control, &about, &sheet, rounds),
+                What::GetObs => get_obs::run(&mut control, &info, &report, rounds),
+                What::Stream => stream::run(&mut control, &info, &report, rounds),
+                What::Actions => actions::run(&mut control, &info, &report, rounds),
+                What::Dispatch => dispatch::run(&mut control, &info, &report, rounds),
+                What::Held => held::run(&mut control, &info, &report, rounds),
             }
         }
     }

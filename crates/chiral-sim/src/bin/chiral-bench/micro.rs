@@ -1,4 +1,4 @@
-//! What needs no other process: a copy of an observation's bytes, a snapshot, encoding, decoding.
+//! What runs within one process: a copy of an observation's bytes, a snapshot, encoding and decoding.
 
 use std::hint::black_box;
 use std::sync::Arc;
@@ -7,17 +7,17 @@ use std::time::Instant;
 use anyhow::{Context, Result};
 use chiral_proto::{Codec, Frame, Message, Notice};
 
-use crate::sheet::{Sheet, percentile};
+use crate::report::{Report, percentile};
 use crate::workload::{Prepared, Workload};
 
 const REPEATS: usize = 200;
 
 pub(crate) fn run(rounds: usize) -> Result<()> {
     for workload in [Workload::L, Workload::M, Workload::S] {
-        let sheet = Sheet::new(workload.to_string());
+        let report = Report::new(workload.to_string());
         let mut prepared = Prepared::new(workload)?;
         prepared.prepare()?;
-        let obs = prepared.sensors.snapshot().context("everything has published")?;
+        let obs = prepared.sensors.snapshot().context("a sensor has not published yet")?;
         let message = Message::Notice(Notice::Observation(Arc::new(obs)));
         let frame = Codec::Protobuf.encode(&message)?;
         let whole = frame.clone().into_bytes();
@@ -31,19 +31,19 @@ pub(crate) fn run(rounds: usize) -> Result<()> {
         for (row, rounds) in
             [("memcpy", memcpy), ("snapshot", snapshot), ("encode", encode), ("decode", decode)]
         {
-            sheet.put(row, "chiral", "p50_us", &rounds);
+            report.print(row, "chiral", "p50_us", &rounds);
         }
     }
     Ok(())
 }
 
-/// The median of every round, in microseconds.
+/// Returns the median of each round, in microseconds.
 fn timed(rounds: usize, repeats: usize, mut run: impl FnMut()) -> Vec<f64> {
     let round = |_| {
         let once = |_| {
-            let began = Instant::now();
+            let start = Instant::now();
             run();
-            began.elapsed().as_secs_f64() * 1e6
+            start.elapsed().as_secs_f64() * 1e6
         };
         percentile(&(0..repeats).map(once).collect::<Vec<_>>(), 50)
     };

@@ -1,6 +1,6 @@
-//! What Zenoh's connection itself costs, which no protocol on it can undercut: as many bytes as an
-//! observation has, put as soon as a put of 56 bytes asks for them, in pieces as large as Chiral's, which are
-//! counted and dropped. Nothing is acknowledged, put together or decoded.
+//! The cost of Zenoh's connection alone, which no protocol over it can undercut: a put of 56 bytes requests as
+//! many bytes as an observation has, which are put in pieces as large as Chiral's, counted and dropped. Nothing
+//! is acknowledged, reassembled or decoded.
 
 use std::net::SocketAddr;
 use std::sync::mpsc::{Receiver, sync_channel};
@@ -15,32 +15,32 @@ use zenoh::{Session, Wait};
 use crate::query::{failed, open};
 use crate::raw::REQUEST;
 
-const ASK: &str = "chiral-bench/put/ask";
-const ANSWER: &str = "chiral-bench/put/answer";
-/// Four of Zenoh's batches, less what their headers take.
+const REQUEST_KEY: &str = "chiral-bench/put/request";
+const REPLY_KEY: &str = "chiral-bench/put/reply";
+/// Four of Zenoh's batches, less their headers.
 const PIECE: usize = 4 * 65_000;
-/// Nothing of this takes so long.
-const LIMIT: Duration = Duration::from_secs(5);
+/// How long a piece may take to arrive.
+const TIMEOUT: Duration = Duration::from_secs(5);
 
-/// Answers at this address as long as what is returned is there.
-pub(crate) fn serve(address: SocketAddr, answer: &Bytes) -> Result<Session> {
+/// Replies at this address until the returned session is dropped.
+pub(crate) fn serve(address: SocketAddr, reply: &Bytes) -> Result<Session> {
     let session = open("peer", "listen/endpoints", address)?;
     let publisher = session
-        .declare_publisher(ANSWER)
+        .declare_publisher(REPLY_KEY)
         .congestion_control(CongestionControl::Block)
         .priority(Priority::Data);
     let publisher = publisher.express(true).wait().map_err(failed)?;
-    let (sender, asked) = sync_channel(1);
-    let heard = session.declare_subscriber(ASK).callback(move |_| {
+    let (sender, requests) = sync_channel(1);
+    let subscriber = session.declare_subscriber(REQUEST_KEY).callback(move |_| {
         let _ = sender.try_send(());
     });
-    heard.background().wait().map_err(failed)?;
-    let pieces: Vec<ZBytes> = (0..answer.len())
+    subscriber.background().wait().map_err(failed)?;
+    let pieces: Vec<ZBytes> = (0..reply.len())
         .step_by(PIECE)
-        .map(|at| answer.slice(at..answer.len().min(at + PIECE)).into())
+        .map(|at| reply.slice(at..reply.len().min(at + PIECE)).into())
         .collect();
     std::thread::spawn(move || {
-        for () in asked {
+        for () in requests {
             for piece in &pieces {
                 let _ = publisher.put(piece.clone()).wait();
             }
@@ -49,23 +49,23 @@ pub(crate) fn serve(address: SocketAddr, answer: &Bytes) -> Result<Session> {
     Ok(session)
 }
 
-/// Who asks.
+/// The requesting side.
 pub(crate) struct Client {
     session: Session,
     arrived: Receiver<usize>,
-    answer_len: usize,
+    reply_len: usize,
 }
 
 impl Client {
-    pub(crate) fn connect(address: SocketAddr, answer_len: usize) -> Result<Client> {
+    pub(crate) fn connect(address: SocketAddr, reply_len: usize) -> Result<Client> {
         let session = open("client", "connect/endpoints", address)?;
         let (sender, arrived) = sync_channel(1024);
         let count = move |sample: zenoh::sample::Sample| {
             let _ = sender.try_send(sample.payload().len());
         };
-        session.declare_subscriber(ANSWER).callback(count).background().wait().map_err(failed)?;
-        let client = Client { session, arrived, answer_len };
-        // What is put before the other side knows of the subscription is lost.
+        session.declare_subscriber(REPLY_KEY).callback(count).background().wait().map_err(failed)?;
+        let client = Client { session, arrived, reply_len };
+        // Pieces put before the server knows of the subscription are lost: repeat until some arrive.
         for _ in 0..50 {
             client.arrived.try_iter().for_each(drop);
             client.put_request()?;
@@ -73,23 +73,23 @@ impl Client {
                 return Ok(client);
             }
         }
-        anyhow::bail!("nothing arrives from {address}")
+        anyhow::bail!("nothing arrived from {address}")
     }
 
-    pub(crate) fn ask(&mut self) -> Result<()> {
+    pub(crate) fn request(&mut self) -> Result<()> {
         self.put_request()?;
-        self.wait(LIMIT)
+        self.wait(TIMEOUT)
     }
 
     fn put_request(&self) -> Result<()> {
-        let put = self.session.put(ASK, &REQUEST[..]).congestion_control(CongestionControl::Block);
+        let put = self.session.put(REQUEST_KEY, &REQUEST[..]).congestion_control(CongestionControl::Block);
         put.priority(Priority::Data).express(true).wait().map_err(failed)
     }
 
-    fn wait(&self, limit: Duration) -> Result<()> {
-        let mut missing = self.answer_len;
+    fn wait(&self, timeout: Duration) -> Result<()> {
+        let mut missing = self.reply_len;
         while missing > 0 {
-            missing -= self.arrived.recv_timeout(limit).context("waiting for a piece")?.min(missing);
+            missing -= self.arrived.recv_timeout(timeout).context("waiting for a piece")?.min(missing);
         }
         Ok(())
     }

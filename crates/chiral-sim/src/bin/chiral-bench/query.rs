@@ -1,5 +1,5 @@
-//! Zenoh's own baseline: a query of 56 bytes, and a reply of the observation's size from where it was asked.
-//! As urgent as Chiral's observations are.
+//! Zenoh's own baseline: a query of 56 bytes, and a reply of the observation's size, sent from the query's
+//! callback. Priority and congestion control are those of Chiral's observations.
 
 use std::net::{Ipv4Addr, SocketAddr, TcpListener};
 
@@ -13,26 +13,27 @@ use crate::raw::REQUEST;
 
 const KEY: &str = "chiral-bench/query";
 
-/// An address on loopback that was free a moment ago: Zenoh does not tell which port it was given.
+/// An address on loopback that was free a moment ago. Port 0 would not do: Zenoh does not report which port it
+/// was given.
 pub(crate) fn free_address() -> Result<SocketAddr> {
     TcpListener::bind((Ipv4Addr::LOCALHOST, 0))
         .and_then(|listener| listener.local_addr())
         .context("reserving a port")
 }
 
-/// Answers at this address as long as what is returned is there.
+/// Replies at this address until the returned session is dropped.
 pub(crate) fn serve(address: SocketAddr, reply: &Bytes) -> Result<Session> {
     let session = open("peer", "listen/endpoints", address)?;
     let reply = ZBytes::from(reply.clone());
     let answer = move |query: zenoh::query::Query| {
-        // Of the query's priority. Who asked and left needs no answer.
+        // The reply has the query's priority. An error means that the client has disconnected.
         let _ = query.reply(KEY, reply.clone()).express(true).wait();
     };
     session.declare_queryable(KEY).callback(answer).background().wait().map_err(failed)?;
     Ok(session)
 }
 
-/// Who asks.
+/// The requesting side.
 pub(crate) struct Client {
     session: Session,
     reply_len: usize,
@@ -43,7 +44,7 @@ impl Client {
         Ok(Client { session: open("client", "connect/endpoints", address)?, reply_len })
     }
 
-    pub(crate) fn ask(&mut self) -> Result<()> {
+    pub(crate) fn request(&mut self) -> Result<()> {
         let query = self.session.get(KEY).payload(&REQUEST[..]).congestion_control(CongestionControl::Block);
         let replies = query.priority(Priority::Data).express(true).wait().map_err(failed)?;
         let reply = replies.recv().map_err(|_| anyhow!("no reply to a query"))?;
@@ -53,7 +54,8 @@ impl Client {
     }
 }
 
-/// Nobody is looked for, no memory is shared, and the queue is as long as Chiral's; defaults otherwise.
+/// Opens a session without scouting and shared memory, and with a queue as long as Chiral's; all else is
+/// default.
 pub(crate) fn open(mode: &str, end: &str, address: SocketAddr) -> Result<Session> {
     let mut config = Config::default();
     let settings = [

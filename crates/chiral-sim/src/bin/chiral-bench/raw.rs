@@ -1,5 +1,5 @@
-//! The baseline: a request of 56 bytes and a reply of the observation's size over TCP, from and into memory
-//! that is warm. Blocking, and by tokio.
+//! The baseline: a request of 56 bytes and a reply of the observation's size over TCP, from and into warm
+//! memory; with blocking calls, and on tokio.
 
 use std::io::{Read, Write};
 use std::net::{Ipv4Addr, SocketAddr, TcpListener, TcpStream};
@@ -12,30 +12,30 @@ use rustix::net::sockopt::set_tcp_congestion;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::runtime::{Builder, Runtime};
 
-/// What a request takes.
+/// A request.
 pub(crate) const REQUEST: [u8; 56] = [7; 56];
 
-/// A listener whose connections inherit a congestion control that suits loopback, where it can be had.
+/// A listener whose connections inherit a congestion control that suits loopback, if the kernel has it.
 pub(crate) fn listen() -> Result<TcpListener> {
     let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).context("listening")?;
-    suit_loopback(&listener);
+    tune_for_loopback(&listener);
     Ok(listener)
 }
 
 /// The client's end of such a connection.
 pub(crate) fn connect(address: SocketAddr) -> Result<TcpStream> {
     let stream = TcpStream::connect(address).with_context(|| format!("connecting to {address}"))?;
-    suit_loopback(&stream);
+    tune_for_loopback(&stream);
     stream.set_nodelay(true).context("setting TCP_NODELAY")?;
     Ok(stream)
 }
 
-/// Best effort: a kernel may not have it, and then all paths run with the system's default.
-fn suit_loopback(socket: impl AsFd) {
+/// Best effort: without it in the kernel, all paths run with the system's default.
+fn tune_for_loopback(socket: impl AsFd) {
     let _ = set_tcp_congestion(socket, "reno");
 }
 
-/// Serves for ever, a thread a connection.
+/// Serves until the process ends, with one thread per connection.
 pub(crate) fn serve_blocking(listener: TcpListener, reply: &Bytes) -> Result<()> {
     loop {
         let (mut stream, _) = listener.accept().context("accepting")?;
@@ -48,7 +48,7 @@ pub(crate) fn serve_blocking(listener: TcpListener, reply: &Bytes) -> Result<()>
     }
 }
 
-/// The same on a runtime of one thread.
+/// The same, on a runtime of one thread.
 pub(crate) fn serve_tokio(listener: TcpListener, reply: &Bytes) -> Result<()> {
     runtime()?.block_on(async {
         let listener = from_std(listener)?;
@@ -66,7 +66,7 @@ pub(crate) fn serve_tokio(listener: TcpListener, reply: &Bytes) -> Result<()> {
     })
 }
 
-/// A listener of tokio's; within a runtime.
+/// Converts a listener to tokio's; must run within a runtime.
 pub(crate) fn from_std(listener: TcpListener) -> Result<tokio::net::TcpListener> {
     listener.set_nonblocking(true).context("making a listener non-blocking")?;
     tokio::net::TcpListener::from_std(listener).context("handing a listener to tokio")
@@ -88,8 +88,8 @@ impl Blocking {
         Ok(Blocking { stream: connect(address)?, buffer: vec![1; reply_len] })
     }
 
-    pub(crate) fn ask(&mut self) -> Result<()> {
-        self.stream.write_all(&REQUEST).context("asking")?;
+    pub(crate) fn request(&mut self) -> Result<()> {
+        self.stream.write_all(&REQUEST).context("sending a request")?;
         self.stream.read_exact(&mut self.buffer).context("reading the reply")
     }
 }
@@ -111,10 +111,10 @@ impl Tokio {
         Ok(Tokio { runtime, stream, buffer: vec![1; reply_len] })
     }
 
-    pub(crate) fn ask(&mut self) -> Result<()> {
+    pub(crate) fn request(&mut self) -> Result<()> {
         let Tokio { runtime, stream, buffer } = self;
         runtime.block_on(async {
-            stream.write_all(&REQUEST).await.context("asking")?;
+            stream.write_all(&REQUEST).await.context("sending a request")?;
             stream.read_exact(buffer).await.context("reading the reply")?;
             Ok(())
         })

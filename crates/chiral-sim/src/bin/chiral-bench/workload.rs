@@ -1,5 +1,5 @@
-//! What is observed: prebuilt pictures, published again and again, and a robot that only notes when an action
-//! reached it.
+//! What is observed: prepared pictures that are published again and again, and a robot that only records when
+//! actions arrive.
 
 use std::str::FromStr;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -9,7 +9,7 @@ use chiral_proto::action::Action;
 use chiral_proto::{ActionSpec, CameraSpec, ProprioSpec, ValueMap};
 use chiral_server::{ActionContext, CameraFrame, CameraSensor, Robot, RobotError, Sensors, monotonic};
 
-/// An observation's size.
+/// The size of an observation.
 #[derive(Clone, Copy, Debug)]
 pub(crate) enum Workload {
     /// 8 cameras of 640 x 480 with depth, 17.2 MB.
@@ -18,7 +18,7 @@ pub(crate) enum Workload {
     M,
     /// 2 proprios of 7 values and no camera.
     S,
-    /// One camera of so many bytes.
+    /// One camera with pictures of this many bytes.
     Bytes(usize),
 }
 
@@ -69,18 +69,18 @@ impl Workload {
     }
 }
 
-/// Sensors that publish what was prepared.
+/// Sensors that publish prepared pictures.
 pub(crate) struct Prepared {
     pub(crate) sensors: Sensors,
     cameras: Vec<(CameraSensor, [CameraFrame; LEVELS.len()])>,
     turn: usize,
 }
 
-/// What a picture is full of, in turn.
+/// The values that pictures are filled with, in turn.
 const LEVELS: [u8; 2] = [63, 64];
 
 impl Prepared {
-    /// Nothing is drawn yet.
+    /// Declares the sensors; draws nothing yet.
     pub(crate) fn new(workload: Workload) -> Result<Prepared> {
         let sensors = Sensors::new(workload.cameras(), workload.proprios())?;
         let cameras =
@@ -89,12 +89,12 @@ impl Prepared {
         Ok(Prepared { sensors, cameras, turn: 0 })
     }
 
-    /// Draws all pictures, into the sensors' buffers; everything has published then.
+    /// Draws all pictures into the sensors' buffers. Afterwards every sensor has published.
     pub(crate) fn prepare(&mut self) -> Result<()> {
         LEVELS.iter().try_for_each(|_| self.draw())
     }
 
-    /// Draws the next picture of every camera anew, and publishes it.
+    /// Draws the next picture of every camera into a fresh buffer and publishes it.
     pub(crate) fn draw(&mut self) -> Result<()> {
         let next = (self.turn + 1) % LEVELS.len();
         for (camera, frames) in &mut self.cameras {
@@ -103,7 +103,7 @@ impl Prepared {
         self.publish()
     }
 
-    /// The next picture of every camera, captured now. Nothing is copied.
+    /// Publishes the next prepared picture of every camera as captured now. Copies nothing.
     pub(crate) fn publish(&mut self) -> Result<()> {
         self.turn += 1;
         for (camera, frames) in &self.cameras {
@@ -114,9 +114,9 @@ impl Prepared {
         Ok(())
     }
 
-    /// Bytes of all tensors of an observation.
+    /// Bytes of all tensors in an observation.
     pub(crate) fn observed_bytes(&self) -> Result<usize> {
-        let obs = self.sensors.snapshot().context("everything has published")?;
+        let obs = self.sensors.snapshot().context("a sensor has not published yet")?;
         let cameras =
             obs.cameras.iter().flat_map(|camera| std::iter::once(&camera.image).chain(&camera.depth));
         Ok(cameras
@@ -137,13 +137,13 @@ fn drawn(camera: &CameraSensor, level: u8) -> CameraFrame {
     CameraFrame { image: image.freeze(), depth, ..CameraFrame::default() }
 }
 
-/// When which action arrived: its first value, and nanoseconds of CLOCK_MONOTONIC.
+/// The actions that arrived: the first value of each, and its time in nanoseconds of CLOCK_MONOTONIC.
 pub(crate) type Arrivals = Arc<Mutex<Vec<(u32, i64)>>>;
 
-/// Notes arrivals and moves nothing.
-pub(crate) struct Noting(pub(crate) Arrivals);
+/// Records the arrival of actions and moves nothing.
+pub(crate) struct RecordingRobot(pub(crate) Arrivals);
 
-impl Robot for Noting {
+impl Robot for RecordingRobot {
     fn action_spec(&self) -> ActionSpec {
         ActionSpec::joint_positions(7, 500.0)
     }
