@@ -15,7 +15,6 @@ use crate::{
     attach::AttachTokens,
     connection,
     core::ServerCore,
-    legacy,
     send_queue::error_message,
     session::{CLOSE_TIMEOUT, Session},
 };
@@ -40,7 +39,7 @@ impl Acceptor {
     /// Serves one connection until it ends. The one place that chooses the wire.
     pub(crate) async fn serve<T: Transport>(&self, transport: T, idle_timeout: IdleTimeout) {
         match transport.codec() {
-            Codec::Msgpack => legacy::serve(&self.core, &transport, idle_timeout).await,
+            Codec::Msgpack => crate::legacy::serve(&self.core, &transport, idle_timeout).await,
             _ => self.serve_protobuf(transport, idle_timeout).await,
         }
     }

@@ -13,7 +13,6 @@ use crate::{
     accept::Acceptor,
     core::{ServerCore, connection_runtime},
     error::Error,
-    legacy,
 };
 
 /// A server whose robot is announced on a Zenoh network.
@@ -52,7 +51,7 @@ impl ZenohServer {
             shared_memory: core.shared_memory.clone(),
             idle_timeout: core.options.idle_timeout,
         };
-        let _legacy = legacy::zenoh::start(core, &network).await;
+        let _legacy = crate::legacy::zenoh::start(core, &network).await;
         let accepting = async {
             while let Some(transport) = listener.accept(&options, || info(core)).await {
                 serve_connection(&acceptor, transport);
