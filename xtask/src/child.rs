@@ -1,5 +1,5 @@
-//! Programs that run beside us: each writes its log to a file, is waited for with a limit, and never outlives
-//! its guard.
+//! Programs that run in the background: each writes its log to a file, is waited for with a timeout, and is
+//! killed when its guard is dropped.
 
 use std::fs::File;
 use std::io::ErrorKind;
@@ -13,11 +13,11 @@ use rustix::process::{Pid, Signal, kill_process};
 
 use crate::command::shown;
 
-/// How often a running child is looked at.
-const LOOK: Duration = Duration::from_millis(10);
+/// How often a running child is polled.
+const POLL_PERIOD: Duration = Duration::from_millis(10);
 
-/// How long a child has to end after it was asked to.
-const LEAVE: Duration = Duration::from_secs(5);
+/// How long a child may take to exit after an interrupt.
+const EXIT_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// A running program; dropping it kills it.
 pub(crate) struct Running {
@@ -28,8 +28,7 @@ pub(crate) struct Running {
 }
 
 impl Running {
-    /// Starts a program that writes to `log`, which the output begins with what was typed. With `answer`,
-    /// what it prints on stdout goes there instead.
+    /// Starts a program that writes its stderr to `log`; its stdout goes to `answer` if given, else to `log`, too.
     pub(crate) fn start(
         name: &'static str,
         command: &mut Command,
@@ -51,52 +50,52 @@ impl Running {
         Ok(Running { name, command: shown(command), child, log: log.to_owned() })
     }
 
-    /// Fails if the program has ended already.
-    pub(crate) fn still_runs(&mut self) -> Result<()> {
-        match self.child.try_wait().context("looking at a child")? {
-            Some(status) => bail!("the {} ended too early: {status}", self.name),
+    /// Fails if the program has exited.
+    pub(crate) fn check_running(&mut self) -> Result<()> {
+        match self.child.try_wait().context("polling a child")? {
+            Some(status) => bail!("the {} exited too early: {status}", self.name),
             None => Ok(()),
         }
     }
 
-    /// Waits for the program's end until `deadline`.
+    /// Waits until the program exits, and fails at `deadline`.
     pub(crate) fn wait_until(&mut self, deadline: Instant) -> Result<ExitStatus> {
         loop {
             if let Some(status) = self.child.try_wait().context("waiting for a child")? {
                 return Ok(status);
             }
             if Instant::now() >= deadline {
-                bail!("the {} was still running at its time limit", self.name);
+                bail!("the {} was still running at its deadline", self.name);
             }
-            std::thread::sleep(LOOK);
+            std::thread::sleep(POLL_PERIOD);
         }
     }
 
-    /// Waits until the program accepts connections at `address`.
+    /// Waits until the program accepts connections at `address`, and fails at `deadline`.
     pub(crate) fn wait_until_it_listens(&mut self, address: SocketAddr, deadline: Instant) -> Result<()> {
         while TcpStream::connect(address).is_err() {
-            self.still_runs()?;
+            self.check_running()?;
             if Instant::now() >= deadline {
-                bail!("the {} did not listen on {address} within its time limit", self.name);
+                bail!("the {} did not listen on {address} before its deadline", self.name);
             }
-            std::thread::sleep(LOOK);
+            std::thread::sleep(POLL_PERIOD);
         }
         Ok(())
     }
 
-    /// Asks the program to leave, as Ctrl-C does; it must end cleanly, and soon.
+    /// Interrupts the program as Ctrl-C does. It must exit with success within a few seconds.
     pub(crate) fn interrupt(&mut self) -> Result<()> {
-        self.still_runs()?;
+        self.check_running()?;
         let pid = Pid::from_child(&self.child);
         kill_process(pid, Signal::INT).with_context(|| format!("interrupting the {}", self.name))?;
-        let status = self.wait_until(Instant::now() + LEAVE).context("after it was interrupted")?;
+        let status = self.wait_until(Instant::now() + EXIT_TIMEOUT).context("after an interrupt")?;
         if !status.success() {
-            bail!("the {} was interrupted and did not end cleanly: {status}", self.name);
+            bail!("the {} did not exit cleanly after an interrupt: {status}", self.name);
         }
         Ok(())
     }
 
-    /// What was typed and the last lines of its log, to be shown when something went wrong.
+    /// The command line and the last lines of the log, for error messages.
     pub(crate) fn tail(&self) -> String {
         const LINES: usize = 25;
         let log = std::fs::read(&self.log).unwrap_or_default();
@@ -104,7 +103,7 @@ impl Running {
         let lines: Vec<&str> = log.lines().collect();
         let mut text = format!("--- {}: {}\n", self.name, self.command);
         if lines.is_empty() {
-            text.push_str("    (said nothing)\n");
+            text.push_str("    (no output)\n");
         }
         for line in &lines[lines.len().saturating_sub(LINES)..] {
             text.push_str(&format!("    {line}\n"));
@@ -117,7 +116,7 @@ impl Drop for Running {
     fn drop(&mut self) {
         match self.child.kill() {
             Err(error) if error.kind() != ErrorKind::InvalidInput => {
-                eprintln!("could not end the {}: {error}", self.name);
+                eprintln!("cannot kill the {}: {error}", self.name);
             }
             _ => drop(self.child.wait()),
         }

@@ -1,4 +1,4 @@
-//! What may be in the dependency tree, and how much of it. `deny.toml` says the same, and more, for who has
+//! Which crates the dependency tree may contain, and how many. `deny.toml` has the same rules, and more, for
 //! cargo-deny.
 
 use std::collections::BTreeMap;
@@ -7,19 +7,18 @@ use anyhow::{Context, Result, bail};
 
 use crate::command::{self, cargo};
 
-/// Never in the tree: TLS is rustls on ring, which needs no C toolchain beyond what ring brings, and no
-/// system library.
+/// Never in the tree: TLS is rustls on ring, which needs a C compiler but neither cmake nor a system library.
 const BANNED: &[&str] =
     &["aws-lc-fips-sys", "aws-lc-rs", "aws-lc-sys", "native-tls", "openssl", "openssl-sys"];
 
-/// In the tree exactly once: a second copy would be built as well, and its types would not fit ours.
+/// In the tree exactly once: a second copy would cost build time, and its types would not match ours.
 const SINGLE: &[&str] =
     &["axum", "bytes", "nalgebra", "ndarray", "prost", "rustls", "tokio", "tokio-tungstenite", "tungstenite"];
 
-/// What a robot host that embeds the server takes in, at most, our own crates among it.
+/// The most crates that a robot host takes in with the server, including our own.
 const BUDGET: usize = 130;
 
-/// Reads Cargo.lock, which holds the tree of every platform and feature of ours.
+/// Checks Cargo.lock, which has the tree for every platform and feature.
 pub(crate) fn check_banned() -> Result<()> {
     let path = command::root().join("Cargo.lock");
     let lock = std::fs::read_to_string(&path).context("reading Cargo.lock")?;
@@ -27,7 +26,7 @@ pub(crate) fn check_banned() -> Result<()> {
     for name in BANNED {
         if copies.contains_key(name) {
             bail!(
-                "the banned crate {name} is in the tree: `cargo tree --target all --invert {name}` tells who wants it"
+                "the banned crate {name} is in the tree: `cargo tree --target all --invert {name}` shows what depends on it"
             );
         }
     }
@@ -38,25 +37,25 @@ pub(crate) fn check_banned() -> Result<()> {
         }
     }
     let total: usize = copies.values().map(Vec::len).sum();
-    println!("{total} crates in Cargo.lock, none of them banned, and one of each that must be single");
+    println!("{total} crates in Cargo.lock: none banned, no second copy of those that must be single");
     Ok(())
 }
 
-/// Counts what the server alone brings into a robot host.
+/// Counts the crates that the server alone brings into a robot host.
 pub(crate) fn check_budget() -> Result<()> {
     let tree = ["tree", "-p", "chiral-server", "--no-default-features", "--features", "websocket"];
     let form = ["-e", "normal", "--prefix", "none", "--no-dedupe"];
     let text = command::output(cargo(tree).args(form))?;
-    // Lines are told apart as they are, so that `(*)` and `(proc-macro)` count as `sort -u` counts them.
+    // Lines are compared whole, so that `(*)` and `(proc-macro)` count as in `sort -u`.
     let lines: std::collections::BTreeSet<&str> = text.lines().collect();
-    println!("{} crates under chiral-server with websocket, at most {BUDGET}", lines.len());
+    println!("chiral-server with websocket: {} crates, at most {BUDGET}", lines.len());
     if lines.len() > BUDGET {
-        bail!("{} crates under chiral-server, more than the {BUDGET} it may have", lines.len());
+        bail!("chiral-server with websocket has {} crates, expected at most {BUDGET}", lines.len());
     }
     Ok(())
 }
 
-/// Every package's versions.
+/// The versions of each package.
 fn copies(lock: &str) -> BTreeMap<&str, Vec<&str>> {
     let mut copies = BTreeMap::<&str, Vec<&str>>::new();
     let mut name = None;

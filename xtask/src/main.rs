@@ -1,5 +1,5 @@
-//! `cargo xtask`: the one door to everything that is done with this repository. One file per command; what
-//! they share is in `command` (programs run to their end) and `child` (programs that run beside us).
+//! `cargo xtask`: every task of this repository. One file or folder per command; shared code is in `command`
+//! (programs that run to completion), `child` (programs that run in the background) and `table`.
 
 mod bench;
 mod child;
@@ -17,10 +17,9 @@ use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
 
-/// The one door: see it run, test it, generate what is generated.
+/// The tasks of this repository: demo, tests, measurements, generated code.
 ///
-/// A newcomer types `cargo xtask demo`; before a commit everyone types `cargo xtask test`, which is exactly
-/// what CI runs.
+/// Start with `cargo xtask demo`. Before a commit run `cargo xtask test`, which is exactly what CI runs.
 #[derive(Parser)]
 #[command(name = "cargo xtask", bin_name = "cargo xtask")]
 struct Arguments {
@@ -47,7 +46,7 @@ fn main() -> ExitCode {
         Command::Size(arguments) => size::run(&arguments),
         Command::Bench(arguments) => bench::run(&arguments),
     };
-    // The chain of causes is what a person needs; a backtrace would bury it.
+    // Print the chain of causes without a backtrace, which would bury it.
     match result {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {

@@ -1,5 +1,5 @@
-//! What is said in Python: golden frames that its packages read and write, and the environment that the peers
-//! of `tests/peers` run in.
+//! Python: checks golden frames with Python's packages, and makes the virtual environment in which the peers of
+//! `tests/peers` run.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -9,12 +9,12 @@ use anyhow::{Context, Result, bail};
 
 use crate::command::{self, cargo};
 
-/// All that anything here needs of Python; pinned, so that results are the code's alone.
+/// Every Python package used here; pinned, so that results depend only on our code.
 const PACKAGES: &[&str] =
     &["protobuf==6.33.6", "msgpack==1.2.4", "websockets==17.4", "eclipse-zenoh==1.10.2", "numpy==2.4.6"];
 
-/// Lets Python read every golden frame and write frames of its own, which a test of chiral-proto then reads;
-/// and write the msgpack wire's anew.
+/// Checks that Python reads every golden frame, that chiral-proto reads frames written by Python, and that the
+/// committed msgpack frames are what Python writes.
 pub(crate) fn check() -> Result<()> {
     let python = interpreter()?;
     let target = command::target()?;
@@ -30,37 +30,39 @@ pub(crate) fn check() -> Result<()> {
             .args(["proto/chiral.binpb", "crates/chiral-proto/tests/golden"])
             .arg(&frames),
     )?;
-    // The whole workspace is named so that the features, and with them what is built already, are those of
-    // the other tests.
+    // For the whole workspace, so that the features are those of the other tests and nothing is rebuilt.
     let test = ["test", "--workspace", "--test", "golden", "--", "--nocapture", "python"];
     command::run(cargo(test).env("CHIRAL_PYTHON_FRAMES", &frames))
 }
 
-/// Fails if the committed frames of the msgpack wire are not those that Python's `msgpack` writes, as the
-/// tests of chiral-proto take them to be.
+/// Fails if the committed msgpack frames, which chiral-proto's tests rely on, differ from what Python's
+/// `msgpack` writes.
 fn check_msgpack(python: &Path, directory: &Path) -> Result<()> {
     let script = "crates/chiral-proto/tests/golden_msgpack.py";
     let [frames, seeds] = ["frames", "seeds"].map(|name| directory.join(name));
     make_empty(directory)?;
     command::run(Command::new(python).current_dir(command::root()).arg(script).args([&frames, &seeds]))?;
-    // What fuzzers found lies beside these seeds.
+    // Only files that the script writes: the fuzzers' own finds are in the same directory as the seeds.
     for (written, committed) in [(frames, "crates/chiral-proto/tests/msgpack"), (seeds, "fuzz/seeds/msgpack")]
     {
         for file in fs::read_dir(&written).with_context(|| format!("reading {}", written.display()))? {
-            let file = file.context("listing what Python wrote")?;
+            let file = file.context("listing the files that Python wrote")?;
             let committed = Path::new(committed).join(file.file_name());
             let wanted =
                 fs::read(file.path()).with_context(|| format!("reading {}", file.path().display()))?;
             if !fs::read(command::root().join(&committed)).is_ok_and(|found| found == wanted) {
-                bail!("{} is not what {script} writes: run it and commit the result", committed.display());
+                bail!(
+                    "{} differs from what {script} writes: run it and commit the result",
+                    committed.display()
+                );
             }
         }
     }
-    println!("the frames of the msgpack wire are what {script} writes");
+    println!("the msgpack frames are up to date with {script}");
     Ok(())
 }
 
-/// Removes what an earlier run left.
+/// Makes an empty directory, removing what an earlier run left.
 fn make_empty(directory: &Path) -> Result<()> {
     if directory.exists() {
         fs::remove_dir_all(directory).with_context(|| format!("removing {}", directory.display()))?;
@@ -68,8 +70,8 @@ fn make_empty(directory: &Path) -> Result<()> {
     fs::create_dir_all(directory).with_context(|| format!("creating {}", directory.display()))
 }
 
-/// The interpreter of a virtual environment with all packages in it, made anew only if there is none that is
-/// good.
+/// The interpreter of a virtual environment with all packages. Makes the environment unless there is a
+/// complete one.
 pub(crate) fn interpreter() -> Result<PathBuf> {
     let directory = command::target()?.join("python");
     let python = directory.join("bin/python");
@@ -82,10 +84,10 @@ pub(crate) fn interpreter() -> Result<PathBuf> {
     if PACKAGES.iter().all(|package| found.lines().any(|line| line == *package)) {
         return Ok(python);
     }
-    println!("making a virtual environment with {}", PACKAGES.join(", "));
+    println!("creating a virtual environment with {}", PACKAGES.join(", "));
     let make = ["-m", "venv", "--clear"];
     command::run(Command::new("python3").args(make).arg(&directory))
-        .context("making a virtual environment (on Debian it needs the package python3-venv)")?;
+        .context("creating a virtual environment (on Debian this needs the package python3-venv)")?;
     command::run(pip(&["install", "--quiet"]).args(PACKAGES))?;
     Ok(python)
 }

@@ -1,6 +1,6 @@
-//! A plain text table.
+//! Plain text tables.
 
-/// Lines up the columns: the first row is the heading, words go to the left and numbers to the right.
+/// Aligns the columns of rows, the first of which is the heading: text to the left, numbers to the right.
 pub(crate) fn table(rows: &[Vec<String>]) -> String {
     let columns = rows.iter().map(Vec::len).max().unwrap_or(0);
     let width = |column: usize| {
@@ -36,7 +36,7 @@ mod tests {
     }
 
     #[test]
-    fn words_to_the_left_numbers_to_the_right() {
+    fn text_is_aligned_left_and_numbers_right() {
         check(&[], "");
         check(
             &[&["part", "s"], &["fmt", "0.5"], &["clippy", "12.0"]],

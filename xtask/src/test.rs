@@ -1,4 +1,4 @@
-//! Everything that must hold before a commit, in parts, one after the other.
+//! `cargo xtask test`: every check that must pass before a commit, in parts that run one after the other.
 
 use std::process::Stdio;
 use std::time::{Duration, Instant};
@@ -10,12 +10,13 @@ use crate::command::{self, Profile, cargo};
 use crate::table::table;
 use crate::{codegen, dependencies, e2e, python};
 
-/// Run every check, stopping at the first that fails; CI runs exactly this.
+/// Run every check, as CI does; stop at the first that fails.
 ///
-/// All parts build in the dev profile and with the same features, so that nothing is built twice.
+/// Prints how long each part took. All parts build with the dev profile and, where they can, with the same
+/// features, so that little is built twice.
 #[derive(clap::Args)]
 pub(crate) struct Arguments {
-    /// Only these parts; without any: all of them, in this order.
+    /// Run only these parts; by default all of them, in this order.
     #[arg(value_parser = PossibleValuesParser::new(PARTS.iter().map(|part| part.name)))]
     parts: Vec<String>,
 }
@@ -25,7 +26,7 @@ struct Part {
     run: fn() -> Result<()>,
 }
 
-/// Those that fail fast come first, and those that need what others have built come after them.
+/// Parts that fail fast come first; parts that reuse what others have built come after those.
 const PARTS: &[Part] = &[
     Part { name: "fmt", run: fmt },
     Part { name: "codegen", run: codegen::check },
@@ -35,7 +36,7 @@ const PARTS: &[Part] = &[
     Part { name: "tests", run: tests },
     Part { name: "doctests", run: doctests },
     Part { name: "python", run: python::check },
-    Part { name: "e2e", run: two_episodes_a_row },
+    Part { name: "e2e", run: two_episodes_per_row },
 ];
 
 pub(crate) fn run(arguments: &Arguments) -> Result<()> {
@@ -51,11 +52,10 @@ pub(crate) fn run(arguments: &Arguments) -> Result<()> {
         rows.push(row(part.name, word, &seconds(start.elapsed())));
         if result.is_err() {
             println!("\n{}", table(&rows));
-            return result
-                .with_context(|| format!("`cargo xtask test` stopped at its part \"{}\"", part.name));
+            return result.with_context(|| format!("part `{}` of `cargo xtask test` failed", part.name));
         }
     }
-    rows.push(row("together", "ok", &seconds(start.elapsed())));
+    rows.push(row("total", "ok", &seconds(start.elapsed())));
     println!("\n{}", table(&rows));
     Ok(())
 }
@@ -75,16 +75,20 @@ fn fmt() -> Result<()> {
 
 fn clippy() -> Result<()> {
     command::run(&mut cargo(["clippy", "--workspace", "--all-targets", "--", "-D", "warnings"]))?;
-    // A host may leave out one of the transports, or both.
+    // A host can leave out one of the transports, or both.
     let libraries = ["clippy", "-p", "chiral-client", "-p", "chiral-server", "--no-default-features"];
     for features in ["", "chiral-client/zenoh,chiral-server/zenoh"] {
         command::run(cargo(libraries).args(["--features", features, "--", "-D", "warnings"]))?;
     }
-    Ok(())
+    // What `cargo xtask demo` and `cargo xtask codegen` build.
+    let demo = ["clippy", "-p", "chiral-sim", "--no-default-features", "--bins", "--", "-D", "warnings"];
+    command::run(&mut cargo(demo))?;
+    let codegen = ["clippy", "-p", "xtask", "--features", "codegen", "--bins", "--", "-D", "warnings"];
+    command::run(&mut cargo(codegen))
 }
 
-/// With nextest where it is installed: it runs the tests of all crates side by side and names a hanging one.
-/// Both build the same, the binaries and examples of the part `e2e` included.
+/// Uses nextest if it is installed: it runs the tests of all crates in parallel and names one that hangs. Both
+/// build the same, including the binaries and examples of the part `e2e`.
 fn tests() -> Result<()> {
     if has_nextest() {
         command::run(&mut cargo(["nextest", "run", "--workspace", "--no-fail-fast"]))
@@ -106,6 +110,6 @@ fn doctests() -> Result<()> {
     command::run(&mut cargo(["test", "--workspace", "--doc"]))
 }
 
-fn two_episodes_a_row() -> Result<()> {
+fn two_episodes_per_row() -> Result<()> {
     e2e::check(Profile::Dev, 2)
 }

@@ -1,4 +1,4 @@
-//! `chiral-sim`: a robot to serve, a policy to drive it, an observer to measure with.
+//! `chiral-sim`: serves a simulated robot, drives it with a policy, or measures as an observer.
 
 mod cli;
 
@@ -29,13 +29,13 @@ Examples:
   chiral-sim serve                         a Panda arm at ws://127.0.0.1:8765, two cameras
   chiral-sim policy --episodes 3           drive it, in another terminal
   chiral-sim policy --mode step --save .   in lock-step, and save what the cameras saw
-  chiral-sim watch ws://robot:8765         look on: rate, age, throughput
-  chiral-sim serve --zenoh tcp/0.0.0.0:7447 --name left     on a Zenoh network
-  chiral-sim policy tcp/robot:7447 --robot left             and by way of it
-  chiral-sim discover                                       which robots there are
-  chiral-sim policy zenoh:left                              one of them, found by its name
+  chiral-sim watch ws://robot:8765         observe: rate, age, throughput
+  chiral-sim serve --zenoh tcp/0.0.0.0:7447 --name left     serve on a Zenoh network
+  chiral-sim policy tcp/robot:7447 --robot left             drive that robot
+  chiral-sim discover                                       list the robots on the network
+  chiral-sim policy zenoh:left                              drive one of them, found by its name
 
-RUST_LOG sets what is logged on stderr, such as RUST_LOG=debug.";
+RUST_LOG sets the log level on stderr, for example RUST_LOG=debug.";
 
 fn main() -> ExitCode {
     let ended = match Command::parse() {

@@ -1,20 +1,20 @@
-//! What was measured, made into rows: medians over the rounds, their spread, and what each stands against.
+//! Turns measurements into rows: medians over the rounds, their spread, and ratios to baselines.
 
 use serde::Serialize;
 
 use super::Cores;
 use super::peers::Measured;
 
-/// The spread of a baseline, p75 / p25, above which its row is not to be relied on.
+/// The spread of a baseline, p75 / p25, above which its ratios are unreliable.
 const NOISY: f64 = 1.5;
 
-/// A figure, as `--json` has it. The same figure stands once for everything it is held against.
+/// A figure, as written by `--json`. There is one row per baseline that the figure is compared with.
 #[derive(Clone, Debug, Serialize)]
 pub(super) struct Row {
     pub(super) row: String,
     pub(super) workload: String,
     pub(super) metric: String,
-    /// The median over the rounds; the spread is between the quartiles.
+    /// The median over the rounds; `p25` and `p75` are the quartiles.
     pub(super) value: f64,
     pub(super) p25: f64,
     pub(super) p75: f64,
@@ -24,7 +24,7 @@ pub(super) struct Row {
     pub(super) noisy: bool,
 }
 
-/// All that was measured.
+/// All measurements of a run.
 #[derive(Default)]
 pub(super) struct Figures {
     all: Vec<(Cores, Measured)>,
@@ -60,8 +60,8 @@ impl Figures {
         self.all.extend(measured.into_iter().map(|measured| (cores, measured)));
     }
 
-    /// Baselines stand by themselves, what was measured of Chiral beside each of its baselines. A row of
-    /// another path than WebSocket says which.
+    /// Returns a row for each baseline, and one per baseline for each figure of Chiral. The row of a path other
+    /// than WebSocket has the path in its name.
     pub(super) fn rows(&self) -> Vec<Row> {
         let mut rows = Vec::new();
         for (cores, measured) in &self.all {
@@ -106,7 +106,7 @@ impl Figures {
                 _ => (&of_path, vec![raw]),
             };
             let before = rows.len();
-            // Against nothing there is no ratio.
+            // No ratio to zero.
             let bases = bases.into_iter().flatten().filter(|(_, base)| base.p50 > 0.0);
             rows.extend(bases.map(|base| row(name, Some(base))));
             if rows.len() == before {
@@ -116,7 +116,7 @@ impl Figures {
         rows
     }
 
-    /// Raw TCP's: of blocking and tokio the one that answered sooner, whatever the metric.
+    /// The raw TCP baseline: blocking or tokio, whichever has the faster `get_obs`, for every metric.
     fn raw(&self, cores: Cores, of: &Measured) -> Option<Spread> {
         let paths = ["raw_blocking", "raw_tokio"];
         let took = |path| {
@@ -129,7 +129,7 @@ impl Figures {
         self.find(cores, of, &of.workload, &order)
     }
 
-    /// The same metric of the same row, of the first of these paths that has it.
+    /// The same metric and row of the first of these paths that has it.
     fn find(&self, cores: Cores, of: &Measured, workload: &str, paths: &[&str]) -> Option<Spread> {
         paths.iter().find_map(|path| {
             let (_, found) = self.all.iter().find(|(at, other)| {
@@ -174,12 +174,12 @@ mod tests {
     }
 
     #[test]
-    fn zenoh_stands_against_raw_tcp_and_against_bare_zenoh() {
+    fn zenoh_is_compared_with_raw_tcp_and_with_bare_zenoh() {
         let mut figures = Figures::default();
         let paths = [("raw_tokio", 2.0), ("zenoh_query", 4.0), ("zenoh_put", 2.5), ("zenoh_tcp", 5.0)];
         figures.add(Cores::Two, paths.iter().map(|(path, ms)| measured("S", path, &[*ms])).collect());
         let rows = figures.rows();
-        let told: Vec<_> = rows.iter().map(|row| (&*row.row, row.against, row.ratio)).collect();
+        let found: Vec<_> = rows.iter().map(|row| (&*row.row, row.against, row.ratio)).collect();
         let expected = [
             ("get_obs.raw_tokio", Some("raw_tcp"), Some(1.0)),
             ("get_obs.zenoh_query", Some("raw_tcp"), Some(2.0)),
@@ -188,7 +188,7 @@ mod tests {
             ("get_obs.zenoh_tcp", Some("zenoh_query"), Some(1.25)),
             ("get_obs.zenoh_tcp", Some("zenoh_put"), Some(2.0)),
         ];
-        assert_eq!(told, expected);
+        assert_eq!(found, expected);
     }
 
     #[test]

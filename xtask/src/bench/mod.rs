@@ -1,5 +1,5 @@
-//! How fast it is, beside raw TCP and beside what one writes first. What is measured is in chiral-sim's
-//! `chiral-bench`; here it is built, started, pinned and put in order.
+//! `cargo xtask bench`: measures Chiral against raw TCP, bare Zenoh and a naive WebSocket path. chiral-sim's
+//! binary `chiral-bench` measures; here it is built, started and pinned to cores, and its figures are evaluated.
 
 mod figures;
 mod machine;
@@ -19,28 +19,27 @@ use self::machine::Machine;
 use self::peers::Peers;
 use crate::command::{self, cargo};
 
-/// Measure Chiral beside raw TCP and beside a naive WebSocket, and hold it against its targets.
+/// Measure Chiral against raw TCP, bare Zenoh and a naive WebSocket path, and compare with the targets.
 ///
-/// Takes minutes and both cores: let nothing else run. A target that is missed is shown and is no failure of
-/// the command.
+/// Takes minutes and both cores: let nothing else run. A missed target is shown; the command still succeeds.
 #[derive(clap::Args)]
 pub(crate) struct Arguments {
-    /// Write the figures to this file, too.
+    /// Also write the figures to this file.
     #[arg(long, value_name = "PATH")]
     json: Option<PathBuf>,
-    /// Fewer rounds: a few minutes.
+    /// Measure fewer rounds; takes a few minutes.
     #[arg(long)]
     quick: bool,
-    /// Only stream 17.2 MB at 30 Hz over Zenoh, by the network and by shared memory, for so long each (300
-    /// s): whether memory grows.
+    /// Only measure whether memory grows: stream 17.2 MB at 30 Hz over Zenoh, first over TCP, then over shared
+    /// memory, for this long each (default 300 s).
     #[arg(long, value_name = "SECONDS", num_args = 0..=1, default_missing_value = "300", conflicts_with_all = ["quick", "plot"])]
     soak: Option<u64>,
-    /// Also measure get_obs by the observation's size, 1 kB to 64 MB, and draw it (SVG).
+    /// Also measure get_obs for observations of 1 kB to 64 MB, and draw a plot (SVG).
     #[arg(long, value_name = "PATH")]
     plot: Option<PathBuf>,
 }
 
-/// Where the two processes run.
+/// The cores on which the two processes run: both on one, or each on its own.
 #[derive(Clone, Copy, PartialEq)]
 enum Cores {
     One,
@@ -57,14 +56,14 @@ impl Cores {
 }
 
 pub(crate) fn run(arguments: &Arguments) -> Result<()> {
-    println!("building chiral-sim for release (a few minutes the first time)");
-    command::run(&mut cargo(["build", "--release", "-p", "chiral-sim", "--bins"]))?;
+    println!("building chiral-bench for release (the first time this takes several minutes)");
+    command::run(&mut cargo(["build", "--release", "-p", "chiral-sim", "--bin", "chiral-bench"]))?;
     let target = command::target()?;
     let logs = target.join("bench");
     fs::create_dir_all(&logs).with_context(|| format!("creating {}", logs.display()))?;
     let mut peers = Peers::new(target.join("release/chiral-bench"), logs);
 
-    let (began, before) = (Instant::now(), Machine::look()?);
+    let (start, before) = (Instant::now(), Machine::read()?);
     let rounds = if arguments.quick { 7 } else { 15 };
     let figures = match arguments.soak {
         Some(seconds) => soak(&mut peers, Duration::from_secs(seconds))?,
@@ -74,10 +73,10 @@ pub(crate) fn run(arguments: &Arguments) -> Result<()> {
     let rows = figures.rows();
 
     println!("\n{}", report::tables(&rows));
-    println!("{}", before.since_then(&Machine::look()?));
+    println!("{}", before.describe_until(&Machine::read()?));
     let extent =
         arguments.soak.map_or_else(|| format!("{rounds} rounds"), |seconds| format!("{seconds} s each"));
-    println!("{extent}, {:.0} s", began.elapsed().as_secs_f64());
+    println!("{extent}, {:.0} s", start.elapsed().as_secs_f64());
     if let (Some(path), Some(curve)) = (&arguments.plot, curve) {
         write(path, &plot::svg(&curve))?;
     }
@@ -87,7 +86,7 @@ pub(crate) fn run(arguments: &Arguments) -> Result<()> {
     Ok(())
 }
 
-/// The rows, the most important first, so that what goes wrong late spoils little.
+/// Measures everything, the most important first, so that a late failure costs little.
 fn measure(peers: &mut Peers, rounds: usize) -> Result<Figures> {
     let mut figures = Figures::default();
     for (workload, cores) in
@@ -106,7 +105,7 @@ fn measure(peers: &mut Peers, rounds: usize) -> Result<Figures> {
     Ok(figures)
 }
 
-/// A server of its own for each path, since peaks are of a whole process.
+/// Measures memory growth, with a server of its own for each path, since peaks are per process.
 fn soak(peers: &mut Peers, length: Duration) -> Result<Figures> {
     let mut figures = Figures::default();
     for path in ["zenoh_tcp", "zenoh_shm"] {
@@ -116,7 +115,7 @@ fn soak(peers: &mut Peers, length: Duration) -> Result<Figures> {
     Ok(figures)
 }
 
-/// Round trips by size: of every path, bytes and milliseconds.
+/// Measures round trips by size on every path.
 fn sweep(peers: &mut Peers) -> Result<plot::Curve> {
     let mut curve = plot::Curve::default();
     for kilobytes in [1, 4, 16, 64, 256, 1_000, 4_000, 16_000, 64_000_u64] {

@@ -1,4 +1,4 @@
-//! The measured processes: a server of one workload, and clients that measure against it, each on its core.
+//! The measured processes: a server of one workload and a client that measures it, each pinned to a core.
 
 use std::fs;
 use std::path::PathBuf;
@@ -11,13 +11,13 @@ use serde::Deserialize;
 use super::Cores;
 use crate::child::Running;
 
-/// How long a server may take to say where it is.
-const START: Duration = Duration::from_secs(20);
+/// How long a server may take to print its address.
+const START_TIMEOUT: Duration = Duration::from_secs(20);
 
-/// No part takes nearly so long; what does has gone wrong.
-const LIMIT: Duration = Duration::from_secs(400);
+/// Much longer than any measurement takes.
+const MEASURE_TIMEOUT: Duration = Duration::from_secs(400);
 
-/// What a client printed: a value a round.
+/// A metric that a client printed, with one value per round.
 #[derive(Deserialize)]
 pub(super) struct Measured {
     pub(super) row: String,
@@ -27,7 +27,7 @@ pub(super) struct Measured {
     pub(super) rounds: Vec<f64>,
 }
 
-/// Starts them.
+/// Starts the processes.
 pub(super) struct Peers {
     program: PathBuf,
     logs: PathBuf,
@@ -45,7 +45,7 @@ impl Peers {
         Peers { program, logs }
     }
 
-    /// A server of this workload on the first core.
+    /// Starts a server of this workload on the first core.
     pub(super) fn serve(&mut self, workload: &str) -> Result<Server> {
         #[derive(Deserialize)]
         struct Ready {
@@ -56,22 +56,23 @@ impl Peers {
         let answer = self.logs.join("server.json");
         let mut running =
             Running::start("server", &mut command, &self.logs.join("server.log"), Some(&answer))?;
-        let deadline = Instant::now() + START;
+        let deadline = Instant::now() + START_TIMEOUT;
         loop {
-            let said = fs::read_to_string(&answer).context("reading what the server said")?;
-            if said.ends_with('\n') {
-                let Ready { control } = serde_json::from_str(&said).context("reading where the server is")?;
+            let output = fs::read_to_string(&answer).context("reading the output of the server")?;
+            if output.ends_with('\n') {
+                let Ready { control } =
+                    serde_json::from_str(&output).context("reading the address of the server")?;
                 return Ok(Server { running, workload: workload.to_owned(), control });
             }
-            running.still_runs().with_context(|| running.tail())?;
+            running.check_running().with_context(|| running.tail())?;
             if Instant::now() > deadline {
-                bail!("the server did not say where it is\n{}", running.tail());
+                bail!("the server did not print its address in time\n{}", running.tail());
             }
             std::thread::sleep(Duration::from_millis(10));
         }
     }
 
-    /// Has a client measure, on the server's core or on the next.
+    /// Runs a client that measures, on the server's core or on the next.
     pub(super) fn measure(
         &mut self,
         server: &mut Server,
@@ -82,11 +83,15 @@ impl Peers {
         let cpu = if cores == Cores::One { "0" } else { "1" };
         let mut command = Command::new(&self.program);
         command.args(["--cpu", cpu, "measure", what, &server.control, "--rounds", &rounds.to_string()]);
-        self.run(&mut command, &format!("{what} of {} on {} core(s)", server.workload, cores.count()), LIMIT)
-            .with_context(|| server.running.tail())
+        self.run(
+            &mut command,
+            &format!("{what} of {} on {} core(s)", server.workload, cores.count()),
+            MEASURE_TIMEOUT,
+        )
+        .with_context(|| server.running.tail())
     }
 
-    /// Has a client stream over this path for so long.
+    /// Runs a client that streams over this path for this long.
     pub(super) fn soak(
         &mut self,
         server: &mut Server,
@@ -105,27 +110,28 @@ impl Peers {
             &length.as_secs().to_string(),
         ]);
         let title = format!("{} s of {} over {path}", length.as_secs(), server.workload);
-        self.run(&mut command, &title, LIMIT + length).with_context(|| server.running.tail())
+        self.run(&mut command, &title, MEASURE_TIMEOUT + length).with_context(|| server.running.tail())
     }
 
-    /// What needs no server.
+    /// Runs the measurements that need no server.
     pub(super) fn micro(&mut self, rounds: usize) -> Result<Vec<Measured>> {
         let mut command = Command::new(&self.program);
         command.args(["--cpu", "1", "micro", "--rounds", &rounds.to_string()]);
-        self.run(&mut command, "memcpy, snapshot, encode, decode", LIMIT)
+        self.run(&mut command, "memcpy, snapshot, encode, decode", MEASURE_TIMEOUT)
     }
 
-    fn run(&mut self, command: &mut Command, title: &str, limit: Duration) -> Result<Vec<Measured>> {
-        let began = Instant::now();
+    fn run(&mut self, command: &mut Command, title: &str, timeout: Duration) -> Result<Vec<Measured>> {
+        let start = Instant::now();
         let answer = self.logs.join("client.json");
         let mut running = Running::start("client", command, &self.logs.join("client.log"), Some(&answer))?;
-        let status = running.wait_until(began + limit).with_context(|| running.tail())?;
+        let status = running.wait_until(start + timeout).with_context(|| running.tail())?;
         if !status.success() {
             bail!("measuring {title}: {status}\n{}", running.tail());
         }
-        println!("{title}: {:.1} s", began.elapsed().as_secs_f64());
-        let said = fs::read_to_string(&answer).context("reading what the client measured")?;
-        said.lines()
+        println!("{title}: {:.1} s", start.elapsed().as_secs_f64());
+        let output = fs::read_to_string(&answer).context("reading the output of the client")?;
+        output
+            .lines()
             .map(|line| serde_json::from_str(line).with_context(|| format!("reading {line:?}")))
             .collect()
     }

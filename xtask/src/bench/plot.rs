@@ -1,4 +1,4 @@
-//! Latency against the observation's size, log-log, as SVG.
+//! A log-log plot of latency over the observation's size, as SVG.
 
 use std::fmt::Write;
 
@@ -12,7 +12,7 @@ const BYTES: [f64; 2] = [3.0, 8.0];
 /// Decades of milliseconds: 10 µs to 100 ms.
 const MS: [f64; 2] = [-2.0, 2.0];
 
-/// What is drawn.
+/// The lines of the plot.
 #[derive(Default)]
 pub(super) struct Curve {
     lines: [Vec<(f64, f64)>; LINES.len()],
@@ -27,22 +27,23 @@ const LINES: [(&str, &str); 5] = [
 ];
 
 impl Curve {
-    /// The round trips at one size.
+    /// Adds the round trips at one size.
     pub(super) fn add(&mut self, bytes: f64, rows: &[Row]) {
-        let of = |name: &str| {
+        let median = |name: &str| {
             rows.iter().filter(|row| row.row == name && row.metric == "p50_ms").map(|row| row.value).next()
         };
-        let raw = ["get_obs.raw_blocking", "get_obs.raw_tokio"].into_iter().filter_map(of).reduce(f64::min);
+        let raw =
+            ["get_obs.raw_blocking", "get_obs.raw_tokio"].into_iter().filter_map(median).reduce(f64::min);
         let ours = ["get_obs", "get_obs.zenoh_tcp", "get_obs.zenoh_shm"];
         for (line, value) in
-            self.lines.iter_mut().zip(ours.map(of).into_iter().chain([of("get_obs.naive"), raw]))
+            self.lines.iter_mut().zip(ours.map(median).into_iter().chain([median("get_obs.naive"), raw]))
         {
             line.extend(value.map(|ms| (bytes, ms)));
         }
     }
 }
 
-/// The picture.
+/// Returns the plot as SVG.
 pub(super) fn svg(curve: &Curve) -> String {
     let mut text = format!(
         "<svg xmlns=\"http://www.w3.org/2000/svg\" viewBox=\"0 0 {WIDTH} {HEIGHT}\" font-family=\"sans-serif\" font-size=\"13\">\n\
@@ -121,7 +122,7 @@ fn grid(text: &mut String) {
 }
 
 fn put(text: &mut String, line: std::fmt::Arguments<'_>) {
-    writeln!(text, "{line}").expect("writing to a string does not fail");
+    writeln!(text, "{line}").expect("writing to a string cannot fail");
 }
 
 fn x(bytes: f64) -> f64 {

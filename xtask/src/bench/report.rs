@@ -1,4 +1,4 @@
-//! Figures for people and for programs.
+//! Output of the figures: tables and JSON.
 
 use anyhow::{Context, Result};
 use serde::Serialize;
@@ -7,12 +7,12 @@ use super::figures::Row;
 use super::targets;
 use crate::table::table;
 
-/// Every figure, and then those that have a target.
+/// A table of all figures, and one of those that have a target.
 pub(super) fn tables(rows: &[Row]) -> String {
     let mut figures = vec![heading(&[
         "row", "workload", "cores", "metric", "median", "p25", "p75", "ratio", "against", "",
     ])];
-    let mut judged = vec![heading(&["target", "workload", "cores", "metric", "found", "must", ""])];
+    let mut judged = vec![heading(&["target", "workload", "cores", "metric", "found", "required", ""])];
     for row in rows {
         let number = |value: f64| digits(value);
         let ratio = row.ratio.map_or_else(|| "-".to_owned(), |ratio| format!("{ratio:.2}"));
@@ -22,7 +22,7 @@ pub(super) fn tables(rows: &[Row]) -> String {
         cells.extend([row.value, row.p25, row.p75].map(number));
         cells.extend([ratio, row.against.unwrap_or("-").to_owned(), noisy.to_owned()]);
         figures.push(cells);
-        if let Some((must, found, met)) = targets::judge(row) {
+        if let Some((bound, found, met)) = targets::judge(row) {
             let name =
                 row.against.map_or_else(|| row.row.clone(), |against| format!("{} / {against}", row.row));
             let verdict = [if met { "met" } else { "missed" }, noisy].join(" ");
@@ -33,7 +33,7 @@ pub(super) fn tables(rows: &[Row]) -> String {
                 cores,
                 row.metric.clone(),
                 found,
-                must.to_string(),
+                bound.to_string(),
                 verdict,
             ]);
         }
@@ -41,7 +41,7 @@ pub(super) fn tables(rows: &[Row]) -> String {
     format!("{}\n{}", table(&figures), table(&judged))
 }
 
-/// As `--json` has it.
+/// The content of the file that `--json` writes.
 pub(super) fn json(rows: &[Row]) -> Result<String> {
     #[derive(Serialize)]
     struct Report<'a> {
@@ -54,7 +54,7 @@ fn heading(names: &[&str]) -> Vec<String> {
     names.iter().map(|&name| name.to_owned()).collect()
 }
 
-/// Four digits that mean something.
+/// The value with four significant digits.
 fn digits(value: f64) -> String {
     let before = value.abs().max(1.0).log10().floor() as usize;
     format!("{value:.*}", 3_usize.saturating_sub(before))

@@ -1,4 +1,4 @@
-//! A robot and its client, two processes, from their start to their end.
+//! A robot process and a client process, and sometimes a router between them, from start to exit.
 
 use std::fs;
 use std::net::SocketAddr;
@@ -10,37 +10,37 @@ use anyhow::{Context, Result, anyhow, bail};
 
 use crate::child::Running;
 
-/// How long a client that is started first is left alone, to see that it waits.
-const ALONE: Duration = Duration::from_millis(500);
+/// How long a client that starts first runs without its robot, to see that it waits.
+const ROBOT_DELAY: Duration = Duration::from_millis(500);
 
-const ROBOTS_LOG: &str = "robot.log";
+const ROBOT_LOG: &str = "robot.log";
 
-/// Whether the robot whose log is in this directory said so.
-pub(super) fn check_robots_log(logs: &Path, words: &str) -> Result<()> {
-    let path = logs.join(ROBOTS_LOG);
+/// Fails unless the robot's log in this directory contains the text.
+pub(super) fn check_robot_log(logs: &Path, text: &str) -> Result<()> {
+    let path = logs.join(ROBOT_LOG);
     let log = fs::read_to_string(&path).with_context(|| format!("reading {}", path.display()))?;
-    if !log.contains(words) {
-        bail!("expected {words:?} in the robot's log, found:\n{log}");
+    if !log.contains(text) {
+        bail!("expected {text:?} in the robot's log, found:\n{log}");
     }
     Ok(())
 }
 
-/// What is started, and how.
+/// The processes to start.
 pub(super) struct Pair {
-    /// Between the two, if there is one; it is there before them.
+    /// Routes between the two; started before them.
     pub(super) router: Option<Command>,
     pub(super) robot: Command,
     pub(super) client: Command,
-    /// Where the robot will listen, or the router does.
+    /// Where the router listens, or else the robot.
     pub(super) address: SocketAddr,
     pub(super) client_first: bool,
-    /// The directory that all write their logs to.
+    /// The directory for all logs.
     pub(super) logs: PathBuf,
-    /// For all of it.
-    pub(super) limit: Duration,
+    /// For the whole run.
+    pub(super) timeout: Duration,
 }
 
-/// The processes that run, for their logs where something goes wrong.
+/// The running processes, kept for the ends of their logs in error messages.
 #[derive(Default)]
 struct Processes {
     router: Option<Running>,
@@ -49,13 +49,12 @@ struct Processes {
 }
 
 impl Pair {
-    /// Plays until the client ends: it must succeed, and the robot must then leave when asked to. Returns
-    /// what the client printed on stdout.
+    /// Runs until the client exits with success, then interrupts the robot, which must exit cleanly. Returns
+    /// the result and, in any case, the client's stdout.
     ///
     /// # Errors
     ///
-    /// Whatever went wrong, with the ends of all logs; what the client had printed until then comes with it
-    /// in any case.
+    /// The first failure, with the ends of all logs.
     pub(super) fn play(mut self) -> (Result<()>, String) {
         let mut processes = Processes::default();
         let played = self.play_with(&mut processes).map_err(|error| {
@@ -69,10 +68,10 @@ impl Pair {
     }
 
     fn play_with(&mut self, processes: &mut Processes) -> Result<()> {
-        let deadline = Instant::now() + self.limit;
+        let deadline = Instant::now() + self.timeout;
         let Processes { router, robot, client } = processes;
         fs::create_dir_all(&self.logs).with_context(|| format!("creating {}", self.logs.display()))?;
-        // The answer of an earlier run must not be taken for one of this.
+        // Do not take the answer of an earlier run for one of this run.
         fs::write(self.answer(), "").context("emptying the client's answer")?;
 
         if let Some(command) = &mut self.router {
@@ -82,9 +81,9 @@ impl Pair {
         }
         let (robot, client) = if self.client_first {
             let client = client.insert(self.start_client()?);
-            // Not a wait for something: this is how long its robot is missing.
-            std::thread::sleep(ALONE);
-            client.still_runs().context("started before its robot")?;
+            // Not a wait for an event: the robot is missing for this long.
+            std::thread::sleep(ROBOT_DELAY);
+            client.check_running().context("started before its robot")?;
             (robot.insert(self.start_robot()?), client)
         } else {
             let robot = robot.insert(self.start_robot()?);
@@ -100,7 +99,7 @@ impl Pair {
     }
 
     fn start_robot(&mut self) -> Result<Running> {
-        Running::start("robot", &mut self.robot, &self.logs.join(ROBOTS_LOG), None)
+        Running::start("robot", &mut self.robot, &self.logs.join(ROBOT_LOG), None)
     }
 
     fn start_client(&mut self) -> Result<Running> {
@@ -126,9 +125,9 @@ mod tests {
         command
     }
 
-    /// Plays two scripts; what goes wrong must be told with these words, and the answer is what the client
-    /// printed in any case.
-    fn check(name: &str, robot: &str, client: &str, answer: &str, complaints: &[&str]) {
+    /// Runs two scripts. The error must contain these texts, or there must be none if there are no texts; the
+    /// answer is what the client printed, in any case.
+    fn check(name: &str, robot: &str, client: &str, answer: &str, expected: &[&str]) {
         let logs = std::env::temp_dir().join(format!("xtask-pair-{}-{name}", std::process::id()));
         let pair = Pair {
             router: None,
@@ -138,20 +137,20 @@ mod tests {
             // The scripts do not listen.
             client_first: true,
             logs: logs.clone(),
-            limit: Duration::from_secs(3),
+            timeout: Duration::from_secs(3),
         };
         let (result, found) = pair.play();
         fs::remove_dir_all(logs).unwrap();
         assert_eq!(found, answer, "{name}");
-        let said = result.map_or_else(|error| format!("{error:#}"), |()| String::new());
-        assert_eq!(said.is_empty(), complaints.is_empty(), "{name}: {said}");
-        for complaint in complaints {
-            assert!(said.contains(complaint), "{name}: expected {complaint:?} in {said}");
+        let error = result.map_or_else(|error| format!("{error:#}"), |()| String::new());
+        assert_eq!(error.is_empty(), expected.is_empty(), "{name}: {error}");
+        for text in expected {
+            assert!(error.contains(text), "{name}: expected {text:?} in {error}");
         }
     }
 
     #[test]
-    fn what_goes_wrong_is_told_with_both_logs() {
+    fn an_error_includes_both_logs() {
         let untidy = "trap 'exit 5' INT; while :; do sleep 0.02; done";
         let cases: [(&str, &str, &str, &str, &[&str]); 6] = [
             ("good", ROBOT, "sleep 0.7; echo '{}'", "{}\n", &[]),
@@ -160,7 +159,7 @@ mod tests {
                 ROBOT,
                 "exit 1",
                 "",
-                &["started before its robot", "the client ended too early", "(said nothing)"],
+                &["started before its robot", "the client exited too early", "(no output)"],
             ),
             (
                 "failing",
@@ -169,13 +168,19 @@ mod tests {
                 "1\n",
                 &["the client failed: exit status: 3", "serving", "lost"],
             ),
-            ("hanging", ROBOT, "exec sleep 60", "", &["the client was still running at its time limit"]),
-            ("dead robot", "exit 7", "sleep 0.7", "", &["the robot ended too early: exit status: 7"]),
-            ("untidy robot", untidy, "sleep 0.7", "", &["did not end cleanly: exit status: 5"]),
+            ("hanging", ROBOT, "exec sleep 60", "", &["the client was still running at its deadline"]),
+            ("dead robot", "exit 7", "sleep 0.7", "", &["the robot exited too early: exit status: 7"]),
+            (
+                "untidy robot",
+                untidy,
+                "sleep 0.7",
+                "",
+                &["did not exit cleanly after an interrupt: exit status: 5"],
+            ),
         ];
         std::thread::scope(|scope| {
-            for (name, robot, client, answer, complaints) in cases {
-                scope.spawn(move || check(name, robot, client, answer, complaints));
+            for (name, robot, client, answer, expected) in cases {
+                scope.spawn(move || check(name, robot, client, answer, expected));
             }
         });
     }

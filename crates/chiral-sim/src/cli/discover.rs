@@ -1,4 +1,4 @@
-//! `chiral-sim discover`: which robots there are.
+//! `chiral-sim discover`: lists the robots on the Zenoh networks in reach.
 
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -7,25 +7,25 @@ use std::time::Duration;
 use anyhow::{Context, Result};
 use chiral_client::{DiscoveredRobot, PolicyClient};
 
-/// List the robots of the Zenoh networks around, found without an address.
+/// List the robots on the Zenoh networks in reach, without knowing an address.
 ///
-/// Exit status: 0 if there is any, 1 if not.
+/// Exit status: 0 if any was found, 1 if none.
 #[derive(clap::Args)]
 pub(crate) struct Arguments {
-    /// How long to look
+    /// How long to search, in seconds
     #[arg(long, default_value_t = 2.0)]
     seconds: f64,
-    /// A configuration file of Zenoh's: for TLS, users, and further places to look at
+    /// A Zenoh configuration file: TLS, user and password, further addresses to search
     #[arg(long, value_name = "FILE")]
     zenoh_config: Option<PathBuf>,
 }
 
 const NONE: &str = "\
-no robot was found. One is only if it
-  - is on a Zenoh network: chiral-sim serve --zenoh tcp/0.0.0.0:7447, without --no-discovery; over WebSocket alone it is not
-  - lets others in at more than loopback, or is on this host
-  - is in this network segment, or a router of its network is: multicast (224.0.0.224:7446, UDP) does not pass routers of IP, nor many WLANs and containers
-  - can be reached: no firewall before UDP port 7446 and the robot's TCP port, and its certificates, users and access control let us in";
+no robot was found. A robot is found only if
+  - it serves on a Zenoh network: chiral-sim serve --zenoh tcp/0.0.0.0:7447, without --no-discovery (not over WebSocket)
+  - it listens on more than loopback, or runs on this host
+  - it, or a Zenoh router of its network, is in this network segment: multicast (224.0.0.224:7446, UDP) does not pass IP routers, nor many WLANs and containers
+  - it can be reached: no firewall blocks UDP port 7446 or the robot's TCP port, and its certificates, users and access control admit this client";
 
 pub(crate) fn run(arguments: &Arguments) -> Result<ExitCode> {
     super::log("warn");
@@ -38,7 +38,7 @@ pub(crate) fn run(arguments: &Arguments) -> Result<ExitCode> {
         return Ok(ExitCode::FAILURE);
     }
     let rows = robots.iter().map(row);
-    let head = ["robot", "cameras", "held by", "addresses"].map(str::to_owned);
+    let head = ["robot", "cameras", "controller", "addresses"].map(str::to_owned);
     print!("{}", table(&std::iter::once(head).chain(rows).collect::<Vec<_>>()));
     Ok(ExitCode::SUCCESS)
 }
@@ -52,12 +52,12 @@ fn row(robot: &DiscoveredRobot) -> [String; 4] {
     [
         robot.name.clone(),
         cameras,
-        robot.controller.clone().unwrap_or_else(|| "nobody".to_owned()),
+        robot.controller.clone().unwrap_or_else(|| "none".to_owned()),
         robot.addresses.join(" "),
     ]
 }
 
-/// Columns as wide as their widest cell.
+/// Pads each column to its widest cell.
 fn table(rows: &[[String; 4]]) -> String {
     let width = |column: usize| rows.iter().map(|row| row[column].chars().count()).max().unwrap_or_default();
     let widths = [0, 1, 2].map(width);

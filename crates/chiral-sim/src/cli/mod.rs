@@ -1,4 +1,4 @@
-//! The commands, a file each, and what they share: logs, Ctrl-C, the process's own CPU time.
+//! The commands, one file each, and what they share: logging, Ctrl-C, CPU time, how a client finds its robot.
 
 #[cfg(feature = "zenoh")]
 pub(crate) mod discover;
@@ -21,11 +21,11 @@ use chiral_client::{Codec, PolicyClient, PolicyClientBuilder};
 use rustix::time::{ClockId, clock_gettime};
 use tracing_subscriber::EnvFilter;
 
-/// What shells expect of a program that Ctrl-C ended.
+/// The exit status that shells expect of a program ended by Ctrl-C.
 pub(crate) const INTERRUPTED: u8 = 130;
 
-/// Logs to stderr, as `RUST_LOG` says, else from this level up; of Zenoh errors only, since it warns of each
-/// attempt to find a robot that is not there yet.
+/// Logs to stderr, at this level unless `RUST_LOG` is set. Zenoh's own log is limited to errors, since it warns
+/// of every attempt to reach a robot that has not started yet.
 pub(crate) fn log(level: &str) {
     let filter =
         EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new(format!("{level},zenoh=error")));
@@ -38,7 +38,7 @@ pub(crate) fn log(level: &str) {
         .init();
 }
 
-/// Seconds that the CPU has spent on this process so far, on all cores together.
+/// CPU time that this process has used so far, in seconds over all cores.
 pub(crate) fn cpu_seconds() -> f64 {
     let used = clock_gettime(ClockId::ProcessCPUTime);
     used.tv_sec as f64 + used.tv_nsec as f64 * 1e-9
@@ -47,30 +47,30 @@ pub(crate) fn cpu_seconds() -> f64 {
 /// How a client finds its robot.
 #[derive(clap::Args)]
 pub(crate) struct Target {
-    /// The robot: ws:// or wss://, or of Zenoh's tcp/HOST:PORT, tls/HOST:PORT, quic/HOST:PORT,
-    /// unixsock-stream/PATH, or zenoh:NAME for one found by its name; by default ws://localhost:8765, with
-    /// --robot tcp/localhost:7447, with --zenoh-config zenoh:
+    /// Address of the robot: ws:// or wss://; for Zenoh tcp/HOST:PORT, tls/HOST:PORT, quic/HOST:PORT,
+    /// unixsock-stream/PATH, or zenoh:NAME to find it by its name. Default: ws://localhost:8765; with
+    /// --robot tcp/localhost:7447; with --zenoh-config zenoh:
     #[arg(value_name = "URI")]
     uri: Option<String>,
     #[cfg(feature = "zenoh")]
     #[command(flatten)]
     zenoh: zenoh::ClientOptions,
-    /// The one wire that will do; by default ours, or else that of legacy servers
+    /// Accept only this wire format; by default protobuf, and msgpack if the server is a legacy server
     #[arg(long, value_enum)]
     codec: Option<Wire>,
-    /// Say nothing while waiting for the server, and print the summary only
+    /// Print nothing while waiting for the server, and only the summary at the end
     #[arg(long)]
     pub(crate) quiet: bool,
-    /// Give up if there is no server for so long; without, wait for ever
+    /// Fail if no server is reached within this time; by default wait without limit
     #[arg(long, value_name = "SECONDS")]
     wait: Option<f64>,
 }
 
 #[derive(Clone, Copy, Debug, clap::ValueEnum)]
 enum Wire {
-    /// That of our own servers
+    /// The format of chiral.v1 servers
     Protobuf,
-    /// That of the peers before us
+    /// The format of legacy servers
     Msgpack,
 }
 
@@ -88,7 +88,7 @@ impl Target {
         self.uri.as_deref().or(default).unwrap_or(PolicyClient::DEFAULT_URI)
     }
 
-    /// A client yet to be connected.
+    /// A client that has yet to connect.
     pub(crate) fn client(&self) -> Result<PolicyClientBuilder> {
         let builder = PolicyClient::builder(self.uri());
         #[cfg(feature = "zenoh")]
@@ -106,8 +106,8 @@ impl Target {
     }
 }
 
-/// Returns on Ctrl-C, or when a supervisor asks for the end.
-pub(crate) async fn asked_to_end() {
+/// Completes on Ctrl-C or SIGTERM.
+pub(crate) async fn shutdown_signal() {
     #[cfg(unix)]
     {
         use tokio::signal::unix::{SignalKind, signal};
@@ -122,22 +122,22 @@ pub(crate) async fn asked_to_end() {
     let _ = tokio::signal::ctrl_c().await;
 }
 
-/// Ctrl-C of a client's process.
+/// Handles Ctrl-C in a client's process.
 pub(crate) struct Interrupt {
-    asked: AtomicBool,
-    /// Whether there is a session that should be closed first.
+    requested: AtomicBool,
+    /// Whether there is a session to close before the process exits.
     connected: AtomicBool,
 }
 
 impl Interrupt {
-    /// How long the end may take once it was asked for.
-    const LIMIT: Duration = Duration::from_secs(3);
+    /// How long closing may take after Ctrl-C.
+    const CLOSE_TIMEOUT: Duration = Duration::from_secs(3);
 
-    /// From now on Ctrl-C ends the process at once, or, once connected, by [`Interrupt::asked`]; if that
-    /// takes long, or asked again, at once, too.
+    /// Starts to listen for Ctrl-C. Before [`Interrupt::connected`] it ends the process at once. After that it
+    /// sets [`Interrupt::requested`]; a second Ctrl-C, or a timeout, still ends the process at once.
     pub(crate) fn listen() -> Result<&'static Interrupt> {
         static INTERRUPT: Interrupt =
-            Interrupt { asked: AtomicBool::new(false), connected: AtomicBool::new(false) };
+            Interrupt { requested: AtomicBool::new(false), connected: AtomicBool::new(false) };
         let runtime = tokio::runtime::Builder::new_current_thread()
             .enable_all()
             .build()
@@ -150,9 +150,9 @@ impl Interrupt {
         let listen = move || {
             runtime.block_on(async {
                 wait().await;
-                INTERRUPT.asked.store(true, Ordering::Relaxed);
+                INTERRUPT.requested.store(true, Ordering::Relaxed);
                 if INTERRUPT.connected.load(Ordering::Relaxed) {
-                    let _ = tokio::time::timeout(Interrupt::LIMIT, wait()).await;
+                    let _ = tokio::time::timeout(Interrupt::CLOSE_TIMEOUT, wait()).await;
                 }
                 process::exit(INTERRUPTED.into());
             });
@@ -161,17 +161,17 @@ impl Interrupt {
         Ok(&INTERRUPT)
     }
 
-    /// A session is there: it is closed before the process ends.
+    /// Notes that there is a session, which is to be closed before the process exits.
     pub(crate) fn connected(&self) {
         self.connected.store(true, Ordering::Relaxed);
     }
 
     /// Set by Ctrl-C.
-    pub(crate) fn asked(&self) -> &AtomicBool {
-        &self.asked
+    pub(crate) fn requested(&self) -> &AtomicBool {
+        &self.requested
     }
 
-    pub(crate) fn was_asked(&self) -> bool {
-        self.asked.load(Ordering::Relaxed)
+    pub(crate) fn is_requested(&self) -> bool {
+        self.requested.load(Ordering::Relaxed)
     }
 }

@@ -1,4 +1,4 @@
-//! `chiral-sim policy`: the policy, and how it did.
+//! `chiral-sim policy`: plays episodes and reports how they went.
 
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
@@ -14,10 +14,10 @@ use serde_json::json;
 
 use super::{INTERRUPTED, Interrupt, Target};
 
-/// Drive a robot to the red ball, from pixels, depth, K, T and joints as they come over the wire.
+/// Drive a robot to the red ball, using only the pixels, depth, K, T and joints that it receives.
 ///
-/// It waits for the robot's server, plays the episodes and says how they went. Exit status: 0 if every
-/// episode succeeded, 1 if not, 130 after Ctrl-C.
+/// Waits for the robot's server, plays the episodes and reports how they went. Exit status: 0 if every episode
+/// succeeded, 1 if not, 130 after Ctrl-C.
 #[derive(clap::Args)]
 pub(crate) struct Arguments {
     #[command(flatten)]
@@ -25,22 +25,22 @@ pub(crate) struct Arguments {
     /// How policy and robot are coupled
     #[arg(long, value_enum, default_value_t = Mode::Stream)]
     mode: Mode,
-    /// Which client
+    /// Which client API to use
     #[arg(long, value_enum, default_value_t = Client::Async)]
     client: Client,
-    /// How many episodes
+    /// Number of episodes
     #[arg(long, default_value_t = 1, value_name = "N")]
     episodes: u64,
-    /// Seed of the first episode; each further one takes the next
+    /// Seed of the first episode; each further episode uses the next
     #[arg(long, default_value_t = 0, value_name = "S")]
     seed: u64,
-    /// Observations a second to ask for, in mode stream
+    /// Requested observations per second, in mode stream
     #[arg(long, default_value_t = 30.0)]
     hz: f64,
-    /// Save a picture of what the cameras saw, first and last, for each episode
+    /// Save a picture for each episode: what the cameras saw first and last
     #[arg(long, value_name = "DIR")]
     save: Option<PathBuf>,
-    /// Print one JSON object in place of words
+    /// Print one JSON object instead of text
     #[arg(long)]
     json: bool,
 }
@@ -55,20 +55,20 @@ enum Mode {
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
 enum Client {
-    /// On a tokio runtime
+    /// The async client, on a tokio runtime
     Async,
-    /// Without one
+    /// The blocking client
     Blocking,
 }
 
-/// All episodes.
+/// The results of all episodes.
 struct Played {
     episodes: Vec<Episode>,
     /// From the first reset to the last episode's end.
     seconds: f64,
-    /// What was spoken.
+    /// The agreed wire format.
     codec: Codec,
-    /// Observations a second, over all of that time; in mode stream.
+    /// Observations per second over all of that time; only in mode stream.
     obs_hz: Option<f64>,
     interrupted: bool,
 }
@@ -117,13 +117,13 @@ async fn play_all(arguments: &Arguments, client: &AnyClient, interrupt: &Interru
         Mode::Step => Coupling::Step,
     };
     let progress = progress(arguments);
-    let runner = Runner::start(client, coupling, arguments.hz, interrupt.asked()).await?;
+    let runner = Runner::start(client, coupling, arguments.hz, interrupt.requested()).await?;
     let (mut episodes, began) = (Vec::new(), Instant::now());
     for number in 0..arguments.episodes {
         let seed = arguments.seed + number;
         progress.set_message(format!("seed {seed}"));
         let episode = runner.play(seed).await.with_context(|| format!("the episode of seed {seed}"))?;
-        if interrupt.was_asked() {
+        if interrupt.is_requested() {
             break;
         }
         progress.inc(1);
@@ -139,16 +139,16 @@ async fn play_all(arguments: &Arguments, client: &AnyClient, interrupt: &Interru
     progress.finish_and_clear();
     let seconds = began.elapsed().as_secs_f64();
     let obs_hz = (coupling == Coupling::Stream).then(|| client.stats().observations as f64 / seconds);
-    Ok(Played { episodes, seconds, codec: client.codec(), obs_hz, interrupted: interrupt.was_asked() })
+    Ok(Played { episodes, seconds, codec: client.codec(), obs_hz, interrupted: interrupt.is_requested() })
 }
 
-/// On a terminal, and nowhere else.
+/// A progress bar, shown only on a terminal.
 fn progress(arguments: &Arguments) -> ProgressBar {
     if arguments.target.quiet {
         return ProgressBar::hidden();
     }
     let style = ProgressStyle::with_template("{bar:24} episode {pos} of {len}, {msg}")
-        .expect("a template that is well-formed");
+        .expect("the template is well-formed");
     ProgressBar::new(arguments.episodes).with_style(style)
 }
 
@@ -164,7 +164,7 @@ fn line(episode: &Episode) -> String {
     format!("seed {seed:3}  {outcome}  {seconds:5.2} s, {steps:3} actions, reward {reward:.3}{rate}{times}")
 }
 
-/// Median and 99th percentile, if there is anything.
+/// Median and 99th percentile as text; empty without values.
 fn spread(name: &str, values: &[f64]) -> String {
     match (percentile(values, 50), percentile(values, 99)) {
         (Some(p50), Some(p99)) => format!(", {name} p50 {p50:.1} ms p99 {p99:.1} ms"),
@@ -194,7 +194,7 @@ fn summarize(played: &Played) {
     );
 }
 
-/// What an address leads to, for tables.
+/// The transport that an address selects, as named in tables.
 fn transport(uri: &str) -> String {
     match uri.split_once('/') {
         Some((protocol, _)) if !protocol.ends_with(':') => format!("zenoh-{protocol}"),

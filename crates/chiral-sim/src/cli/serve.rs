@@ -1,4 +1,4 @@
-//! `chiral-sim serve`: the robot.
+//! `chiral-sim serve`: serves the simulated robot.
 
 use std::net::{SocketAddr, ToSocketAddrs};
 use std::time::{Duration, Instant};
@@ -7,21 +7,21 @@ use anyhow::{Context, Result};
 use chiral_server::PolicyServer;
 use chiral_sim::robot::{self, SimConfig};
 
-/// Serve a simulated robot: a Franka Panda before a table, with cameras that see it all.
+/// Serve a simulated robot: a Franka Panda at a table, watched by cameras.
 ///
-/// Each episode there is a red ball to be held between the fingertips, somewhere else for every seed. Cameras
-/// give colour, depth, and their K and T of the very instant. In real time it moves as it is told by actions;
-/// `step` moves it in lock-step. Ctrl-C ends it.
+/// In each episode the goal is to have a red ball between the fingertips; its place depends on the seed. Cameras
+/// deliver colour, depth, and K and T of the same instant. Actions move the arm in real time; `step` moves it
+/// in lock-step. Ctrl-C ends the program.
 #[derive(clap::Args)]
 pub(crate) struct Arguments {
-    /// Where to listen for WebSocket; 127.0.0.1:8765 by default, or nowhere with Zenoh. There is no
-    /// authentication yet
+    /// Where to listen for WebSocket connections; by default 127.0.0.1:8765, or nowhere if a Zenoh option is
+    /// given. There is no authentication yet
     #[arg(long, value_name = "ADDRESS", value_parser = resolve)]
     bind: Option<SocketAddr>,
     #[cfg(feature = "zenoh")]
     #[command(flatten)]
     zenoh: super::zenoh::ServerOptions,
-    /// The robot's name, as peers see it; on a Zenoh network each has its own. By default this host's
+    /// The robot's name, unique on a Zenoh network; by default the host's name
     #[arg(long)]
     name: Option<String>,
     /// Columns of every picture
@@ -30,17 +30,17 @@ pub(crate) struct Arguments {
     /// Rows of every picture
     #[arg(long, default_value_t = 240, value_name = "PIXELS")]
     height: usize,
-    /// Pictures a second
+    /// Pictures per second
     #[arg(long, default_value_t = 30.0, value_name = "HZ")]
     fps: f64,
-    /// How many: wrist_cam, head_cam, then table_cam_0, table_cam_1, ...
+    /// Number of cameras: wrist_cam, head_cam, then table_cam_0, table_cam_1, ...
     #[arg(long, default_value_t = 2, value_name = "N")]
     cameras: usize,
-    /// How long a reset takes, as an arm takes to move home
+    /// How long a reset takes, like an arm that moves home
     #[arg(long, default_value_t = 0.0, value_name = "SECONDS", value_parser = seconds)]
     homing: f64,
-    /// Draw K instants once and replay them, to measure Chiral and not the renderer; the pictures then do not
-    /// follow the arm
+    /// Draw K instants once and replay them, to measure Chiral instead of the renderer; the pictures then do
+    /// not follow the arm
     #[arg(long, value_name = "K", value_parser = clap::value_parser!(u32).range(1..))]
     prerender: Option<u32>,
     /// Log warnings and errors only
@@ -51,8 +51,8 @@ pub(crate) struct Arguments {
 fn resolve(text: &str) -> Result<SocketAddr, String> {
     let found = text
         .to_socket_addrs()
-        .map_err(|error| format!("{error} (expected an address such as 127.0.0.1:8765)"))?;
-    found.into_iter().next().ok_or_else(|| "no such host".to_owned())
+        .map_err(|error| format!("{error}; expected an address such as 127.0.0.1:8765"))?;
+    found.into_iter().next().ok_or_else(|| "the host has no address".to_owned())
 }
 
 fn seconds(text: &str) -> Result<f64, String> {
@@ -70,7 +70,7 @@ pub(crate) fn run(arguments: &Arguments) -> Result<()> {
     }
     let config = SimConfig { width, height, fps, cameras, homing, prerender, ..SimConfig::default() };
     let cpu_before = super::cpu_seconds();
-    let (robot, sensors) = robot::start(config).context("the robot cannot start")?;
+    let (robot, sensors) = robot::start(config).context("starting the robot")?;
     if let Some(instants) = prerender {
         let pictures = instants * cameras;
         let each = (super::cpu_seconds() - cpu_before) * 1e3 / pictures.max(1) as f64;
@@ -90,17 +90,17 @@ pub(crate) fn run(arguments: &Arguments) -> Result<()> {
 
     let runtime =
         tokio::runtime::Builder::new_multi_thread().enable_all().build().context("starting a runtime")?;
-    let (began, cpu_before) = (Instant::now(), super::cpu_seconds());
+    let (start, cpu_before) = (Instant::now(), super::cpu_seconds());
     runtime.block_on(async {
         let handle = server.handle();
         tokio::spawn(async move {
-            super::asked_to_end().await;
+            super::shutdown_signal().await;
             tracing::info!("shutting down");
             handle.shutdown();
         });
         server.serve().await
     })?;
-    let (cpu, seconds) = (super::cpu_seconds() - cpu_before, began.elapsed().as_secs_f64());
-    tracing::info!("served for {seconds:.1} s on {cpu:.1} s of CPU");
+    let (cpu, seconds) = (super::cpu_seconds() - cpu_before, start.elapsed().as_secs_f64());
+    tracing::info!("served for {seconds:.1} s, {cpu:.1} s of CPU");
     Ok(())
 }

@@ -1,4 +1,4 @@
-//! `chiral-sim watch`: an observer that measures.
+//! `chiral-sim watch`: an observer that measures the stream.
 
 use std::time::{Duration, Instant};
 
@@ -10,33 +10,33 @@ use serde_json::json;
 
 use super::{Interrupt, Target};
 
-/// Look on without driving, and measure: achieved rate, age, throughput, CPU.
+/// Observe without control, and measure: achieved rate, age, throughput, CPU.
 ///
-/// Any number of observers may look on, beside the policy that drives or without one.
+/// Any number of observers can connect, with or without a policy that controls the robot.
 #[derive(clap::Args)]
 #[command(after_help = EXAMPLE)]
 pub(crate) struct Arguments {
     #[command(flatten)]
     target: Target,
-    /// Observations a second to ask for
+    /// Requested observations per second
     #[arg(long, default_value_t = 30.0)]
     hz: f64,
-    /// How long to look on
+    /// How long to observe, in seconds
     #[arg(long, default_value_t = 10.0)]
     seconds: f64,
-    /// Print one JSON object in place of words
+    /// Print one JSON object instead of text
     #[arg(long)]
     json: bool,
 }
 
 const EXAMPLE: &str = "\
-A load test, whose pictures cost the robot nothing:
+A load test with prerendered pictures, which cost the robot nothing:
   chiral-sim serve --cameras 8 --width 640 --height 480 --prerender 8
   chiral-sim watch --hz 30 --seconds 10";
 
-/// What was seen.
+/// What was measured.
 #[derive(Default)]
-struct Seen {
+struct Measured {
     observations: u64,
     bytes: u64,
     ages_ms: Vec<f64>,
@@ -46,39 +46,39 @@ struct Seen {
 
 pub(crate) fn run(arguments: &Arguments) -> Result<()> {
     super::log("warn");
-    let limit = Duration::try_from_secs_f64(arguments.seconds).context("--seconds")?;
+    let duration = Duration::try_from_secs_f64(arguments.seconds).context("--seconds")?;
     let interrupt = Interrupt::listen()?;
     let builder = arguments.target.client()?.observer();
     let runtime = tokio::runtime::Runtime::new().context("starting a runtime")?;
-    let seen = runtime.block_on(async {
+    let measured = runtime.block_on(async {
         let client = AnyClient::Async(builder.connect().await?);
         interrupt.connected();
-        let seen = look_on(&client, arguments.hz, limit, interrupt).await;
+        let measured = measure(&client, arguments.hz, duration, interrupt).await;
         client.close().await?;
-        seen
+        measured
     })?;
-    tell(arguments, &seen);
+    print(arguments, &measured);
     Ok(())
 }
 
-async fn look_on(client: &AnyClient, hz: f64, limit: Duration, interrupt: &Interrupt) -> Result<Seen> {
+async fn measure(client: &AnyClient, hz: f64, duration: Duration, interrupt: &Interrupt) -> Result<Measured> {
     client.start_obs_stream(hz).await?;
-    // The first one may have waited for the sensors, and the clocks must be compared once.
+    // Not measured: the first observation may have waited for the sensors, and the clock offset must be known.
     client.next_obs(Duration::from_secs(5)).await?;
-    let (began, cpu_before, before) = (Instant::now(), super::cpu_seconds(), client.stats().observations);
-    let mut seen = Seen::default();
-    while began.elapsed() < limit && !interrupt.was_asked() {
+    let (start, cpu_before, before) = (Instant::now(), super::cpu_seconds(), client.stats().observations);
+    let mut measured = Measured::default();
+    while start.elapsed() < duration && !interrupt.is_requested() {
         let obs = client.next_obs(Duration::from_secs(5)).await?;
-        seen.ages_ms.extend(age_ms(client, &obs));
-        seen.bytes += bytes(&obs);
+        measured.ages_ms.extend(age_ms(client, &obs));
+        measured.bytes += bytes(&obs);
     }
-    seen.observations = client.stats().observations - before;
-    seen.seconds = began.elapsed().as_secs_f64();
-    seen.cpu_seconds = super::cpu_seconds() - cpu_before;
-    Ok(seen)
+    measured.observations = client.stats().observations - before;
+    measured.seconds = start.elapsed().as_secs_f64();
+    measured.cpu_seconds = super::cpu_seconds() - cpu_before;
+    Ok(measured)
 }
 
-/// Of pixels and depth.
+/// Bytes of pixels and depth.
 fn bytes(obs: &Observation) -> u64 {
     let of = |camera: &chiral_client::Camera| {
         camera.image.data().len() + camera.depth.as_ref().map_or(0, |d| d.data().len())
@@ -86,8 +86,8 @@ fn bytes(obs: &Observation) -> u64 {
     obs.cameras.iter().map(|camera| of(camera) as u64).sum()
 }
 
-fn tell(arguments: &Arguments, seen: &Seen) {
-    let Seen { observations, bytes, ages_ms, seconds, cpu_seconds } = seen;
+fn print(arguments: &Arguments, measured: &Measured) {
+    let Measured { observations, bytes, ages_ms, seconds, cpu_seconds } = measured;
     let (hz, megabytes_s) = (*observations as f64 / seconds, *bytes as f64 / seconds / 1e6);
     let [p50, p99] = [50, 99].map(|percent| percentile(ages_ms, percent));
     if arguments.json {
@@ -102,8 +102,8 @@ fn tell(arguments: &Arguments, seen: &Seen) {
         p50.zip(p99).map_or("unknown".to_owned(), |(p50, p99)| format!("p50 {p50:.1} ms p99 {p99:.1} ms"));
     let size = *bytes as f64 / (*observations).max(1) as f64 / 1e6;
     println!(
-        "{hz:.2} Hz of {} asked, {observations} observations of {size:.1} MB in {seconds:.1} s",
+        "{hz:.2} Hz of {} requested, {observations} observations of {size:.1} MB in {seconds:.1} s",
         arguments.hz
     );
-    println!("age {age}, {megabytes_s:.0} MB/s, {cpu_seconds:.2} s of CPU here");
+    println!("age {age}, {megabytes_s:.0} MB/s, {cpu_seconds:.2} s of CPU in this process");
 }
