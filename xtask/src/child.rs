@@ -28,16 +28,17 @@ pub(crate) struct Running {
 }
 
 impl Running {
-    /// Starts a program that writes its stderr to `log`; its stdout goes to `answer` if given, else to `log`, too.
+    /// Starts a program that writes its stderr to `log`; its stdout goes to the file `stdout` if
+    /// given, else to `log`, too.
     pub(crate) fn start(
         name: &'static str,
         command: &mut Command,
         log: &Path,
-        answer: Option<&Path>,
+        stdout: Option<&Path>,
     ) -> Result<Running> {
         let create = |path: &Path| File::create(path).with_context(|| format!("creating {}", path.display()));
         let errors = create(log)?;
-        let output = match answer {
+        let output = match stdout {
             Some(path) => create(path)?,
             None => errors.try_clone().context("sharing the log")?,
         };

@@ -1,5 +1,5 @@
-//! The generated files that are committed: the prost types, the descriptor set and, with `--bless`, the golden
-//! frames. The generator is the binary `xtask-codegen`; here its output is compared and installed.
+//! The generated files that are committed: the prost types, the descriptor set and, with `--bless`, the
+//! golden frames. The generator is the binary `xtask-codegen`; here its output is compared and installed.
 
 use anyhow::{Context, Result, bail};
 

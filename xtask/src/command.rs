@@ -17,8 +17,8 @@ pub(crate) fn cargo<'a>(arguments: impl IntoIterator<Item = &'a str>) -> Command
     let mut command = Command::new(program);
     command.current_dir(root()).args(arguments);
     // Do not pass on what cargo set for xtask's own package. Build scripts that depend on these variables
-    // (ring's) would run again, and everything above them be rebuilt, whenever xtask calls cargo after a person
-    // has.
+    // (ring's) would run again, and everything above them be rebuilt, whenever xtask calls cargo after a
+    // person has.
     for (name, _) in std::env::vars_os() {
         if name
             .to_str()
@@ -78,8 +78,8 @@ pub(crate) enum Profile {
 /// Builds every binary and example. Returns the directory with the binaries, which has the examples in
 /// `examples`.
 ///
-/// Builds the whole workspace with its examples, so that cargo resolves the same features as for the tests and
-/// reuses what `cargo xtask test` has built.
+/// Builds the whole workspace with its examples, so that cargo resolves the same features as for the tests
+/// and reuses what `cargo xtask test` has built.
 pub(crate) fn build(profile: Profile) -> Result<PathBuf> {
     let mut command = cargo(["build", "--workspace", "--bins", "--examples"]);
     if profile == Profile::Release {

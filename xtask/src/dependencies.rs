@@ -25,9 +25,7 @@ pub(crate) fn check_banned() -> Result<()> {
     let copies = copies(&lock);
     for name in BANNED {
         if copies.contains_key(name) {
-            bail!(
-                "the banned crate {name} is in the tree: `cargo tree --target all --invert {name}` shows what depends on it"
-            );
+            bail!("the banned crate {name} is in the tree, see `cargo tree --target all --invert {name}`");
         }
     }
     for name in SINGLE {

@@ -1,5 +1,5 @@
-//! Python: checks golden frames with Python's packages, and makes the virtual environment in which the peers of
-//! `tests/peers` run.
+//! Python: checks golden frames with Python's packages, and makes the virtual environment in which the peers
+//! of `tests/peers` run.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -13,8 +13,8 @@ use crate::command::{self, cargo};
 const PACKAGES: &[&str] =
     &["protobuf==6.33.6", "msgpack==1.2.4", "websockets==17.4", "eclipse-zenoh==1.10.2", "numpy==2.4.6"];
 
-/// Checks that Python reads every golden frame, that chiral-proto reads frames written by Python, and that the
-/// committed msgpack frames are what Python writes.
+/// Checks that Python reads every golden frame, that chiral-proto reads frames written by Python, and that
+/// the committed msgpack frames are what Python writes.
 pub(crate) fn check() -> Result<()> {
     let python = interpreter()?;
     let target = command::target()?;

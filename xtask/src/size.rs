@@ -13,8 +13,8 @@ pub(crate) struct Arguments {}
 
 pub(crate) fn run(_: &Arguments) -> Result<()> {
     let example = "minimal_server";
-    // Stripped by the linker, so that no other tool is needed. In a target directory of its own, since another
-    // profile setting would rebuild everything each time.
+    // Stripped by the linker, so that no other tool is needed. In a target directory of its own, since
+    // another profile setting would rebuild everything each time.
     let directory = command::target()?.join("size");
     command::run(
         cargo(["build", "--release", "-p", "chiral-server", "--no-default-features"])

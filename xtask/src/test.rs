@@ -87,8 +87,8 @@ fn clippy() -> Result<()> {
     command::run(&mut cargo(codegen))
 }
 
-/// Uses nextest if it is installed: it runs the tests of all crates in parallel and names one that hangs. Both
-/// build the same, including the binaries and examples of the part `e2e`.
+/// Uses nextest if it is installed: it runs the tests of all crates in parallel and names one that hangs.
+/// Both build the same, including the binaries and examples of the part `e2e`.
 fn tests() -> Result<()> {
     if has_nextest() {
         command::run(&mut cargo(["nextest", "run", "--workspace", "--no-fail-fast"]))

@@ -60,8 +60,8 @@ impl Figures {
         self.all.extend(measured.into_iter().map(|measured| (cores, measured)));
     }
 
-    /// Returns a row for each baseline, and one per baseline for each figure of Chiral. The row of a path other
-    /// than WebSocket has the path in its name.
+    /// Returns a row for each baseline, and one per baseline for each figure of Chiral. The row of a path
+    /// other than WebSocket has the path in its name.
     pub(super) fn rows(&self) -> Vec<Row> {
         let mut rows = Vec::new();
         for (cores, measured) in &self.all {

@@ -41,8 +41,8 @@ impl Machine {
     pub(super) fn describe_until(&self, now: &Machine) -> String {
         let [all, stolen] = [0, 1].map(|i| now.ticks[i].saturating_sub(self.ticks[i]) as f64);
         format!(
-            "{} cores, {:.2} % of their time stolen over {:.0} s; congestion control: {} by default, reno for the \
-             baselines, chosen by Chiral for its own sockets",
+            "{} cores, {:.2} % of their time stolen over {:.0} s; congestion control: {} by default, reno for \
+             the baselines, chosen by Chiral for its own sockets",
             self.cores,
             100.0 * stolen / all.max(1.0),
             (now.at - self.at).as_secs_f64(),

@@ -1,5 +1,6 @@
 //! `cargo xtask bench`: measures Chiral against raw TCP, bare Zenoh and a naive WebSocket path. chiral-sim's
-//! binary `chiral-bench` measures; here it is built, started and pinned to cores, and its figures are evaluated.
+//! binary `chiral-bench` measures; here it is built, started and pinned to cores, and its figures are
+//! evaluated.
 
 mod figures;
 mod machine;
@@ -30,9 +31,15 @@ pub(crate) struct Arguments {
     /// Measure fewer rounds; takes a few minutes.
     #[arg(long)]
     quick: bool,
-    /// Only measure whether memory grows: stream 17.2 MB at 30 Hz over Zenoh, first over TCP, then over shared
-    /// memory, for this long each (default 300 s).
-    #[arg(long, value_name = "SECONDS", num_args = 0..=1, default_missing_value = "300", conflicts_with_all = ["quick", "plot"])]
+    /// Only measure whether memory grows: stream 17.2 MB at 30 Hz over Zenoh, first over TCP, then over
+    /// shared memory, for this long each (default 300 s).
+    #[arg(
+        long,
+        value_name = "SECONDS",
+        num_args = 0..=1,
+        default_missing_value = "300",
+        conflicts_with_all = ["quick", "plot"],
+    )]
     soak: Option<u64>,
     /// Also measure get_obs for observations of 1 kB to 64 MB, and draw a plot (SVG).
     #[arg(long, value_name = "PATH")]

@@ -53,12 +53,12 @@ impl Peers {
         }
         let mut command = Command::new(&self.program);
         command.args(["--cpu", "0", "serve", workload]);
-        let answer = self.logs.join("server.json");
+        let stdout = self.logs.join("server.json");
         let mut running =
-            Running::start("server", &mut command, &self.logs.join("server.log"), Some(&answer))?;
+            Running::start("server", &mut command, &self.logs.join("server.log"), Some(&stdout))?;
         let deadline = Instant::now() + START_TIMEOUT;
         loop {
-            let output = fs::read_to_string(&answer).context("reading the output of the server")?;
+            let output = fs::read_to_string(&stdout).context("reading the output of the server")?;
             if output.ends_with('\n') {
                 let Ready { control } =
                     serde_json::from_str(&output).context("reading the address of the server")?;
@@ -122,14 +122,14 @@ impl Peers {
 
     fn run(&mut self, command: &mut Command, title: &str, timeout: Duration) -> Result<Vec<Measured>> {
         let start = Instant::now();
-        let answer = self.logs.join("client.json");
-        let mut running = Running::start("client", command, &self.logs.join("client.log"), Some(&answer))?;
+        let stdout = self.logs.join("client.json");
+        let mut running = Running::start("client", command, &self.logs.join("client.log"), Some(&stdout))?;
         let status = running.wait_until(start + timeout).with_context(|| running.tail())?;
         if !status.success() {
             bail!("measuring {title}: {status}\n{}", running.tail());
         }
         println!("{title}: {:.1} s", start.elapsed().as_secs_f64());
-        let output = fs::read_to_string(&answer).context("reading the output of the client")?;
+        let output = fs::read_to_string(&stdout).context("reading the output of the client")?;
         output
             .lines()
             .map(|line| serde_json::from_str(line).with_context(|| format!("reading {line:?}")))

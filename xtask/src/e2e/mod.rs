@@ -138,8 +138,8 @@ fn play_row(
         logs: logs.clone(),
         timeout: Duration::from_secs(30) + (10 + robot.homing) * Duration::from_secs(spec.episodes.into()),
     };
-    let (result, answer) = pair.play();
-    let report = Report::read(&answer);
+    let (result, stdout) = pair.play();
+    let report = Report::read(&stdout);
     // An error of the processes explains more than one of the report, which goes into the table in any case.
     let result = result.and_then(|()| report.as_ref().map_err(|error| anyhow!("{error:#}"))?.check(&spec));
     let result = result.and_then(|()| link.logged.map_or(Ok(()), |text| pair::check_robot_log(&logs, text)));

@@ -25,7 +25,8 @@ pub(super) struct Row {
 impl Outcome {
     /// Prints the tables, and fails if a row or a guide failed.
     pub(super) fn conclude(&self) -> Result<()> {
-        let heading = "transport codec robot client mode first episodes successes obs_hz age_p50_ms age_p99_ms step_p50_ms step_p99_ms s/episode result";
+        let heading = "transport codec robot client mode first episodes successes obs_hz \
+                       age_p50_ms age_p99_ms step_p50_ms step_p99_ms s/episode result";
         let mut cells = vec![heading.split(' ').map(str::to_owned).collect()];
         cells.extend(self.rows.iter().map(Row::cells));
         if !self.rows.is_empty() {
@@ -101,8 +102,8 @@ mod tests {
 
     #[test]
     fn json_has_the_transport_and_the_robot_of_the_row() {
-        let report = r#"{"client":"async","mode":"step","transport":"zenoh-tcp","codec":"protobuf","episodes":1,
-            "successes":1,"obs_hz":null,"obs_age_ms_p50":null,"obs_age_ms_p99":null,"step_ms_p50":1.0,
+        let report = r#"{"client":"async","mode":"step","transport":"zenoh-tcp","codec":"protobuf",
+            "episodes":1,            "successes":1,"obs_hz":null,"obs_age_ms_p50":null,"obs_age_ms_p99":null,"step_ms_p50":1.0,
             "step_ms_p99":2.0,"seconds":3.0}"#;
         for (transport, robot) in [("zenoh-shm", "rust"), ("zenoh-router", "rust-homing")] {
             let spec = RowSpec {

@@ -63,16 +63,16 @@ impl Pair {
             anyhow!("{error:#}\n{tails}")
         });
         drop(processes);
-        let answer = fs::read_to_string(self.answer()).unwrap_or_default();
-        (played, answer)
+        let stdout = fs::read_to_string(self.stdout_path()).unwrap_or_default();
+        (played, stdout)
     }
 
     fn play_with(&mut self, processes: &mut Processes) -> Result<()> {
         let deadline = Instant::now() + self.timeout;
         let Processes { router, robot, client } = processes;
         fs::create_dir_all(&self.logs).with_context(|| format!("creating {}", self.logs.display()))?;
-        // Do not take the answer of an earlier run for one of this run.
-        fs::write(self.answer(), "").context("emptying the client's answer")?;
+        // Do not take the output of an earlier run for one of this run.
+        fs::write(self.stdout_path(), "").context("emptying the client's output")?;
 
         if let Some(command) = &mut self.router {
             let router =
@@ -103,12 +103,12 @@ impl Pair {
     }
 
     fn start_client(&mut self) -> Result<Running> {
-        let answer = self.answer();
-        Running::start("client", &mut self.client, &self.logs.join("client.log"), Some(&answer))
+        let stdout = self.stdout_path();
+        Running::start("client", &mut self.client, &self.logs.join("client.log"), Some(&stdout))
     }
 
-    fn answer(&self) -> PathBuf {
-        self.logs.join("answer.txt")
+    fn stdout_path(&self) -> PathBuf {
+        self.logs.join("client.out")
     }
 }
 
@@ -126,8 +126,8 @@ mod tests {
     }
 
     /// Runs two scripts. The error must contain these texts, or there must be none if there are no texts; the
-    /// answer is what the client printed, in any case.
-    fn check(name: &str, robot: &str, client: &str, answer: &str, expected: &[&str]) {
+    /// stdout is what the client printed, in any case.
+    fn check(name: &str, robot: &str, client: &str, stdout: &str, expected: &[&str]) {
         let logs = std::env::temp_dir().join(format!("xtask-pair-{}-{name}", std::process::id()));
         let pair = Pair {
             router: None,
@@ -141,7 +141,7 @@ mod tests {
         };
         let (result, found) = pair.play();
         fs::remove_dir_all(logs).unwrap();
-        assert_eq!(found, answer, "{name}");
+        assert_eq!(found, stdout, "{name}");
         let error = result.map_or_else(|error| format!("{error:#}"), |()| String::new());
         assert_eq!(error.is_empty(), expected.is_empty(), "{name}: {error}");
         for text in expected {
@@ -179,8 +179,8 @@ mod tests {
             ),
         ];
         std::thread::scope(|scope| {
-            for (name, robot, client, answer, expected) in cases {
-                scope.spawn(move || check(name, robot, client, answer, expected));
+            for (name, robot, client, stdout, expected) in cases {
+                scope.spawn(move || check(name, robot, client, stdout, expected));
             }
         });
     }

@@ -98,11 +98,13 @@ impl Report {
 mod tests {
     use super::{Report, RowSpec};
 
-    const GOOD: &str = r#"{"client":"async","mode":"stream","transport":"websocket","codec":"protobuf","episodes":2,"successes":2,
-        "obs_hz":29.9,"obs_age_ms_p50":3.0,"obs_age_ms_p99":5.0,"step_ms_p50":null,"step_ms_p99":null,"seconds":5.5}"#;
+    const GOOD: &str = r#"{"client":"async","mode":"stream","transport":"websocket","codec":"protobuf",
+        "episodes":2,"successes":2,
+        "obs_hz":29.9,"obs_age_ms_p50":3.0,"obs_age_ms_p99":5.0,
+        "step_ms_p50":null,"step_ms_p99":null,"seconds":5.5}"#;
 
-    /// Replaces `from` in a good report. The result must be rejected with this text in the error, or accepted if
-    /// the text is empty.
+    /// Replaces `from` in a good report. The result must be rejected with this text in the error, or accepted
+    /// if the text is empty.
     fn check(from: &str, to: &str, expected: &str) {
         let spec = RowSpec {
             robot: "rust",

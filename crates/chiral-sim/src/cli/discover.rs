@@ -22,10 +22,13 @@ pub(crate) struct Arguments {
 
 const NONE: &str = "\
 no robot was found. A robot is found only if
-  - it serves on a Zenoh network: chiral-sim serve --zenoh tcp/0.0.0.0:7447, without --no-discovery (not over WebSocket)
+  - it serves on a Zenoh network, not only over WebSocket: chiral-sim serve --zenoh tcp/0.0.0.0:7447,
+    without --no-discovery
   - it listens on more than loopback, or runs on this host
-  - it, or a Zenoh router of its network, is in this network segment: multicast (224.0.0.224:7446, UDP) does not pass IP routers, nor many WLANs and containers
-  - it can be reached: no firewall blocks UDP port 7446 or the robot's TCP port, and its certificates, users and access control admit this client";
+  - it, or a Zenoh router of its network, is in this network segment: multicast (224.0.0.224:7446, UDP)
+    does not pass IP routers, nor many WLANs and containers
+  - it can be reached: no firewall blocks UDP port 7446 or the robot's TCP port, and its certificates, users
+    and access control admit this client";
 
 pub(crate) fn run(arguments: &Arguments) -> Result<ExitCode> {
     super::log("warn");

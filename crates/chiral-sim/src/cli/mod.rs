@@ -24,8 +24,8 @@ use tracing_subscriber::EnvFilter;
 /// The exit status that shells expect of a program ended by Ctrl-C.
 pub(crate) const INTERRUPTED: u8 = 130;
 
-/// Logs to stderr, at this level unless `RUST_LOG` is set. Zenoh's own log is limited to errors, since it warns
-/// of every attempt to reach a robot that has not started yet.
+/// Logs to stderr, at this level unless `RUST_LOG` is set. Zenoh's own log is limited to errors, since it
+/// warns of every attempt to reach a robot that has not started yet.
 pub(crate) fn log(level: &str) {
     let filter =
         EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new(format!("{level},zenoh=error")));
@@ -133,8 +133,8 @@ impl Interrupt {
     /// How long closing may take after Ctrl-C.
     const CLOSE_TIMEOUT: Duration = Duration::from_secs(3);
 
-    /// Starts to listen for Ctrl-C. Before [`Interrupt::connected`] it ends the process at once. After that it
-    /// sets [`Interrupt::requested`]; a second Ctrl-C, or a timeout, still ends the process at once.
+    /// Starts to listen for Ctrl-C. Before [`Interrupt::connected`] it ends the process at once. After that
+    /// it sets [`Interrupt::requested`]; a second Ctrl-C, or a timeout, still ends the process at once.
     pub(crate) fn listen() -> Result<&'static Interrupt> {
         static INTERRUPT: Interrupt =
             Interrupt { requested: AtomicBool::new(false), connected: AtomicBool::new(false) };

@@ -16,8 +16,8 @@ use super::{INTERRUPTED, Interrupt, Target};
 
 /// Drive a robot to the red ball, using only the pixels, depth, K, T and joints that it receives.
 ///
-/// Waits for the robot's server, plays the episodes and reports how they went. Exit status: 0 if every episode
-/// succeeded, 1 if not, 130 after Ctrl-C.
+/// Waits for the robot's server, plays the episodes and reports how they went. Exit status: 0 if every
+/// episode succeeded, 1 if not, 130 after Ctrl-C.
 #[derive(clap::Args)]
 pub(crate) struct Arguments {
     #[command(flatten)]
@@ -118,7 +118,7 @@ async fn play_all(arguments: &Arguments, client: &AnyClient, interrupt: &Interru
     };
     let progress = progress(arguments);
     let runner = Runner::start(client, coupling, arguments.hz, interrupt.requested()).await?;
-    let (mut episodes, began) = (Vec::new(), Instant::now());
+    let (mut episodes, start) = (Vec::new(), Instant::now());
     for number in 0..arguments.episodes {
         let seed = arguments.seed + number;
         progress.set_message(format!("seed {seed}"));
@@ -137,7 +137,7 @@ async fn play_all(arguments: &Arguments, client: &AnyClient, interrupt: &Interru
         episodes.push(episode.without_pictures());
     }
     progress.finish_and_clear();
-    let seconds = began.elapsed().as_secs_f64();
+    let seconds = start.elapsed().as_secs_f64();
     let obs_hz = (coupling == Coupling::Stream).then(|| client.stats().observations as f64 / seconds);
     Ok(Played { episodes, seconds, codec: client.codec(), obs_hz, interrupted: interrupt.is_requested() })
 }

@@ -9,9 +9,9 @@ use chiral_sim::robot::{self, SimConfig};
 
 /// Serve a simulated robot: a Franka Panda at a table, watched by cameras.
 ///
-/// In each episode the goal is to have a red ball between the fingertips; its place depends on the seed. Cameras
-/// deliver colour, depth, and K and T of the same instant. Actions move the arm in real time; `step` moves it
-/// in lock-step. Ctrl-C ends the program.
+/// In each episode the goal is to have a red ball between the fingertips; its place depends on the seed.
+/// Cameras deliver colour, depth, and K and T of the same instant. Actions move the arm in real time; `step`
+/// moves it in lock-step. Ctrl-C ends the program.
 #[derive(clap::Args)]
 pub(crate) struct Arguments {
     /// Where to listen for WebSocket connections; by default 127.0.0.1:8765, or nowhere if a Zenoh option is

@@ -63,7 +63,8 @@ pub(crate) fn run(arguments: &Arguments) -> Result<()> {
 
 async fn measure(client: &AnyClient, hz: f64, duration: Duration, interrupt: &Interrupt) -> Result<Measured> {
     client.start_obs_stream(hz).await?;
-    // Not measured: the first observation may have waited for the sensors, and the clock offset must be known.
+    // Not measured: the first observation may have waited for the sensors, and the clock offset must be
+    // known.
     client.next_obs(Duration::from_secs(5)).await?;
     let (start, cpu_before, before) = (Instant::now(), super::cpu_seconds(), client.stats().observations);
     let mut measured = Measured::default();
@@ -93,7 +94,8 @@ fn print(arguments: &Arguments, measured: &Measured) {
     if arguments.json {
         let report = json!({
             "asked_hz": arguments.hz, "obs_hz": hz, "obs_age_ms_p50": p50, "obs_age_ms_p99": p99,
-            "megabytes_s": megabytes_s, "observations": observations, "seconds": seconds, "cpu_seconds": cpu_seconds,
+            "megabytes_s": megabytes_s, "observations": observations, "seconds": seconds,
+            "cpu_seconds": cpu_seconds,
         });
         println!("{report}");
         return;

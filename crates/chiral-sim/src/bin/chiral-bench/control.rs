@@ -26,8 +26,8 @@ pub(crate) struct ServerState {
 pub(crate) struct Cameras {
     /// The rate; 0: they do not publish.
     pub(crate) hz: f64,
-    /// Whether the Zenoh robot's cameras draw each picture into a fresh buffer, as real cameras do. If not, the
-    /// other robot's cameras publish prepared pictures, which costs nothing.
+    /// Whether the Zenoh robot's cameras draw each picture into a fresh buffer, as real cameras do. If not,
+    /// the other robot's cameras publish prepared pictures, which costs nothing.
     pub(crate) draw: bool,
 }
 
@@ -56,10 +56,13 @@ fn reply(state: &ServerState, line: &str) -> Result<Value> {
         ("info", _) => state.info.clone(),
         ("usage", _) => {
             let Usage { cpu_s, minor_faults, resident_bytes, peak_resident_bytes } = Usage::now()?;
-            json!({"cpu_s": cpu_s, "minor_faults": minor_faults, "resident_bytes": resident_bytes, "peak": peak_resident_bytes})
+            json!({
+                "cpu_s": cpu_s, "minor_faults": minor_faults, "resident_bytes": resident_bytes,
+                "peak": peak_resident_bytes,
+            })
         }
-        ("cameras", how) => {
-            let (hz, draw) = how.split_once(' ').context("cameras")?;
+        ("cameras", settings) => {
+            let (hz, draw) = settings.split_once(' ').context("cameras")?;
             let cameras =
                 Cameras { hz: hz.parse().context("cameras")?, draw: draw.parse().context("cameras")? };
             *state.cameras.lock().unwrap_or_else(PoisonError::into_inner) = cameras;

@@ -52,8 +52,8 @@ struct Round {
     /// Rows that were queued and never reached the robot.
     lost: f64,
     achieved_hz: f64,
-    /// How late rows arrive, see [`late_us`]. Includes the varying time in transit, so it exceeds dispatch's own
-    /// lateness.
+    /// How late rows arrive, see [`late_us`]. Includes the varying time in transit, so it exceeds dispatch's
+    /// own lateness.
     arrival_late_p50_us: f64,
     /// How late the client's ticks are, by its own statistics.
     late_p50_us: Option<f64>,
@@ -84,7 +84,8 @@ fn dispatch(client: &PolicyClient, control: &mut Control, hz: u32) -> Result<Rou
 }
 
 /// How late arrivals are after the ticks of this period, in microseconds. The ticks' phase is unknown here;
-/// the one taken makes the earliest twentieth of the arrivals punctual. Skipped ticks show in the rate, not here.
+/// the one taken makes the earliest twentieth of the arrivals punctual. Skipped ticks show in the rate, not
+/// here.
 fn late_us(after_ns: &[f64], period_ns: f64) -> Vec<f64> {
     // Phases are circular, so they are compared with their circular mean.
     let angles = after_ns.iter().map(|at| at / period_ns * TAU);
@@ -105,7 +106,10 @@ mod tests {
         const PERIOD_NS: f64 = 2e6;
         for phase_ns in [0.0, 0.9e6, 1.0e6, 1.9e6] {
             // A tenth on time, most 100 µs late, a few by more than half a period.
-            let late = |i: usize| if i.is_multiple_of(10) { 0.0 } else { 1e5 } + if i % 100 == 7 { 1.5e6 } else { 0.0 };
+            let late = |i: usize| {
+                let usual = if i.is_multiple_of(10) { 0.0 } else { 1e5 };
+                usual + if i % 100 == 7 { 1.5e6 } else { 0.0 }
+            };
             let after_ns: Vec<f64> = (0..1000).map(|i| phase_ns + i as f64 * PERIOD_NS + late(i)).collect();
             assert!(
                 (percentile(&late_us(&after_ns, PERIOD_NS), 50) - 100.0).abs() < 1e-3,

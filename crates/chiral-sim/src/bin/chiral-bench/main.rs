@@ -1,6 +1,7 @@
 //! `chiral-bench`: the processes that `cargo xtask bench` starts and measures. A server process serves one
-//! workload over every path that is compared; a client process measures requests to it and prints the figures,
-//! one JSON object per line. `xtask` computes ratios, compares them with targets and prints the tables.
+//! workload over every path that is compared; a client process measures requests to it and prints the
+//! figures, one JSON object per line. `xtask` computes ratios, compares them with targets and prints the
+//! tables.
 
 mod actions;
 mod control;

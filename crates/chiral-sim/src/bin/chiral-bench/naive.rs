@@ -1,5 +1,5 @@
-//! The naive path, as one would write it first: axum sends a `Message::Binary`, tokio-tungstenite receives it.
-//! The comparison favours it, since its message is already in one piece.
+//! The naive path, as one would write it first: axum sends a `Message::Binary`, tokio-tungstenite receives
+//! it. The comparison favours it, since its message is already in one piece.
 
 use std::net::{SocketAddr, TcpListener};
 

@@ -1,6 +1,6 @@
-//! The cost of Zenoh's connection alone, which no protocol over it can undercut: a put of 56 bytes requests as
-//! many bytes as an observation has, which are put in pieces as large as Chiral's, counted and dropped. Nothing
-//! is acknowledged, reassembled or decoded.
+//! The cost of Zenoh's connection alone, which no protocol over it can undercut: a put of 56 bytes requests
+//! as many bytes as an observation has, which are put in pieces as large as Chiral's, counted and dropped.
+//! Nothing is acknowledged, reassembled or decoded.
 
 use std::net::SocketAddr;
 use std::sync::mpsc::{Receiver, sync_channel};

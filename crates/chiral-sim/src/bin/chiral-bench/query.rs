@@ -13,8 +13,8 @@ use crate::raw::REQUEST;
 
 const KEY: &str = "chiral-bench/query";
 
-/// An address on loopback that was free a moment ago. Port 0 would not do: Zenoh does not report which port it
-/// was given.
+/// An address on loopback that was free a moment ago. Port 0 would not do: Zenoh does not report which port
+/// it was given.
 pub(crate) fn free_address() -> Result<SocketAddr> {
     TcpListener::bind((Ipv4Addr::LOCALHOST, 0))
         .and_then(|listener| listener.local_addr())
@@ -25,11 +25,11 @@ pub(crate) fn free_address() -> Result<SocketAddr> {
 pub(crate) fn serve(address: SocketAddr, reply: &Bytes) -> Result<Session> {
     let session = open("peer", "listen/endpoints", address)?;
     let reply = ZBytes::from(reply.clone());
-    let answer = move |query: zenoh::query::Query| {
+    let reply_to = move |query: zenoh::query::Query| {
         // The reply has the query's priority. An error means that the client has disconnected.
         let _ = query.reply(KEY, reply.clone()).express(true).wait();
     };
-    session.declare_queryable(KEY).callback(answer).background().wait().map_err(failed)?;
+    session.declare_queryable(KEY).callback(reply_to).background().wait().map_err(failed)?;
     Ok(session)
 }
 

@@ -18,8 +18,8 @@ impl Usage {
     pub(crate) fn now() -> Result<Usage> {
         let cpu = clock_gettime(ClockId::ProcessCPUTime);
         let stat = std::fs::read_to_string("/proc/self/stat").context("reading /proc/self/stat")?;
-        // The second field is the program's name in brackets and may contain anything, so fields are counted from
-        // its end. The tenth field is minflt (proc_pid_stat(5)).
+        // The second field is the program's name in brackets and may contain anything, so fields are counted
+        // from its end. The tenth field is minflt (proc_pid_stat(5)).
         let mut fields = stat.rsplit_once(')').map_or("", |(_, rest)| rest).split_whitespace();
         let minor_faults =
             fields.nth(7).and_then(|field| field.parse().ok()).context("looking for minflt")?;
