@@ -83,7 +83,7 @@ async fn a_refused_request_closes_with_the_reason() {
     check_closes("NaN", none, &[nan], 1008, "expected finite values, found NaN").await;
     let reply = Message::Reply { id: 1, reply: Reply::Metadata(ValueMap::new()) };
     let reply = msgpack::encode(&reply, &ValueMap::new()).unwrap().into_bytes();
-    check_closes("a server's message", none, &[reply], 1008, "expected what a client says").await;
+    check_closes("a server's message", none, &[reply], 1008, "expected a message that a client sends").await;
 
     let fails = |text: String| move |script: &Script| *script.reset_error.lock().unwrap() = Some(text);
     check_closes(
@@ -177,5 +177,5 @@ async fn too_many_pending_requests_close_the_connection() {
     }
     peer.0.flush().await.unwrap();
     let (code, reason) = peer.close_reason().await;
-    assert!(code == 1013 && reason.contains("4096 requests"), "{code}: {reason}");
+    assert!(code == 1013 && reason.contains("4096 pending requests"), "{code}: {reason}");
 }
