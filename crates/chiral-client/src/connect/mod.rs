@@ -47,20 +47,12 @@ pub(crate) type Connected = (Session, Welcome);
 pub(crate) async fn connect(options: &ConnectOptions, runtime: Runtime) -> Result<Connected, Error> {
     let endpoint = Endpoint::parse(options)?;
     let shared = Shared::new();
-    #[cfg(feature = "zenoh")]
-    let prober = legacy::zenoh::Prober::default();
+    let prober = legacy::Prober::default();
     let attempt = || async {
-        let reached = try_connect(options, &endpoint, Lane::Control, &runtime, &shared).await;
-        #[cfg(feature = "zenoh")]
-        let reached = match (reached, &endpoint) {
-            (Err(ConnectError::Unavailable(reason)), Endpoint::Zenoh(zenoh)) => {
-                prober.try_connect(options, zenoh, &runtime, &shared, reason).await
-            }
-            (reached, _) => reached.map(|link| (link, 0)),
-        };
-        #[cfg(not(feature = "zenoh"))]
-        let reached = reached.map(|link| (link, 0));
-        reached
+        match try_connect(options, &endpoint, Lane::Control, &runtime, &shared).await {
+            Ok(link) => Ok((link, 0)),
+            Err(error) => prober.try_connect(options, &endpoint, &runtime, &shared, error).await,
+        }
     };
     let (control, probes) = wait_for_server(options, endpoint.retry_period(), attempt).await?;
     if control.transport.codec() == Codec::Msgpack {

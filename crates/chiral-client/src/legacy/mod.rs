@@ -6,7 +6,7 @@ mod pending;
 mod session;
 mod stream;
 #[cfg(feature = "zenoh")]
-pub(crate) mod zenoh;
+mod zenoh;
 
 use std::{sync::Arc, time::Duration};
 
@@ -16,9 +16,13 @@ use chiral_proto::{
     action::ActionMeaning,
     message::{RobotInfo, Role, Welcome},
 };
+#[cfg(any(feature = "websocket", feature = "zenoh"))]
+use chiral_transport::Runtime;
 use tokio::time::timeout;
 
 use self::session::{LegacyOptions, LegacyWire, lost};
+#[cfg(any(feature = "websocket", feature = "zenoh"))]
+use crate::{connect::options::ConnectError, endpoint::Endpoint};
 use crate::{
     connect::options::{ConnectOptions, Shared},
     connection::Link,
@@ -27,6 +31,37 @@ use crate::{
     session::{Connections, Session},
     state::State,
 };
+
+/// Finds legacy servers where a normal attempt to connect found none: on Zenoh networks.
+#[cfg(any(feature = "websocket", feature = "zenoh"))]
+#[derive(Default)]
+pub(crate) struct Prober {
+    #[cfg(feature = "zenoh")]
+    zenoh: zenoh::Prober,
+}
+
+#[cfg(any(feature = "websocket", feature = "zenoh"))]
+impl Prober {
+    /// Probes once, after an attempt to connect to `endpoint` failed with `error`. Returns the link to a legacy
+    /// server and how many probes were sent.
+    #[cfg_attr(not(feature = "zenoh"), expect(unused_variables, reason = "only Zenoh networks are probed"))]
+    pub(crate) async fn try_connect(
+        &self,
+        options: &ConnectOptions,
+        endpoint: &Endpoint,
+        runtime: &Runtime,
+        shared: &Shared,
+        error: ConnectError,
+    ) -> Result<(Link, u64), ConnectError> {
+        match (error, endpoint) {
+            #[cfg(feature = "zenoh")]
+            (ConnectError::Unavailable(reason), Endpoint::Zenoh(endpoint)) => {
+                self.zenoh.try_connect(options, endpoint, runtime, shared, reason).await
+            }
+            (error, _) => Err(error),
+        }
+    }
+}
 
 /// Starts a session with a legacy server, which has no hello. `probes` is how often it was asked for metadata
 /// on Zenoh keys that it shares with others, where requests may be lost; 0 on a connection of its own. There,
