@@ -164,7 +164,7 @@ impl Sensors {
                 let megabytes = len as f64 * 1e-6;
                 tracing::info!(
                     "no {megabytes:.0} MB of shared memory (/dev/shm, ulimit -l), \
-                     so observations go over the network: {error}"
+                     so observations travel by the network: {error}"
                 );
                 None
             }

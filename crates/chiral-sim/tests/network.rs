@@ -450,7 +450,7 @@ async fn in_own_network_without_shared_memory() {
         assert!(status.success(), "{output}");
         let log = panda.log.lock().unwrap().clone();
         assert!(
-            log.contains("MB of shared memory (/dev/shm, ulimit -l), so observations go over the network"),
+            log.contains("MB of shared memory (/dev/shm, ulimit -l), so observations travel by the network"),
             "{log}"
         );
     }

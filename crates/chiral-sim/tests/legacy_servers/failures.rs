@@ -179,7 +179,7 @@ async fn garbage_and_unrequested_replies_end_the_session_but_a_malformed_reply_o
             include_bytes!("../../../chiral-proto/tests/msgpack/step_response.bin").to_vec(),
             "found a step_response",
         ),
-        (include_bytes!("../../../chiral-proto/tests/msgpack/reset.bin").to_vec(), "expected answers"),
+        (include_bytes!("../../../chiral-proto/tests/msgpack/reset.bin").to_vec(), "expected replies"),
     ] {
         let (env, mut server) = connect(|builder| builder).await;
         let replying = async {
