@@ -532,7 +532,7 @@ async fn in_own_network_robots_are_discovered() {
     let (status, output) =
         tokio::task::spawn_blocking(move || run(&directory, &["discover", "--seconds", "1"])).await.unwrap();
     assert!(status.success(), "{output}");
-    for expected in ["arm", "wrist_cam 8x8 + depth", "the night shift", "nobody", "tcp/10.77.0.1:7453"] {
+    for expected in ["arm", "wrist_cam 8x8 + depth", "the night shift", "none", "tcp/10.77.0.1:7453"] {
         assert!(output.contains(expected), "{expected}: {output}");
     }
 }
