@@ -17,8 +17,8 @@ const START_TIMEOUT: Duration = Duration::from_secs(30);
 
 /// Watch a policy drive the simulated robot from pixels.
 ///
-/// Builds the simulator (one to three minutes on two cores the first time) and plays three episodes (about
-/// 15 seconds). The robot serves on a free port of this machine; the policy knows only what it receives over
+/// Builds the simulator (one to three minutes on two cores the first time) and plays three episodes (a few
+/// seconds). The robot serves on a free port of this machine; the policy knows only what it receives over
 /// the connection. Pictures of what the cameras saw are written to target/demo.
 #[derive(clap::Args)]
 pub(crate) struct Arguments {
