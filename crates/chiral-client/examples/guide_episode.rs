@@ -45,7 +45,8 @@ fn run_episode(uri: &str) -> anyhow::Result<()> {
         total_reward += result.reward;
         steps_per_second = f64::from(steps) / started.elapsed().as_secs_f64();
         println!(
-            "step={steps:4}  latency={latency_ms:5.1}ms  fps={steps_per_second:5.1}  reward={:.3}  fx={focal_length:.0}  pos=[{:.2} {:.2} {:.2}]",
+            "step={steps:4}  latency={latency_ms:5.1}ms  fps={steps_per_second:5.1}  reward={:.3}  \
+             fx={focal_length:.0}  pos=[{:.2} {:.2} {:.2}]",
             result.reward, position.x, position.y, position.z
         );
         obs = result.obs;

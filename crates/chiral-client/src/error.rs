@@ -45,8 +45,8 @@ pub enum Error {
     Tls(Arc<dyn StdError + Send + Sync>),
     /// The builder allows only protobuf, which the server does not speak.
     #[error(
-        "expected a server that speaks protobuf, the only codec that this client was configured for; found one without \
-         the subprotocol chiral.v1, such as a legacy server"
+        "expected a server that speaks protobuf, the only codec that this client was configured for; \
+         found one without the subprotocol chiral.v1, such as a legacy server"
     )]
     NotProtobuf,
     /// The server does not speak WebSocket as expected.
@@ -112,7 +112,10 @@ pub enum Error {
         waited: Duration,
     },
     /// The action queue has no room, and no dispatch empties it.
-    #[error("expected room for {rows} rows, found {queued} of {capacity} queued{}", if *dispatching { "" } else { " and no action dispatch running" })]
+    #[error(
+        "expected room for {rows} rows, found {queued} of {capacity} queued{}",
+        if *dispatching { "" } else { " and no action dispatch running" }
+    )]
     QueueFull {
         /// Rows to be queued.
         rows: usize,

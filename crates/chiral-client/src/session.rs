@@ -150,7 +150,8 @@ impl Loops {
             end = self.receive_frames() => end,
             () = idle_timeout.expired() => {
                 let limit = idle_timeout.limit().as_secs_f64();
-                Error::Disconnected { reason: format!("nothing received from the server for {limit} s"), cause: None }
+                let reason = format!("nothing received from the server for {limit} s");
+                Error::Disconnected { reason, cause: None }
             }
         }
     }

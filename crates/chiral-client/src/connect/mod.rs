@@ -73,7 +73,8 @@ pub(crate) async fn connect(options: &ConnectOptions, runtime: Runtime) -> Resul
             .inspect_err(|reason| {
                 let uri = &options.uri;
                 tracing::warn!(
-                    "no second connection to {uri}, so that actions may have to wait for observations: {reason}"
+                    "no second connection to {uri}, so that actions may have to wait for \
+                     observations: {reason}"
                 );
             })
             .ok()

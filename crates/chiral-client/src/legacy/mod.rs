@@ -42,8 +42,8 @@ pub(crate) struct Prober {
 
 #[cfg(any(feature = "websocket", feature = "zenoh"))]
 impl Prober {
-    /// Probes once, after an attempt to connect to `endpoint` failed with `error`. Returns the link to a legacy
-    /// server and how many probes were sent.
+    /// Probes once, after an attempt to connect to `endpoint` failed with `error`. Returns the link to a
+    /// legacy server and how many probes were sent.
     #[cfg_attr(not(feature = "zenoh"), expect(unused_variables, reason = "only Zenoh networks are probed"))]
     pub(crate) async fn try_connect(
         &self,

@@ -294,8 +294,8 @@ impl LegacyWire {
         let obs = observed.ok_or(Error::Unsupported { what: "apply this step", why })?;
         if lock(&self.known).steps.replace(false).is_none() {
             tracing::warn!(
-                "the server does not know steps: apply_action and obs_request take their place, without reward or \
-                 end of the episode, and the observation may be from before the actions"
+                "the server does not know steps: apply_action and obs_request take their place, without \
+                 reward or end of the episode, and the observation may be from before the actions"
             );
         }
         Ok(Reply::Step(StepResult {

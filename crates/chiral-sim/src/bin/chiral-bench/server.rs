@@ -44,8 +44,8 @@ pub(crate) fn run(workload: Workload) -> Result<()> {
     let address = |listener: &TcpListener| listener.local_addr().map(|address| address.to_string());
     let info = json!({
         "workload": workload.to_string(), "bytes": bytes, "raw_blocking": address(&blocking)?,
-        "raw_tokio": address(&tokio)?, "naive": address(&axum)?, "chiral": address(&chiral)?, "zenoh": zenoh, "zenoh_query": zenoh_query,
-        "zenoh_put": zenoh_put,
+        "raw_tokio": address(&tokio)?, "naive": address(&axum)?, "chiral": address(&chiral)?, "zenoh": zenoh,
+        "zenoh_query": zenoh_query, "zenoh_put": zenoh_put,
     });
 
     let serve_in_thread = |serve: fn(TcpListener, &Bytes) -> Result<()>, listener| {
