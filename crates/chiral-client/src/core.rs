@@ -3,13 +3,12 @@
 
 use std::sync::{Arc, Mutex, MutexGuard};
 
-use chiral_proto::{Clock, Observation, Reply, Timestamp};
+use chiral_proto::{Clock, Observation, Reply, Timestamp, lock};
 use tokio::sync::{Notify, watch};
 
 use crate::{
     dispatch::waker::DispatchWaker,
     error::Error,
-    lock,
     state::{State, Stream},
 };
 

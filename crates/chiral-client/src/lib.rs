@@ -55,8 +55,6 @@ pub use chiral_proto::{
     value,
 };
 
-use chiral_transport::lock;
-
 pub use builder::PolicyClientBuilder;
 pub use client::{PolicyClient, StreamOptions};
 #[cfg(feature = "zenoh")]

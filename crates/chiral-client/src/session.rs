@@ -144,16 +144,11 @@ impl Loops {
 
     async fn receive(&self) -> Error {
         let idle_timeout = &self.connection.idle_timeout;
-        idle_timeout.record();
-        tokio::select! {
-            biased;
-            end = self.receive_frames() => end,
-            () = idle_timeout.expired() => {
-                let limit = idle_timeout.limit().as_secs_f64();
-                let reason = format!("nothing received from the server for {limit} s");
-                Error::Disconnected { reason, cause: None }
-            }
-        }
+        idle_timeout.watch(self.receive_frames()).await.unwrap_or_else(|| {
+            let limit = idle_timeout.limit().as_secs_f64();
+            let reason = format!("nothing received from the server for {limit} s");
+            Error::Disconnected { reason, cause: None }
+        })
     }
 
     async fn receive_frames(&self) -> Error {
@@ -166,6 +161,7 @@ impl Loops {
                 }
                 Err(error) => return self.connection.lost(error),
             };
+            // Our transports have recorded every byte of it; a transport of the caller's has not.
             self.connection.idle_timeout.record();
             if let Err(end) = self.wire.receive(&self.connection, frame) {
                 return end;

@@ -10,7 +10,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use chiral_proto::{Codec, error::chain, keys};
+use chiral_proto::{Codec, error::chain, keys, lock};
 use chiral_transport::zenoh::{
     LaneKind, Scout, ZenohError, ZenohOptions, ZenohSession, ZenohSessionOptions, ZenohTransport,
 };
@@ -19,7 +19,6 @@ use crate::{
     connect::options::{ConnectError, ConnectOptions, LinkOptions},
     connection::Lane,
     error::Error,
-    lock,
 };
 
 /// The pause between two attempts: joining a network costs more than a connection that is refused.

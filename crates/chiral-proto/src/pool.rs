@@ -4,13 +4,13 @@
 use std::{
     fmt,
     ops::{Deref, DerefMut},
-    sync::{Arc, Mutex, PoisonError, Weak},
+    sync::{Arc, Mutex, Weak},
 };
 
 use bytes::Bytes;
 use memmap2::MmapMut;
 
-use crate::tensor::Element;
+use crate::{lock::lock, tensor::Element};
 
 /// Every buffer begins at a multiple of this, so that tensors in it can be read in place.
 pub const ALIGNMENT: usize = 64;
@@ -106,17 +106,17 @@ impl Pool {
     /// Takes buffers from `provider` from now on. The pool falls back to its own memory while the provider
     /// has none available, and once it is dropped.
     pub fn set_provider(&self, provider: &Arc<dyn BufferProvider>) {
-        *self.state.provider.lock().unwrap_or_else(PoisonError::into_inner) = Some(Arc::downgrade(provider));
+        *lock(&self.state.provider) = Some(Arc::downgrade(provider));
     }
 
     /// Returns a buffer of `len` bytes of arbitrary content. Does not block.
     pub fn take(&self, len: usize) -> Buffer {
-        let provider = self.state.provider.lock().unwrap_or_else(PoisonError::into_inner).clone();
+        let provider = lock(&self.state.provider).clone();
         if let Some(provided) = provider.and_then(|provider| provider.upgrade()?.take(len)) {
             return Buffer { memory: Memory::Provided(provided) };
         }
         let needed = len + ALIGNMENT - 1;
-        let mut idle = self.state.idle.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut idle = lock(&self.state.idle);
         // The smallest block that is large enough, but at most twice as large as needed: a small message must
         // not pin the memory of a whole observation. Among blocks of equal size the one that was used last,
         // so that surplus blocks stay unused and `trim` frees them.
@@ -135,7 +135,7 @@ impl Pool {
     /// Frees the memory that has not been used since the last call. Call it every few seconds, also while
     /// nothing arrives.
     pub fn trim(&self) {
-        let mut idle = self.state.idle.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut idle = lock(&self.state.idle);
         let (surplus, kept): (Vec<_>, Vec<_>) = idle.drain(..).partition(|block| block.is_surplus);
         idle.extend(kept.into_iter().map(|block| IdleBlock { is_surplus: true, ..block }));
         drop(idle);
@@ -221,7 +221,7 @@ impl DerefMut for Buffer {
 impl Drop for PooledBlock {
     fn drop(&mut self) {
         if let Some(state) = self.state.upgrade() {
-            let mut idle = state.idle.lock().unwrap_or_else(PoisonError::into_inner);
+            let mut idle = lock(&state.idle);
             if idle.len() < state.max_idle {
                 idle.push(IdleBlock { block: std::mem::take(&mut self.block), is_surplus: false });
             }

@@ -7,8 +7,8 @@ use std::{
 };
 
 use bytes::Bytes;
-use chiral_proto::{Code, Codec, Fault, Message, PROTOCOL_VERSION, Request, Transport, message::Hello};
-use chiral_transport::{IdleTimeout, lock};
+use chiral_proto::{Code, Codec, Fault, Message, PROTOCOL_VERSION, Request, Transport, lock, message::Hello};
+use chiral_transport::IdleTimeout;
 use tokio::time::timeout;
 
 use crate::{

@@ -65,12 +65,8 @@ impl<T: Transport> Connection<'_, T> {
     // ---- Receiving ----------------------------------------------------------------------------------------
 
     async fn receive(&self) -> End {
-        self.idle_timeout.record();
-        tokio::select! {
-            biased;
-            end = self.receive_frames() => end,
-            () = self.idle_timeout.expired() => End::Idle(self.idle_timeout.limit()),
-        }
+        let received = self.idle_timeout.watch(self.receive_frames()).await;
+        received.unwrap_or_else(|| End::Idle(self.idle_timeout.limit()))
     }
 
     async fn receive_frames(&self) -> End {
@@ -81,6 +77,7 @@ impl<T: Transport> Connection<'_, T> {
                 Ok(None) => return End::Closed,
                 Err(error) => return End::Lost(error),
             };
+            // Our transports have recorded every byte of it; a host's transport has not.
             self.idle_timeout.record();
             let received_at = self.core.clock.now();
             if let Err(end) = self.handle(self.transport.codec().decode(frame), received_at, permit) {

@@ -14,9 +14,8 @@ use std::{
 
 use chiral_proto::{
     ActionChunk, ActionSpec, Clock, Code, Fault, Observation, StepResult, Timestamp, ValueMap,
-    action::Action, message::ActionMessage,
+    action::Action, lock, message::ActionMessage,
 };
-use chiral_transport::lock;
 
 use crate::{
     error::{Error, panic_text},

@@ -2,8 +2,7 @@
 
 use std::{sync::Mutex, time::Duration};
 
-use chiral_proto::{Clock, Timestamp};
-use chiral_transport::lock;
+use chiral_proto::{Clock, Timestamp, lock};
 
 const PERIOD: Duration = Duration::from_secs(1);
 

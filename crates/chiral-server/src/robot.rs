@@ -6,8 +6,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use chiral_proto::{ActionChunk, ActionSpec, Timestamp, ValueMap, action::Action};
-use chiral_transport::lock;
+use chiral_proto::{ActionChunk, ActionSpec, Timestamp, ValueMap, action::Action, lock};
 
 use crate::error::RobotError;
 

@@ -12,11 +12,12 @@ use chiral_proto::pool::ALIGNMENT;
 use chiral_proto::{
     Camera, CameraSpec, Clock, DType, Observation, Proprio, ProprioSpec, Tensor, Timestamp, ValueMap,
     error::UnknownName,
+    lock,
     pool::{Buffer, Pool},
 };
+use chiral_transport::monotonic;
 #[cfg(feature = "zenoh")]
 use chiral_transport::zenoh::SharedMemory;
-use chiral_transport::{lock, monotonic};
 use nalgebra::{Matrix3, Matrix4};
 
 use crate::error::{Error, ObserveError, SensorError};

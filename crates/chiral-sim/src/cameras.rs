@@ -6,12 +6,11 @@
 use std::sync::{Arc, Mutex};
 use std::thread;
 
-use chiral_proto::CameraSpec;
+use chiral_proto::{CameraSpec, lock};
 use chiral_server::{CameraFrame, CameraSensor, SensorError};
 
 use crate::arm::{Links, READY, clamp_to_limits};
 use crate::camera::Mount;
-use crate::lock;
 use crate::render::Instant;
 use crate::scene::Scene;
 use crate::world::View;

@@ -32,8 +32,6 @@ pub mod sheet;
 pub mod task;
 mod world;
 
-use chiral_transport::lock;
-
 #[cfg(doctest)]
 #[doc = include_str!("../../../README.md")]
 struct Readme;

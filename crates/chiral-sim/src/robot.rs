@@ -19,7 +19,7 @@ use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
 use chiral_proto::action::Action;
-use chiral_proto::{ActionChunk, ActionSpec, ProprioSpec, Value, ValueMap, value};
+use chiral_proto::{ActionChunk, ActionSpec, ProprioSpec, Value, ValueMap, lock, value};
 use chiral_server::{ActionContext, Error, Robot, RobotError, SensorError, Sensors, StepOutcome, monotonic};
 use nalgebra::Point3;
 
@@ -27,7 +27,6 @@ use crate::arm::{LOWER, UPPER};
 use crate::camera::Mount;
 pub use crate::cameras::Tamper;
 use crate::cameras::{self, Camera};
-use crate::lock;
 use crate::scene::Scene;
 use crate::world::{Pace, World};
 

@@ -8,7 +8,6 @@
 mod clock;
 mod host_name;
 mod liveness;
-mod lock;
 mod pacing;
 mod runtime;
 #[cfg(feature = "websocket")]
@@ -21,7 +20,6 @@ pub mod zenoh;
 pub use clock::monotonic;
 pub use host_name::host_name;
 pub use liveness::IdleTimeout;
-pub use lock::lock;
 pub use pacing::Pacing;
 pub use runtime::Runtime;
 #[cfg(feature = "websocket")]

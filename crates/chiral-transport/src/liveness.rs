@@ -1,10 +1,13 @@
 //! The idle timeout: detects a peer from which nothing arrives any more, on either wire.
 
 use std::{
+    future::{Future, poll_fn},
+    pin::pin,
     sync::{
         Arc,
         atomic::{AtomicU64, Ordering},
     },
+    task::Poll,
     time::Duration,
 };
 
@@ -58,6 +61,18 @@ impl IdleTimeout {
     pub fn record(&self) {
         let elapsed_ns = self.shared.started.elapsed().as_nanos() as u64;
         self.shared.last_arrival_ns.store(elapsed_ns, Ordering::Relaxed);
+    }
+
+    /// Runs a receive loop; `None` if nothing has arrived for too long before it ended. Its start counts as an
+    /// arrival.
+    pub async fn watch<T>(&self, receiving: impl Future<Output = T>) -> Option<T> {
+        self.record();
+        let (mut receiving, mut expired) = (pin!(receiving), pin!(self.expired()));
+        poll_fn(|context| match receiving.as_mut().poll(context) {
+            Poll::Ready(output) => Poll::Ready(Some(output)),
+            Poll::Pending => expired.as_mut().poll(context).map(|()| None),
+        })
+        .await
     }
 
     /// Waits until nothing has arrived for as long as the limit.

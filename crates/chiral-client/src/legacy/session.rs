@@ -14,6 +14,7 @@ use chiral_proto::{
     TransportError, ValueMap,
     codec::msgpack::{self, TimedMessage},
     error::EncodeError,
+    lock,
     message::{ActionMessage, Subscribe},
 };
 use tokio::{
@@ -30,7 +31,7 @@ use crate::{
     core::Core,
     dispatch::thread::ActionSink,
     error::Error,
-    lock, native,
+    native,
     state::{RequestKind, State},
     transport::BoxFuture,
     wire::Wire,

@@ -10,7 +10,7 @@ use std::{
 };
 
 use chiral_proto::{
-    Codec, Message, Reply, Request, Transport, TransportError, codec::msgpack, error::chain, keys,
+    Codec, Message, Reply, Request, Transport, TransportError, codec::msgpack, error::chain, keys, lock,
 };
 use chiral_transport::{IdleTimeout, Runtime, zenoh::LegacyTransport};
 use tokio::time::timeout;
@@ -18,7 +18,6 @@ use tokio::time::timeout;
 use crate::{
     connect::options::{ConnectError, ConnectOptions, Shared},
     connection::Link,
-    lock,
     zenoh::{Endpoint, Joined, failed},
 };
 

@@ -13,9 +13,10 @@ use std::{
 use chiral_proto::{
     Code, Fault, Frame, Message, Notice, Reply, Request, Transport, TransportError,
     codec::msgpack,
+    lock,
     message::{ActionMessage, Role},
 };
-use chiral_transport::{IdleTimeout, lock};
+use chiral_transport::IdleTimeout;
 use tokio::{
     sync::{Notify, oneshot},
     time::{sleep, timeout},
@@ -108,11 +109,8 @@ impl<'a, T: Transport> LegacySession<'a, T> {
     // ---- Receiving ----------------------------------------------------------------------------------------
 
     async fn receive(&self) -> End {
-        tokio::select! {
-            biased;
-            end = self.receive_frames() => end,
-            () = self.idle_timeout.expired() => End::Idle(self.idle_timeout.limit()),
-        }
+        let received = self.idle_timeout.watch(self.receive_frames()).await;
+        received.unwrap_or_else(|| End::Idle(self.idle_timeout.limit()))
     }
 
     async fn receive_frames(&self) -> End {

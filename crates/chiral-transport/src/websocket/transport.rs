@@ -4,7 +4,7 @@
 use std::{pin::pin, sync::Mutex as StdMutex, time::Duration};
 
 use bytes::{BufMut, Bytes, BytesMut};
-use chiral_proto::{Code, Codec, Fault, Frame, Transport, TransportError};
+use chiral_proto::{Code, Codec, Fault, Frame, Transport, TransportError, lock};
 use tokio::{
     io::{AsyncRead, AsyncWrite, ReadHalf, WriteHalf},
     sync::Mutex,
@@ -16,7 +16,7 @@ use super::{
     reader::{Event, Reader},
     writer::Writer,
 };
-use crate::{liveness::IdleTimeout, lock::lock};
+use crate::liveness::IdleTimeout;
 
 /// The close code "normal closure" (RFC 6455, section 7.4.1).
 const NORMAL_CLOSURE: u16 = 1000;

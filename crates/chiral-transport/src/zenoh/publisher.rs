@@ -7,7 +7,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use chiral_proto::{Frame, TransportError};
+use chiral_proto::{Frame, TransportError, lock};
 use tokio::sync::watch;
 use zenoh::{Wait, bytes::ZBytes, pubsub::Publisher};
 
@@ -19,7 +19,6 @@ use super::{
     shm::SharedMemory,
     thread::schedule_as_batch,
 };
-use crate::lock::lock;
 
 /// A frame sent by reference that is not confirmed after one to two of these periods is sent by the network.
 const REFERENCE_PERIOD: Duration = Duration::from_millis(500);

@@ -16,7 +16,7 @@ use std::{
 
 use bytes::Bytes;
 use chiral_proto::{
-    Frame,
+    Frame, lock,
     pool::{ALIGNMENT, BufferProvider, ProvidedBuffer},
 };
 use zenoh::{
@@ -27,7 +27,6 @@ use zenoh::{
 };
 
 use super::error::cause;
-use crate::lock::lock;
 
 /// Segments up to this size are copied, wherever they lie.
 const MAX_COPIED: usize = 4 * 1024;

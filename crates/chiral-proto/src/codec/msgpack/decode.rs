@@ -6,7 +6,7 @@ use std::sync::Arc;
 use nalgebra::{Matrix3, Matrix4};
 
 use super::{
-    ALIGNMENT, ID,
+    constants::{ALIGNMENT, ID},
     read::{self, describe},
     seconds::timestamp,
 };

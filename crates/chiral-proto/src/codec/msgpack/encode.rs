@@ -5,7 +5,10 @@ use std::fmt::Debug;
 
 use rmp::encode;
 
-use super::{ALIGNMENT, NAME, seconds::seconds};
+use super::{
+    constants::{ALIGNMENT, NAME},
+    seconds::seconds,
+};
 use crate::{
     action::ActionChunk,
     error::EncodeError,

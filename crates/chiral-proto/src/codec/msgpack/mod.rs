@@ -1,4 +1,5 @@
-//! The codec of legacy peers, the msgpack wire, in both of its generations. Only this module names msgpack.
+//! The codec of legacy peers, the msgpack wire, in both of its generations. Only this module encodes and
+//! decodes msgpack.
 //!
 //! A frame is `u32 LE header_len | one MessagePack map | payload`, as in the current protocol but without
 //! padding. Both generations are decoded on the same connection; the session finds out which of them a peer
@@ -46,21 +47,13 @@
 //! [`EncodeError::Unsupported`]: crate::error::EncodeError::Unsupported
 //! [`DecodeError`]: crate::error::DecodeError
 
+mod constants;
 mod decode;
 mod encode;
 mod read;
 mod seconds;
 
+pub use constants::{ID, NAME};
 pub use decode::{TimedMessage, decode};
 pub use encode::encode;
 pub use seconds::MAX_SECONDS;
-
-/// The id of every decoded request and reply. The wire has no ids, and 0 would mean that no reply is
-/// expected.
-pub const ID: u64 = 1;
-
-/// The name of this wire in error texts.
-pub const NAME: &str = "legacy msgpack";
-
-/// The parts of a payload have no padding between them.
-const ALIGNMENT: usize = 1;

@@ -6,10 +6,11 @@ use std::{fmt, sync::Arc};
 use nalgebra::{Matrix3, Matrix4};
 use prost::Message as _;
 
-use super::{CODES, DTYPES, wire, wire::header::Kind};
+use super::tables::{CODES, DTYPES};
 use crate::{
     action::{ActionChunk, ActionMeaning, ActionSpec},
     clock::{InvalidRate, Rate, Timestamp},
+    codec::wire::{self, header::Kind},
     error::{Code, DecodeError, Fault},
     frame::{self, Frame, Payload},
     message::{

@@ -2,9 +2,10 @@
 
 use prost::Message as _;
 
-use super::{CODES, DTYPES, wire, wire::header::Kind};
+use super::tables::{CODES, DTYPES};
 use crate::{
     action::{ActionChunk, ActionMeaning, ActionSpec},
+    codec::wire::{self, header::Kind},
     error::{EncodeError, Fault},
     frame::{Frame, PayloadWriter},
     message::{Hello, Message, Notice, Reply, Request, Role, StepResult, Welcome},

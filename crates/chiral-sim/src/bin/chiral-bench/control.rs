@@ -3,7 +3,7 @@
 
 use std::io::{BufRead, BufReader, Write};
 use std::net::{SocketAddr, TcpListener, TcpStream};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
@@ -13,6 +13,7 @@ use crate::raw;
 use crate::server_info::ServerInfo;
 use crate::usage::Usage;
 use crate::workload::Arrivals;
+use chiral_proto::lock;
 
 /// The state of the server process that requests read and change.
 pub(crate) struct ServerState {
@@ -51,7 +52,7 @@ pub(crate) fn serve(listener: &TcpListener, state: &ServerState) -> Result<()> {
 }
 
 fn reply(state: &ServerState, line: &str) -> Result<Value> {
-    let arrivals = || state.arrivals.lock().unwrap_or_else(PoisonError::into_inner);
+    let arrivals = || lock(&state.arrivals);
     Ok(match line.split_once(' ').unwrap_or((line, "")) {
         ("info", _) => state.info.clone(),
         ("usage", _) => {
@@ -65,7 +66,7 @@ fn reply(state: &ServerState, line: &str) -> Result<Value> {
             let (hz, draw) = settings.split_once(' ').context("cameras")?;
             let cameras =
                 Cameras { hz: hz.parse().context("cameras")?, draw: draw.parse().context("cameras")? };
-            *state.cameras.lock().unwrap_or_else(PoisonError::into_inner) = cameras;
+            *lock(&state.cameras) = cameras;
             json!({})
         }
         ("count", _) => json!({"count": arrivals().len()}),

@@ -2,7 +2,7 @@
 //! the measuring client on a control connection.
 
 use std::net::TcpListener;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -14,6 +14,7 @@ use serde_json::json;
 use crate::control::{self, Cameras, ServerState};
 use crate::workload::{Arrivals, Prepared, RecordingRobot, Workload};
 use crate::{naive, put, query, raw};
+use chiral_proto::lock;
 
 /// Longer than any part of the bench takes, so that a server left behind exits.
 const LIFETIME: Duration = Duration::from_secs(900);
@@ -84,7 +85,7 @@ fn publish(mut heap: Prepared, mut shared: Prepared, cameras: &Mutex<Cameras>) -
     const IDLE: Duration = Duration::from_millis(20);
     let mut due = Instant::now();
     loop {
-        let Cameras { hz, draw } = *cameras.lock().unwrap_or_else(PoisonError::into_inner);
+        let Cameras { hz, draw } = *lock(cameras);
         due = if hz > 0.0 { due.max(Instant::now()) } else { Instant::now() + IDLE };
         thread::sleep(due.saturating_duration_since(Instant::now()));
         if hz > 0.0 {

@@ -2,11 +2,11 @@
 //! actions arrive.
 
 use std::str::FromStr;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex};
 
 use anyhow::{Context, Result};
 use chiral_proto::action::Action;
-use chiral_proto::{ActionSpec, CameraSpec, ProprioSpec, ValueMap};
+use chiral_proto::{ActionSpec, CameraSpec, ProprioSpec, ValueMap, lock};
 use chiral_server::{ActionContext, CameraFrame, CameraSensor, Robot, RobotError, Sensors, monotonic};
 
 /// The size of an observation.
@@ -154,7 +154,7 @@ impl Robot for RecordingRobot {
 
     fn apply_action(&mut self, action: &Action, _context: &ActionContext) -> Result<(), RobotError> {
         let at = monotonic().now().0;
-        self.0.lock().unwrap_or_else(PoisonError::into_inner).push((action.values[0] as u32, at));
+        lock(&self.0).push((action.values[0] as u32, at));
         Ok(())
     }
 }
