@@ -19,7 +19,7 @@ fn main() -> anyhow::Result<()> {
 fn run_episode(uri: &str) -> anyhow::Result<()> {
     let env = PolicyClient::connect(uri)?;
 
-    // The metadata is the robot's own: ask once, and have a default for what it does not say.
+    // Metadata is specific to the robot: request it once, with a default for what may be missing.
     let metadata = env.get_metadata()?;
     let cameras = cameras(&metadata);
     let (rows, dimension) = action_shape(&metadata).unwrap_or((1, env.robot().action_spec.dimension));
@@ -31,7 +31,7 @@ fn run_episode(uri: &str) -> anyhow::Result<()> {
     let started = Instant::now();
     let (mut steps, mut total_reward, mut steps_per_second) = (0, 0.0, 0.0);
     while steps < STEP_LIMIT {
-        // K and T belong to this very image: read them anew every time, for cameras move.
+        // K and T belong to this image. Read them from every observation: cameras move.
         let camera = obs.camera("wrist_cam")?;
         let focal_length = camera.intrinsics[(0, 0)];
         let position = camera.extrinsics.fixed_view::<3, 1>(0, 3).into_owned();

@@ -37,7 +37,7 @@ fn main() -> anyhow::Result<()> {
         let policy = scope.spawn(|| policy_loop(&env, &stop));
         thread::sleep(RUN_FOR);
         stop.store(true, Ordering::Relaxed);
-        // What is still queued shall not be sent; this also makes room for a `put_action` that waits.
+        // Rows that are still queued are not sent; this also makes room for a `put_action` that waits.
         env.clear_actions();
         policy.join().map_err(|_| anyhow!("the policy panicked"))?
     })?;

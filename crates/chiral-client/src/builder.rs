@@ -117,7 +117,7 @@ impl PolicyClientBuilder {
         self
     }
 
-    /// How long to wait for a server; without a deadline, for ever.
+    /// How long to wait for a server; without a deadline, without limit.
     #[must_use]
     pub fn deadline(mut self, deadline: Duration) -> Self {
         self.options.deadline = Some(deadline);

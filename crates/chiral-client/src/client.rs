@@ -357,8 +357,7 @@ impl PolicyClient {
         Ok(())
     }
 
-    /// The chunk, if it is what the robot declares. A legacy server declares nothing: its dimension is 0, for
-    /// any.
+    /// Returns the chunk if it is what the robot declares. A declared dimension of 0 stands for any.
     fn checked(&self, chunk: ActionChunk) -> Result<ActionChunk> {
         let declared = &self.welcome.robot.action_spec;
         if declared.dimension == 0 {

@@ -1,5 +1,5 @@
-//! What the caller's calls, the connections' loops and the dispatch thread share: a session's state, and whom
-//! to wake when it changes. Nothing here sends or receives.
+//! A session's state and the notifications for tasks that wait on it, shared by the caller's calls, the
+//! connections' loops and the dispatch thread. Nothing here sends or receives.
 
 use std::sync::{Arc, Mutex, MutexGuard};
 
@@ -12,7 +12,7 @@ use crate::{
     state::{State, Stream},
 };
 
-/// A session's state and who waits for it.
+/// A session's state, and the notifications for tasks that wait on it.
 #[derive(Debug)]
 pub(crate) struct Core {
     state: Mutex<State>,
@@ -41,7 +41,7 @@ impl Core {
         self.clock.now()
     }
 
-    /// Locks the state. Nobody is woken while it is locked: who wakes up takes the lock at once.
+    /// Locks the state. Release it before notifying a task: it takes the lock next.
     pub(crate) fn state(&self) -> MutexGuard<'_, State> {
         lock(&self.state)
     }

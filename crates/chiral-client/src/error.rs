@@ -159,7 +159,7 @@ pub enum Error {
     },
     /// A legacy server sent a reply to no request.
     #[error("expected replies to pending requests only, in order, found a {found} from the server")]
-    UnaskedAnswer {
+    UnexpectedReply {
         /// Its type on the wire.
         found: &'static str,
     },

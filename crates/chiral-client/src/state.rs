@@ -1,5 +1,5 @@
-//! What a session knows: its requests, its observation stream, its actions and the server's clock. Pure:
-//! `now` is passed in. [`Core`](crate::core::Core) keeps it behind one lock.
+//! The state of a session: its requests, observation stream, actions and the offset of the server's clock. No
+//! IO happens here, and `now` is passed in. [`Core`](crate::core::Core) keeps it behind one lock.
 
 use std::{collections::HashMap, time::Duration};
 

@@ -1,5 +1,5 @@
-//! What a session needs of the wire that it is spoken on. The protobuf wire implements it in `native`, the
-//! msgpack wire of legacy servers in `legacy`; nothing else knows which it is.
+//! What a session needs of its wire. `native` implements it for protobuf, `legacy` for the msgpack wire of
+//! legacy servers. The session does not know which it has; `connect` chose.
 
 use chiral_proto::{Frame, Reply, Request};
 

@@ -56,8 +56,8 @@ pub(crate) struct Endpoint {
 pub(crate) struct Joined {
     pub(crate) session: ZenohSession,
     pub(crate) since: Instant,
-    /// Whether a legacy server may be meant, and robots had time to appear.
-    may_be_legacy: bool,
+    /// Whether robots had time to appear, and none was named.
+    had_time: bool,
 }
 
 impl Endpoint {
@@ -152,7 +152,7 @@ impl Endpoint {
     /// The session on which the last attempt found no robot, if a legacy server may be meant and robots had
     /// time to appear.
     pub(crate) fn joined_without_robot(&self) -> Option<Joined> {
-        lock(&self.joined).clone().filter(|joined| joined.may_be_legacy)
+        lock(&self.joined).clone().filter(|joined| joined.had_time)
     }
 
     /// The robot to connect to, and a session on which it is alive.
@@ -171,8 +171,8 @@ impl Endpoint {
             },
         };
         self.was_refused.store(false, Ordering::Relaxed);
-        let keep = |may_be_legacy| {
-            *lock(&self.joined) = Some(Joined { session: session.clone(), since, may_be_legacy });
+        let keep = |had_time| {
+            *lock(&self.joined) = Some(Joined { session: session.clone(), since, had_time });
         };
         if self.codec == Some(Codec::Msgpack) {
             keep(true);
@@ -186,7 +186,7 @@ impl Endpoint {
         match choose(names, self.robot.as_deref(), &self.uri) {
             Ok(robot) => Ok((session, robot)),
             Err(error) => {
-                // Legacy servers have no name to be found by.
+                // A named robot is waited for; without a name, a legacy server may be meant.
                 if matches!(error, ConnectError::Unavailable(_))
                     && self.robot.is_none()
                     && self.codec.is_none()
@@ -217,7 +217,7 @@ impl Endpoint {
             return Err(ConnectError::Unavailable("no robot replied to a search by multicast".to_owned()));
         }
         let name = choose(names, self.robot.as_deref(), &self.uri)?;
-        // Rather its own server than a router.
+        // Prefer its own server to a router.
         scouted.sort_by_key(|robot| !robot.is_direct);
         let robot = scouted.into_iter().find(|robot| robot.robot == name);
         let robot = robot.expect("the names are those of the robots");
@@ -247,7 +247,7 @@ impl Endpoint {
     }
 }
 
-/// A failure that another attempt would not mend.
+/// A failure that another attempt would not cure.
 pub(crate) fn failed(error: ZenohError) -> Error {
     match error {
         ZenohError::Config { file, problem } => Error::ZenohConfig { file, problem },

@@ -1,5 +1,5 @@
-//! Accepting connections: chooses the wire, reads the hello, and opens or joins a session. Serving the
-//! connection is `connection`'s or, for the legacy wire, `legacy`'s.
+//! Accepting connections: chooses the wire, reads the hello, and opens or joins a session. `connection`
+//! serves the connection or, for the legacy wire, `legacy`.
 
 use std::{
     sync::{Arc, Mutex},

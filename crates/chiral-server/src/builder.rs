@@ -1,4 +1,4 @@
-//! Building a server from a robot, its sensors and options. Running it is `server`'s.
+//! Building a server from a robot, its sensors and options. `server` runs it.
 
 #[cfg(feature = "zenoh")]
 use std::path::PathBuf;

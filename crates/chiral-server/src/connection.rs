@@ -1,5 +1,5 @@
 //! One connection of a session: a receive loop that passes actions directly to the control thread, and a send
-//! loop that owns the stream. The session itself is `session`'s.
+//! loop that owns the stream. The session itself is in `session`.
 
 use std::{
     future::pending,

@@ -1,5 +1,5 @@
-//! The server as its host sees it: running, embedding, monitoring and stopping it. Building it is
-//! `builder`'s.
+//! The server as its host sees it: running, embedding, monitoring and stopping it. `builder`
+//! builds it.
 
 #[cfg(feature = "websocket")]
 use std::net::SocketAddr;

@@ -55,7 +55,7 @@ pub(crate) async fn exchange_hello(
             Ok(*welcome)
         }
         Message::Reply { reply: Reply::Welcome(welcome), .. } => {
-            let text = format!("it answered in version {}", welcome.protocol);
+            let text = format!("it replied in version {}", welcome.protocol);
             Err(Error::VersionMismatch(Fault::new(Code::VersionMismatch, text)))
         }
         Message::Reply { reply: Reply::Error(fault), .. } | Message::Notice(Notice::Error(fault)) => {

@@ -39,7 +39,7 @@ use crate::{
 #[cfg(any(feature = "websocket", feature = "zenoh"))]
 const ATTACH_TIMEOUT: Duration = Duration::from_secs(5);
 
-/// A session, and what the server said of it.
+/// A session, and the server's welcome.
 pub(crate) type Connected = (Session, Welcome);
 
 /// Connects to the server at the options' address, on `runtime`.

@@ -20,7 +20,7 @@ pub(crate) struct ConnectOptions {
     pub(crate) identity: Identity,
     /// Prints nothing while waiting for the server.
     pub(crate) quiet: bool,
-    /// For a server to appear; none means for ever.
+    /// For a server to appear; none means without limit.
     pub(crate) deadline: Option<Duration>,
     pub(crate) request_timeout: Duration,
     pub(crate) idle_timeout: Duration,

@@ -1,5 +1,4 @@
-//! The thread that waits for the ticks of the action queue and sends what is due at each. Which row that is,
-//! `queue` decides.
+//! The thread that waits for the ticks of the action queue and sends the row that `queue` returns at each.
 
 use std::{hint::spin_loop, sync::Arc, thread, time::Duration};
 
@@ -48,7 +47,7 @@ pub(crate) fn start(
 }
 
 fn run_on_thread(core: &Core, sink: &dyn ActionSink, runtime: &Runtime, spin: Duration) {
-    // Before the first look at the queue: a later change finds whom to wake.
+    // Registered before the first look at the queue, so that no later change is missed.
     core.dispatch.register_thread();
     loop {
         match due(core) {

@@ -1,6 +1,6 @@
-//! Servers of today's Chiral peers, which speak the msgpack wire. Everything that knows more of it than its
-//! name is here, in `chiral_proto::codec::msgpack` and, on a Zenoh network, in `chiral_transport`'s
-//! `zenoh::legacy`.
+//! Servers of today's Chiral peers, which speak the msgpack wire: their sessions, and probing for them on
+//! Zenoh networks. Messages are encoded by `chiral_proto::codec::msgpack`; a WebSocket without a subprotocol
+//! is negotiated in `websocket`.
 
 mod pending;
 mod session;
@@ -63,9 +63,9 @@ impl Prober {
     }
 }
 
-/// Starts a session with a legacy server, which has no hello. `probes` is how often it was asked for metadata
-/// on Zenoh keys that it shares with others, where requests may be lost; 0 on a connection of its own. There,
-/// a first request for metadata shows that it is one.
+/// Starts a session with a legacy server, which has no hello. `probes` is how many requests for metadata were
+/// sent to it on Zenoh keys that it shares with others, where requests may be lost; 0 on a connection of its
+/// own. There, a first request for metadata shows that it is one.
 pub(crate) async fn start(
     options: &ConnectOptions,
     link: Link,

@@ -1,6 +1,6 @@
-//! The msgpack wire, behind the same calls: it has no request ids, no stream and no episodes, and two
-//! generations of which a server may speak either or both. Which request a reply belongs to, `pending`
-//! decides; when the stream's next observation is requested, `stream`.
+//! The msgpack wire, behind the same calls. It has no request ids, no stream and no episodes, and two
+//! generations, of which a server may speak either or both. `pending` matches replies to requests, and
+//! `stream` times the requests that take the place of a stream.
 
 use std::{
     collections::VecDeque,
@@ -49,7 +49,7 @@ const TRY_AGAIN_LATER: u16 = 1013;
 
 type Result<T, E = Error> = std::result::Result<T, E>;
 
-/// How a legacy server is spoken to.
+/// How a session with a legacy server behaves.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct LegacyOptions {
     /// For replies that take the server no time.
@@ -74,10 +74,10 @@ pub(crate) struct LegacyWire {
     stream: Mutex<PolledStream>,
     /// Held from a request to its reply, so that one is pending at a time. Waiting callers get it in their
     /// order.
-    turn: AsyncMutex<()>,
+    request_lock: AsyncMutex<()>,
     /// Held while a frame is prepared and handed to the link, so that frames leave in the order of the
     /// decisions.
-    order: AsyncMutex<()>,
+    send_lock: AsyncMutex<()>,
 }
 
 /// What is known of the server.
@@ -161,7 +161,7 @@ impl Wire for LegacyWire {
             return Ok(());
         }
         let Some(Matched { id, unanswered }) = matched else {
-            return Err(Error::UnaskedAnswer { found: kind.name() });
+            return Err(Error::UnexpectedReply { found: kind.name() });
         };
         self.core.complete_request(id, outcome);
         for id in unanswered {
@@ -217,8 +217,8 @@ impl LegacyWire {
             options,
             known: Mutex::new(known),
             stream: Mutex::default(),
-            turn: AsyncMutex::default(),
-            order: AsyncMutex::default(),
+            request_lock: AsyncMutex::default(),
+            send_lock: AsyncMutex::default(),
         }
     }
 
@@ -228,12 +228,12 @@ impl LegacyWire {
     async fn serve_request(&self, request: Request) -> Result<Reply> {
         match request {
             Request::GetMetadata => {
-                let _turn = self.turn.lock().await;
+                let _one_request = self.request_lock.lock().await;
                 self.exchange(request, None).await
             }
             Request::Reset { .. } => {
                 self.check_controller()?;
-                let _turn = self.turn.lock().await;
+                let _one_request = self.request_lock.lock().await;
                 self.within_reply_timeout("a reply to the reset", self.exchange(request, None)).await
             }
             Request::GetObs => self.get_obs().await,
@@ -241,7 +241,7 @@ impl LegacyWire {
                 self.check_controller()?;
                 let seen = self.core.state().actions.seen();
                 let times = lock(&self.known).capture_times(seen.observation_seq);
-                let _turn = self.turn.lock().await;
+                let _one_request = self.request_lock.lock().await;
                 self.within_reply_timeout("a reply to the step", self.step(actions, times)).await
             }
             Request::Subscribe(wanted) => self.subscribe(wanted).await,
@@ -257,7 +257,7 @@ impl LegacyWire {
     }
 
     async fn get_obs(&self) -> Result<Reply> {
-        let _turn = self.turn.lock().await;
+        let _one_request = self.request_lock.lock().await;
         if let Some(obs) = self.observe().await? {
             return Ok(Reply::Observation(obs));
         }
@@ -268,7 +268,7 @@ impl LegacyWire {
         })
     }
 
-    /// Requests a step and observes, in a turn that the caller holds. A server that ignores `action` gets an
+    /// Requests a step and observes, with the request lock held. A server that ignores `action` gets an
     /// `apply_action` and an `obs_request` instead.
     async fn step(&self, actions: ActionChunk, times: Option<Arc<ValueMap>>) -> Result<Reply> {
         let (steps, observes) = {
@@ -312,15 +312,15 @@ impl LegacyWire {
 
     /// Sends actions without waiting for the robot.
     ///
-    /// A gym-like server would ignore an `apply_action`. It gets an `action` in its turn, whose reply becomes
-    /// the newest observation and is otherwise dropped: so the robot moves as it would elsewhere.
+    /// A gym-like server would ignore an `apply_action`. It gets an `action` in its order, whose reply
+    /// becomes the newest observation and is otherwise dropped: so the robot moves as it would elsewhere.
     async fn act(&self, message: ActionMessage) -> Result<()> {
         self.check_controller()?;
         let observes = lock(&self.known).observes;
         let observes = match observes {
             Some(observes) => observes,
             None => {
-                let _turn = self.turn.lock().await;
+                let _one_request = self.request_lock.lock().await;
                 let what = "a reply to the first obs_request";
                 within(self.options.request_timeout, what, self.observes()).await?.0
             }
@@ -328,7 +328,7 @@ impl LegacyWire {
         if observes {
             return self.apply(message).await;
         }
-        let _turn = self.turn.lock().await;
+        let _one_request = self.request_lock.lock().await;
         check_current(&self.core.state(), &message)?;
         let times = lock(&self.known).capture_times(message.observation_seq);
         let step = Request::Step { session: 0, episode: 0, actions: message.actions };
@@ -338,7 +338,7 @@ impl LegacyWire {
 
     /// Sends actions to a server of the streaming generation.
     async fn apply(&self, message: ActionMessage) -> Result<()> {
-        let _order = self.order.lock().await;
+        let _in_order = self.send_lock.lock().await;
         // A reset that was sent since they were chosen would not stop them on their way.
         check_current(&self.core.state(), &message)?;
         let times = lock(&self.known).capture_times(message.observation_seq);
@@ -352,7 +352,7 @@ impl LegacyWire {
     async fn subscribe(&self, wanted: Subscribe) -> Result<Reply> {
         let Subscribe { rate, cameras, depth, .. } = wanted;
         {
-            let _turn = self.turn.lock().await;
+            let _one_request = self.request_lock.lock().await;
             let (observes, observed) = self.observes().await?;
             if !observes {
                 let why = "it observes in reset and step only";
@@ -398,7 +398,7 @@ impl LegacyWire {
     }
 
     async fn poll_once(&self, number: u64) -> Result<()> {
-        let _turn = self.turn.lock().await;
+        let _one_request = self.request_lock.lock().await;
         if !lock(&self.stream).take_tick(number, self.core.now()) {
             return Ok(());
         }
@@ -412,7 +412,7 @@ impl LegacyWire {
 
     // ---- Helpers ------------------------------------------------------------------------------------------
 
-    /// An observation, if the server observes on request; in a turn that the caller holds.
+    /// An observation, if the server observes on request; with the request lock held.
     async fn observe(&self) -> Result<Option<Arc<Observation>>> {
         match self.observes().await? {
             (true, None) => self.exchange_obs().await.map(Some),
@@ -470,7 +470,7 @@ impl LegacyWire {
         }
     }
 
-    /// Sends a request and returns its reply, in a turn that the caller holds.
+    /// Sends a request and returns its reply, with the request lock held.
     async fn exchange(&self, request: Request, times: Option<&ValueMap>) -> Result<Reply> {
         self.settle_pending(&request).await?;
         let replied = self.send_request(request, times).await?;
@@ -497,7 +497,7 @@ impl LegacyWire {
     ) -> Result<oneshot::Receiver<Result<Reply>>> {
         let kind = Kind::of(&request);
         let is_reset = kind == Some(Kind::Reset);
-        let _order = self.order.lock().await;
+        let _in_order = self.send_lock.lock().await;
         let (frame, replied) = {
             let mut state = self.core.state();
             let id = state.next_request()?;
@@ -527,12 +527,12 @@ impl LegacyWire {
     async fn within_reply_timeout(
         &self,
         what: &'static str,
-        asking: impl Future<Output = Result<Reply>>,
+        exchange: impl Future<Output = Result<Reply>>,
     ) -> Result<Reply> {
-        within(self.options.reply_timeout, what, asking).await
+        within(self.options.reply_timeout, what, exchange).await
     }
 
-    /// This wire has no observers: the server would do what one asks.
+    /// This wire has no observers: the server would apply an observer's actions.
     fn check_controller(&self) -> Result<()> {
         if self.options.is_observer {
             return Err(Error::Rejected(Fault::new(
@@ -559,9 +559,9 @@ impl LegacyWire {
 async fn within<T>(
     waited: Duration,
     what: &'static str,
-    asking: impl Future<Output = Result<T>>,
+    exchange: impl Future<Output = Result<T>>,
 ) -> Result<T> {
-    timeout(waited, asking).await.map_err(|_| Error::Timeout { what, waited })?
+    timeout(waited, exchange).await.map_err(|_| Error::Timeout { what, waited })?
 }
 
 /// Whether these actions may still be sent: no reset was requested since they were chosen.

@@ -1,5 +1,5 @@
-//! The observation stream, which this wire does not have: observations are requested one by one. Pure: `now`
-//! is passed in.
+//! Emulates the observation stream, which this wire does not have, by requesting observations one by one.
+//! Pure: `now` is passed in.
 
 use std::{sync::Arc, time::Duration};
 

@@ -1,5 +1,5 @@
-//! Legacy servers on a Zenoh network. They share two keys and have neither names nor tokens: whether one is
-//! there, only a reply shows.
+//! Finds legacy servers on a Zenoh network. They share two keys and have neither names nor tokens, so that
+//! only a reply shows whether one is there.
 
 use std::{
     sync::{
