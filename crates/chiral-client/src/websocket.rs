@@ -74,10 +74,18 @@ impl Endpoint {
             .host()
             .filter(|host| !host.is_empty())
             .ok_or_else(|| refuse("it names no host".to_owned()))?;
+        // `port_u16` does not distinguish a port that is no number from none.
+        let authority = uri.authority().map_or("", |authority| authority.as_str());
+        let has_port = authority.rsplit('@').next().is_some_and(|address| address != host);
+        let port = match uri.port_u16() {
+            Some(port) => port,
+            None if has_port => return Err(refuse("its port is not a number up to 65535".to_owned())),
+            None => default_port,
+        };
         let host = host.trim_matches(['[', ']']).to_owned();
         let tls = if is_tls { Some(tls(options.root_certificates.as_deref())?) } else { None };
         let (codec, idle_timeout) = (options.codec, options.idle_timeout);
-        Ok(Endpoint { port: uri.port_u16().unwrap_or(default_port), host, tls, uri, codec, idle_timeout })
+        Ok(Endpoint { port, host, tls, uri, codec, idle_timeout })
     }
 }
 
@@ -330,5 +338,36 @@ impl AsyncWrite for HandshakeReader<'_> {
 
     fn poll_shutdown(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {
         Pin::new(&mut *self.stream).poll_shutdown(context)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_address_has_a_host_and_a_valid_port_or_none() {
+        let port = |uri: &str| Endpoint::parse(&ConnectOptions::new(uri)).map(|endpoint| endpoint.port);
+        for (uri, expected) in [
+            ("ws://robot", 80),
+            ("ws://robot/path", 80),
+            ("ws://robot:8765", 8765),
+            ("ws://[::1]", 80),
+            ("ws://[::1]:8765/path", 8765),
+            ("ws://user@robot:1", 1),
+        ] {
+            assert_eq!(port(uri).unwrap(), expected, "{uri}");
+        }
+        for uri in [
+            "ws://robot:99999",
+            "ws://robot:abc",
+            "ws://robot:-1",
+            "ws://robot:",
+            "ws://:1",
+            "robot:1",
+            "http://robot",
+        ] {
+            assert!(matches!(port(uri), Err(Error::Address { .. })), "{uri}");
+        }
     }
 }

@@ -11,6 +11,7 @@ use std::{
 };
 
 use chiral_proto::{Codec, error::chain, keys, lock};
+use chiral_transport::IdleTimeout;
 use chiral_transport::zenoh::{
     LaneKind, Scout, ZenohError, ZenohOptions, ZenohSession, ZenohSessionOptions, ZenohTransport,
 };
@@ -42,7 +43,8 @@ pub(crate) struct Endpoint {
     /// finds.
     options: ZenohSessionOptions,
     codec: Option<Codec>,
-    idle_timeout: Duration,
+    /// Of both lanes, which share the session's link.
+    idle_timeout: IdleTimeout,
     /// The session and the robot's name once it was found; for its second connection.
     found: Arc<Mutex<Option<(ZenohSession, String)>>>,
     /// Whether the last attempt was refused by a peer.
@@ -119,7 +121,7 @@ impl Endpoint {
                 ..ZenohSessionOptions::default()
             },
             codec: options.codec,
-            idle_timeout: options.idle_timeout,
+            idle_timeout: IdleTimeout::new(options.idle_timeout),
             found: Arc::default(),
             was_refused: Arc::default(),
             joined: Arc::default(),
@@ -142,7 +144,7 @@ impl Endpoint {
             pool: options.shared.pool,
             codec: Codec::Protobuf,
             shared_memory: None,
-            idle_timeout: self.idle_timeout,
+            idle_timeout: self.idle_timeout.clone(),
         };
         let connected = session.connect(&robot, kind, options).await.map_err(|error| self.judge(error))?;
         *lock(&self.found) = Some((session, robot));

@@ -5,6 +5,7 @@ use std::sync::Arc;
 
 use bytes::Bytes;
 use chiral_proto::{Codec, Message, Reply, error::chain, pool::Pool};
+use chiral_transport::IdleTimeout;
 use chiral_transport::zenoh::{
     ZenohError, ZenohListener, ZenohOptions, ZenohSession, ZenohSessionOptions, ZenohTransport,
 };
@@ -49,7 +50,8 @@ impl ZenohServer {
             pool: Pool::new(0),
             codec: Codec::Protobuf,
             shared_memory: core.shared_memory.clone(),
-            idle_timeout: core.options.idle_timeout,
+            // Of each lane its own: which lanes belong together, only their hellos say.
+            idle_timeout: IdleTimeout::new(core.options.idle_timeout),
         };
         let _legacy = crate::legacy::zenoh::start(core, &network).await;
         let accepting = async {

@@ -120,7 +120,7 @@ async fn play_all(arguments: &Arguments, client: &AnyClient, interrupt: &Interru
     let runner = Runner::start(client, coupling, arguments.hz, interrupt.requested()).await?;
     let (mut episodes, start) = (Vec::new(), Instant::now());
     for number in 0..arguments.episodes {
-        let seed = arguments.seed + number;
+        let seed = arguments.seed.wrapping_add(number);
         progress.set_message(format!("seed {seed}"));
         let episode = runner.play(seed).await.with_context(|| format!("the episode of seed {seed}"))?;
         if interrupt.is_requested() {

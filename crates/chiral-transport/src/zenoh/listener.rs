@@ -12,6 +12,7 @@ use zenoh::{
 };
 
 use crate::host_name::host_name;
+use crate::liveness::IdleTimeout;
 
 use super::{
     error::{ZenohError, failed},
@@ -156,7 +157,9 @@ impl ZenohListener {
                     continue;
                 }
             };
-            match self.open_connection(&query, options.clone()).await {
+            let idle_timeout = IdleTimeout::new(options.idle_timeout.limit());
+            let options = ZenohOptions { idle_timeout, ..options.clone() };
+            match self.open_connection(&query, options).await {
                 Ok((transport, connection)) => {
                     if query.reply(keys::open(&self.robot), connection).express(true).await.is_ok() {
                         return Some(transport);

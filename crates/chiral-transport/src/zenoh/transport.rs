@@ -76,8 +76,9 @@ pub struct ZenohOptions {
     pub codec: Codec,
     /// The shared memory whose pixels are sent by reference.
     pub shared_memory: Option<SharedMemory>,
-    /// The limit of [`ZenohTransport::idle_timeout`].
-    pub idle_timeout: Duration,
+    /// Records what arrives. A session's two lanes share it where they share a link: on a slow one, what
+    /// arrives on the control lane waits behind observations, and neither is idle.
+    pub idle_timeout: IdleTimeout,
 }
 
 /// Carries frames on two keys of a Zenoh network, one for each direction.
@@ -121,7 +122,7 @@ impl ZenohTransport {
         let peer = format!("{robot}/{}", &connection[..8.min(connection.len())]);
         let publisher =
             Arc::new(LanePublisher::new(publisher.await.map_err(failed)?, options.shared_memory, peer));
-        let idle_timeout = IdleTimeout::new(options.idle_timeout);
+        let idle_timeout = options.idle_timeout.clone();
         let received = Arc::new(ReceiveState::new(idle_timeout.clone()));
         let (sender, events) = mpsc::unbounded_channel();
         let handler = |key: &str| SampleHandler {
