@@ -3,7 +3,7 @@
 use std::{fmt, sync::Arc, time::Duration};
 
 use chiral_proto::{
-    ActionChunk, ActionSpec, Codec, Observation, Reply, Request, StepResult, Timestamp, ValueMap,
+    ActionChunk, Codec, Observation, Reply, Request, StepResult, Timestamp, ValueMap,
     action::Action,
     clock::{InvalidRate, Rate},
     message::{RobotInfo, Subscribe, Welcome},
@@ -357,14 +357,9 @@ impl PolicyClient {
         Ok(())
     }
 
-    /// Returns the chunk if it is what the robot declares. A declared dimension of 0 stands for any.
+    /// Returns the chunk if it is what the robot declares.
     fn checked(&self, chunk: ActionChunk) -> Result<ActionChunk> {
-        let declared = &self.welcome.robot.action_spec;
-        if declared.dimension == 0 {
-            ActionSpec { dimension: chunk.dimension(), ..declared.clone() }.check(&chunk)?;
-        } else {
-            declared.check(&chunk)?;
-        }
+        self.welcome.robot.action_spec.check(&chunk)?;
         Ok(chunk)
     }
 

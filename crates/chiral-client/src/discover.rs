@@ -94,6 +94,7 @@ mod tests {
                 robot,
                 attach_token: Bytes::new(),
                 controller: controller.to_owned(),
+                max_chunk_rows: 256,
             };
             let frame = Codec::Protobuf
                 .encode(&Message::Reply { id: 1, reply: Reply::Welcome(welcome.into()) })

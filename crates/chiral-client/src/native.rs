@@ -92,7 +92,9 @@ impl Wire for NativeWire {
                 return Err(Error::Disconnected { reason, cause: None });
             }
             // What only a client sends, or a newer server: nothing that anybody here waits for.
-            Message::Notice(Notice::Ping { .. } | Notice::Action(_) | Notice::Credit { .. })
+            Message::Notice(
+                Notice::Ping { .. } | Notice::Action(_) | Notice::Credit { .. } | Notice::ActionsDropped(_),
+            )
             | Message::Request { .. }
             | Message::Unknown { id: 0 } => {}
             Message::Unknown { id } => {

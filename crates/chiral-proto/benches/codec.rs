@@ -49,6 +49,8 @@ fn action() -> Message {
         seq: 1,
         actions,
         observation_seq: 42,
+        sent_at: Some(Timestamp(1_700_000_000_000)),
+        ..ActionMessage::default()
     }))
 }
 

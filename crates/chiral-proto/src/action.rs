@@ -1,7 +1,7 @@
 //! What flows from the policy to the robot: [`Action`], [`ActionChunk`], and [`ActionSpec`], against which
 //! the actions are checked.
 
-use std::ops::Deref;
+use std::{ops::Deref, time::Duration};
 
 use nalgebra::{Dim, Matrix, RawStorage};
 use ndarray::{ArrayBase, Data, Ix1, Ix2};
@@ -31,15 +31,18 @@ impl Deref for Action {
 /// Converts from `f32` or `f64`: everything that converts to an [`Action`] becomes a chunk of one row; arrays
 /// of arrays, two-dimensional `ndarray` arrays and nalgebra matrices become N rows. A nalgebra *column
 /// vector* (one column by its type) is one action.
-#[derive(Clone, Debug, PartialEq)]
+#[derive(Clone, Debug, Default, PartialEq)]
 pub struct ActionChunk {
     values: Vec<f32>,
     dimension: usize,
+    is_single: bool,
 }
 
 impl ActionChunk {
     /// The greatest number of rows in a chunk.
     pub const MAX_ROWS: usize = 4096;
+    /// The rows that a server accepts in one action if its welcome does not say.
+    pub const OLD_MAX_ROWS: usize = 16;
 
     /// Creates a chunk from rows of `dimension` values each.
     ///
@@ -49,7 +52,18 @@ impl ActionChunk {
         if !values.len().is_multiple_of(dimension) {
             return Err(InvalidAction::Ragged { dimension, found: values.len() });
         }
-        Ok(ActionChunk { values, dimension })
+        Ok(ActionChunk { values, dimension, is_single: false })
+    }
+
+    /// The same row as a single action, of shape (D). Chunks of several rows stay as they are.
+    #[must_use]
+    pub fn into_single(self) -> ActionChunk {
+        ActionChunk { is_single: self.rows() == 1, ..self }
+    }
+
+    /// Whether the policy gave one action of shape (D), not a chunk of shape (N, D).
+    pub fn is_single(&self) -> bool {
+        self.is_single
     }
 
     /// N, the number of rows.
@@ -90,7 +104,7 @@ pub enum ActionMeaning {
 /// The robot's action space, declared by the robot and checked by both peers.
 #[derive(Clone, Debug, PartialEq)]
 pub struct ActionSpec {
-    /// D, the number of values in one action.
+    /// D, the number of values in one action; 0 if undeclared, which stands for any.
     pub dimension: usize,
     /// One name per value, or empty.
     pub names: Vec<String>,
@@ -103,7 +117,8 @@ pub struct ActionSpec {
     pub unit: String,
     /// What the values mean.
     pub meaning: ActionMeaning,
-    /// The rate at which the robot applies the rows of a chunk, in hertz.
+    /// The rate at which the robot applies the rows of a chunk, in hertz; 0 if undeclared: rows are then
+    /// applied as they come.
     pub control_hz: f64,
 }
 
@@ -121,12 +136,28 @@ impl ActionSpec {
         }
     }
 
-    /// Checks that `chunk` has 1 to [`ActionChunk::MAX_ROWS`] rows of this dimension and only finite values.
+    /// Creates a spec that declares neither dimension nor rate: actions are only checked to be finite, and
+    /// none is paced.
+    pub fn undeclared() -> ActionSpec {
+        ActionSpec {
+            unit: String::new(),
+            meaning: ActionMeaning::Other(String::new()),
+            ..ActionSpec::joint_positions(0, 0.0)
+        }
+    }
+
+    /// The time between two rows of a chunk, 1 / `control_hz`; `None` if no rate is declared.
+    pub fn control_period(&self) -> Option<Duration> {
+        Duration::try_from_secs_f64(1.0 / self.control_hz).ok().filter(|period| !period.is_zero())
+    }
+
+    /// Checks that `chunk` has 1 to [`ActionChunk::MAX_ROWS`] rows of this dimension, if one is declared, and
+    /// only finite values.
     ///
     /// # Errors
     /// [`InvalidAction`], which names what was expected and what was found.
     pub fn check(&self, chunk: &ActionChunk) -> Result<(), InvalidAction> {
-        if chunk.dimension != self.dimension {
+        if self.dimension != 0 && chunk.dimension != self.dimension {
             return Err(InvalidAction::Dimension { expected: self.dimension, found: chunk.dimension });
         }
         if chunk.rows() == 0 || chunk.rows() > ActionChunk::MAX_ROWS {
@@ -135,7 +166,7 @@ impl ActionSpec {
         match chunk.values.iter().position(|value| !value.is_finite()) {
             None => Ok(()),
             Some(at) => {
-                let (row, index) = (at / self.dimension, at % self.dimension);
+                let (row, index) = (at / chunk.dimension, at % chunk.dimension);
                 let name = self.names.get(index).cloned().unwrap_or_else(|| format!("value {index}"));
                 Err(InvalidAction::NotFinite { row, name, value: chunk.values[at] })
             }
@@ -209,7 +240,7 @@ impl Number for f64 {
 
 impl From<Action> for ActionChunk {
     fn from(action: Action) -> ActionChunk {
-        ActionChunk { dimension: action.values.len(), values: action.values }
+        ActionChunk { dimension: action.values.len(), is_single: true, values: action.values }
     }
 }
 
@@ -263,7 +294,7 @@ impl<T: Number, R: Dim, C: Dim, S: RawStorage<T, R, C>> From<&Matrix<T, R, C, S>
                 .flat_map(|row| row.iter().map(|value| value.to_f32()).collect::<Vec<_>>())
                 .collect(),
         };
-        ActionChunk { values, dimension }
+        ActionChunk { values, dimension, is_single: is_vector }
     }
 }
 
@@ -275,13 +306,15 @@ impl<T: Number, R: Dim, C: Dim, S: RawStorage<T, R, C>> From<Matrix<T, R, C, S>>
 
 impl<T: Number, const D: usize, const N: usize> From<[[T; D]; N]> for ActionChunk {
     fn from(rows: [[T; D]; N]) -> ActionChunk {
-        ActionChunk { values: rows.iter().flatten().map(|value| value.to_f32()).collect(), dimension: D }
+        let values = rows.iter().flatten().map(|value| value.to_f32()).collect();
+        ActionChunk { values, dimension: D, is_single: false }
     }
 }
 
 impl<T: Number, S: Data<Elem = T>> From<&ArrayBase<S, Ix2>> for ActionChunk {
     fn from(rows: &ArrayBase<S, Ix2>) -> ActionChunk {
-        ActionChunk { values: rows.iter().map(|value| value.to_f32()).collect(), dimension: rows.ncols() }
+        let values = rows.iter().map(|value| value.to_f32()).collect();
+        ActionChunk { values, dimension: rows.ncols(), is_single: false }
     }
 }
 

@@ -145,6 +145,8 @@ pub enum Code {
     ShuttingDown,
     /// The first frame was not a hello, or a second hello was sent.
     Protocol,
+    /// The robot holds because its controller fell silent, and is configured to wait for a reset.
+    Holding,
 }
 
 /// An error that one peer sends to the other.

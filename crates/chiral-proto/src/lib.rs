@@ -9,7 +9,7 @@
 //! use chiral_proto::message::ActionMessage;
 //!
 //! let actions = ActionChunk::from([0.1, -0.2, 0.3]);
-//! let action = ActionMessage { session: 7, episode: 1, seq: 1, actions, observation_seq: 42 };
+//! let action = ActionMessage { session: 7, episode: 1, seq: 1, actions, ..ActionMessage::default() };
 //! let message = Message::Notice(Notice::Action(action));
 //! let frame = Codec::Protobuf.encode(&message)?;
 //! assert_eq!(Codec::Protobuf.decode(frame)?, message);

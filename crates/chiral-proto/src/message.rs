@@ -1,7 +1,7 @@
 //! All messages that peers exchange. What a receiver must do with each of them is specified in
 //! `proto/chiral/v1/chiral.proto`.
 
-use std::sync::Arc;
+use std::{sync::Arc, time::Duration};
 
 use bytes::Bytes;
 
@@ -144,6 +144,8 @@ pub enum Notice {
     },
     /// An action was refused, or an error that no request caused.
     Error(Fault),
+    /// Rows of this session's actions were dropped.
+    ActionsDropped(ActionsDropped),
 }
 
 /// Whether a client may move the robot.
@@ -190,6 +192,8 @@ pub struct Welcome {
     pub attach_token: Bytes,
     /// The name of the robot's current controller; empty if it has none.
     pub controller: String,
+    /// The most rows in one action; 0 from an old server, which accepts [`ActionChunk::OLD_MAX_ROWS`].
+    pub max_chunk_rows: usize,
 }
 
 /// The sensors and the action space of a robot.
@@ -219,7 +223,7 @@ pub struct Subscribe {
 }
 
 /// Actions to apply now.
-#[derive(Clone, Debug, PartialEq)]
+#[derive(Clone, Debug, Default, PartialEq)]
 pub struct ActionMessage {
     /// The session for which they were chosen.
     pub session: u64,
@@ -231,6 +235,25 @@ pub struct ActionMessage {
     pub actions: ActionChunk,
     /// `seq` of the observation from which the policy chose the actions; 0 if unknown.
     pub observation_seq: u64,
+    /// When the client sent them, on its own clock; `None` if unknown.
+    pub sent_at: Option<Timestamp>,
+    /// How long after `sent_at`, plus the usual transit, they may be applied; `None` for the server's own
+    /// limit alone.
+    pub valid_for: Option<Duration>,
+    /// The oldest capture time in the observation from which the policy chose the actions, on the clock of
+    /// the server's host; `None` if unknown.
+    pub observed_at: Option<Timestamp>,
+}
+
+/// How many rows of a session's actions were dropped since its beginning.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct ActionsDropped {
+    /// Rows that were too late.
+    pub late: u64,
+    /// Rows that newer ones overtook.
+    pub superseded: u64,
+    /// Rows that were accepted, for comparison.
+    pub accepted: u64,
 }
 
 /// The result of a step.

@@ -86,13 +86,7 @@ fn bare_with_integers() -> Arc<Camera> {
 }
 
 fn apply(actions: impl Into<ActionChunk>) -> Message {
-    notice(Notice::Action(ActionMessage {
-        session: 0,
-        episode: 0,
-        seq: 0,
-        actions: actions.into(),
-        observation_seq: 0,
-    }))
+    notice(Notice::Action(ActionMessage { actions: actions.into(), ..ActionMessage::default() }))
 }
 
 fn step(actions: impl Into<ActionChunk>) -> Message {
@@ -159,7 +153,7 @@ fn written_by_python() -> Vec<(&'static str, Message, ValueMap)> {
         ("obs_request", request(ID, Request::GetObs), none()),
         ("apply_action", apply([0.5, -0.25, 3.0]), times()),
         ("apply_action-rows", apply([[0.5, -0.25], [3.0, 4.0]]), map([("nanos", UNIX_NANOS.into())])),
-        ("action", step([0.5, -0.25]), times()),
+        ("action", step([[0.5, -0.25]]), times()),
         ("metadata_response", reply(ID, Reply::Metadata(values())), none()),
         (
             "reset_response",
@@ -489,7 +483,7 @@ fn messages() -> impl Strategy<Value = Message> {
         Just(request(ID, Request::GetObs)),
         Just(reset()),
         chunks().prop_map(step),
-        chunks().prop_map(apply),
+        chunks().prop_map(|chunk| apply(chunk.into_single())),
         maps().prop_map(|data| reply(ID, Reply::Metadata(data))),
         observations().prop_map(|obs| reply(ID, Reply::Observation(obs))),
         (observations(), maps()).prop_map(|(obs, info)| reply(ID, Reply::Reset { obs, info })),

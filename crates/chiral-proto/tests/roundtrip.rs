@@ -1,7 +1,7 @@
 //! Property tests: every message survives encoding and decoding, however many segments the frame arrives in.
 #![allow(clippy::unwrap_used, reason = "test helpers may panic")]
 
-use std::sync::Arc;
+use std::{sync::Arc, time::Duration};
 
 use bytes::Bytes;
 use chiral_proto::{
@@ -10,11 +10,12 @@ use chiral_proto::{
     action::ActionMeaning,
     clock::Rate,
     error::{EncodeError, Fault},
-    message::{ActionMessage, Hello, RobotInfo, Role, Subscribe, Welcome},
+    message::{ActionMessage, ActionsDropped, Hello, RobotInfo, Role, Subscribe, Welcome},
 };
 use nalgebra::{Matrix3, Matrix4};
 use proptest::{
     collection::vec,
+    option,
     prelude::*,
     sample::{Index, select},
 };
@@ -151,9 +152,22 @@ fn replies() -> impl Strategy<Value = Reply> {
 
 fn notices() -> impl Strategy<Value = Notice> {
     let actions =
-        (any::<[u64; 4]>(), chunks()).prop_map(|([session, episode, seq, observation_seq], actions)| {
-            Notice::Action(ActionMessage { session, episode, seq, actions, observation_seq })
-        });
+        (any::<[u64; 4]>(), chunks(), [option::of(times()), option::of(times())], option::of(1..=u64::MAX))
+            .prop_map(
+                |([session, episode, seq, observation_seq], actions, [sent_at, observed_at], valid_ns)| {
+                    let valid_for = valid_ns.map(Duration::from_nanos);
+                    Notice::Action(ActionMessage {
+                        session,
+                        episode,
+                        seq,
+                        actions,
+                        observation_seq,
+                        sent_at,
+                        valid_for,
+                        observed_at,
+                    })
+                },
+            );
     prop_oneof![
         observations().prop_map(Notice::Observation),
         text().prop_map(|reason| Notice::StreamEnd { reason }),
@@ -163,6 +177,9 @@ fn notices() -> impl Strategy<Value = Notice> {
         (times(), times(), times()).prop_map(|(t1, t2, t3)| Notice::Pong { t1, t2, t3 }),
         text().prop_map(|reason| Notice::Goodbye { reason }),
         faults().prop_map(Notice::Error),
+        any::<[u64; 3]>().prop_map(|[late, superseded, accepted]| {
+            Notice::ActionsDropped(ActionsDropped { late, superseded, accepted })
+        }),
     ]
 }
 
@@ -181,8 +198,8 @@ fn hellos() -> impl Strategy<Value = Hello> {
 }
 
 fn welcomes() -> impl Strategy<Value = Welcome> {
-    (any::<u32>(), text(), any::<[u64; 2]>(), robots(), bytes(), text()).prop_map(
-        |(protocol, software, [session, episode], robot, attach_token, controller)| Welcome {
+    (any::<u32>(), text(), any::<[u64; 2]>(), robots(), bytes(), text(), any::<usize>()).prop_map(
+        |(protocol, software, [session, episode], robot, attach_token, controller, max_chunk_rows)| Welcome {
             protocol,
             software,
             session,
@@ -190,6 +207,7 @@ fn welcomes() -> impl Strategy<Value = Welcome> {
             robot,
             attach_token,
             controller,
+            max_chunk_rows,
         },
     )
 }
@@ -275,9 +293,14 @@ fn proprios() -> impl Strategy<Value = Arc<Proprio>> {
 }
 
 fn chunks() -> impl Strategy<Value = ActionChunk> {
-    (0_usize..20, 0_usize..9)
-        .prop_flat_map(|(rows, dimension)| (Just(dimension), vec(any::<f32>(), rows * dimension)))
-        .prop_map(|(dimension, values)| ActionChunk::new(dimension, values).unwrap())
+    (0_usize..20, 0_usize..9, any::<bool>())
+        .prop_flat_map(|(rows, dimension, single)| {
+            (Just((dimension, single)), vec(any::<f32>(), rows * dimension))
+        })
+        .prop_map(|((dimension, single), values)| {
+            let chunk = ActionChunk::new(dimension, values).unwrap();
+            if single { chunk.into_single() } else { chunk }
+        })
 }
 
 fn tensors(dtype: DType, shape: Vec<usize>) -> impl Strategy<Value = Tensor> {

@@ -123,7 +123,10 @@ impl<T: Transport> Connection<'_, T> {
                 )),
             ),
             Ok(
-                Message::Reply { .. } | Message::Notice(Notice::Observation(_) | Notice::StreamEnd { .. }),
+                Message::Reply { .. }
+                | Message::Notice(
+                    Notice::Observation(_) | Notice::StreamEnd { .. } | Notice::ActionsDropped(_),
+                ),
             ) => {
                 reply(
                     permit,

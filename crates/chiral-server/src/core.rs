@@ -116,6 +116,7 @@ impl ServerCore {
             robot: self.robot.clone(),
             attach_token,
             controller: self.control.controller().unwrap_or_default(),
+            max_chunk_rows: crate::control::MAX_PENDING_ROWS,
         }
     }
 

@@ -161,8 +161,7 @@ fn legacy_client() {
     let reset = Request::Reset { seed: None, options: ValueMap::new() };
     client.send(frame(Message::Request { id: msgpack::ID, request: reset }).into()).unwrap();
     while !client.read().unwrap().is_binary() {}
-    let action =
-        ActionMessage { session: 0, episode: 0, seq: 0, actions: [0.0; 7].into(), observation_seq: 0 };
+    let action = ActionMessage { actions: [0.0; 7].into(), ..ActionMessage::default() };
     client.send(frame(Message::Notice(Notice::Action(action))).into()).unwrap();
     while client.read().is_ok() {}
 }

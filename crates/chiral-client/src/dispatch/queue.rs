@@ -198,7 +198,14 @@ impl ActionQueue {
         self.last_seq += 1;
         self.stats.sent += 1;
         let Source { episode, observation_seq } = source;
-        ActionMessage { session: self.session, episode, seq: self.last_seq, actions, observation_seq }
+        ActionMessage {
+            session: self.session,
+            episode,
+            seq: self.last_seq,
+            actions,
+            observation_seq,
+            ..ActionMessage::default()
+        }
     }
 
     // ---- The session's side -------------------------------------------------------------------------------

@@ -13,7 +13,6 @@ use std::{sync::Arc, time::Duration};
 use bytes::Bytes;
 use chiral_proto::{
     ActionSpec, PROTOCOL_VERSION, Request,
-    action::ActionMeaning,
     message::{RobotInfo, Role, Welcome},
 };
 #[cfg(any(feature = "websocket", feature = "zenoh"))]
@@ -98,11 +97,7 @@ pub(crate) async fn start(
 /// What a welcome would say of a server that declares nothing: its name is the address, and its actions have
 /// dimension 0, which stands for any.
 fn undeclared(uri: &str) -> Welcome {
-    let action_spec = ActionSpec {
-        meaning: ActionMeaning::Other("not declared".to_owned()),
-        unit: String::new(),
-        ..ActionSpec::joint_positions(0, 0.0)
-    };
+    let action_spec = ActionSpec::undeclared();
     Welcome {
         protocol: PROTOCOL_VERSION,
         software: String::new(),
@@ -111,5 +106,6 @@ fn undeclared(uri: &str) -> Welcome {
         robot: RobotInfo { name: uri.to_owned(), cameras: Vec::new(), proprios: Vec::new(), action_spec },
         attach_token: Bytes::new(),
         controller: String::new(),
+        max_chunk_rows: 0,
     }
 }

@@ -6,7 +6,7 @@ pub struct Header {
     /// id. Otherwise 0.
     #[prost(uint64, tag = "1")]
     pub id: u64,
-    #[prost(oneof = "header::Kind", tags = "10, 11, 12, 13, 14, 15, 16, 30, 31, 32, 33, 34, 35, 36, 50, 51, 52, 53, 54, 55")]
+    #[prost(oneof = "header::Kind", tags = "10, 11, 12, 13, 14, 15, 16, 30, 31, 32, 33, 34, 35, 36, 50, 51, 52, 53, 54, 55, 56")]
     pub kind: ::core::option::Option<header::Kind>,
 }
 /// Nested message and enum types in `Header`.
@@ -58,6 +58,8 @@ pub mod header {
         Goodbye(super::Goodbye),
         #[prost(message, tag = "55")]
         Error(super::Error),
+        #[prost(message, tag = "56")]
+        ActionsDropped(super::ActionsDropped),
     }
 }
 /// Request: the first frame of a connection, sent within 5 s after it opens. Reply: Welcome.
@@ -110,6 +112,10 @@ pub struct Welcome {
     /// `Hello.client_name` of the robot's current controller; empty if it has none.
     #[prost(string, tag = "10")]
     pub controller: ::prost::alloc::string::String,
+    /// The most rows in one Action or Step, at least 256; 0, from an old server, means 16 in an Action and 4096 in
+    /// a Step. The server refuses an action with more rows.
+    #[prost(uint64, tag = "11")]
+    pub max_chunk_rows: u64,
 }
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct CameraInfo {
@@ -139,7 +145,7 @@ pub struct ProprioInfo {
 /// finite.
 #[derive(Clone, PartialEq, ::prost::Message)]
 pub struct ActionSpec {
-    /// D, the number of values in one action.
+    /// D, the number of values in one action; 0 if the robot declares none, which stands for any.
     #[prost(uint64, tag = "1")]
     pub dimension: u64,
     /// One name per value, or empty.
@@ -158,7 +164,8 @@ pub struct ActionSpec {
     /// A description, if `meaning` is OTHER.
     #[prost(string, tag = "7")]
     pub meaning_text: ::prost::alloc::string::String,
-    /// The rate at which the robot applies the rows of a chunk, in hertz.
+    /// The rate at which the robot applies the rows of a chunk, in hertz. 0 if the robot declares none: the rows
+    /// are then applied one after the other as they come.
     #[prost(double, tag = "8")]
     pub control_hz: f64,
 }
@@ -208,6 +215,9 @@ pub struct Step {
     /// (N, D) float32.
     #[prost(message, optional, tag = "3")]
     pub actions: ::core::option::Option<Tensor>,
+    /// As Action.rank.
+    #[prost(uint32, tag = "4")]
+    pub rank: u32,
 }
 /// The observation was captured after the actions had been applied.
 #[derive(Clone, PartialEq, ::prost::Message)]
@@ -338,7 +348,8 @@ pub struct Proprio {
 
 /// Notice, controller only: apply these rows now, one after the other. The server refuses it, with an Error
 /// whose `action_seq` is this `seq`, if it is malformed, if it belongs to another session or episode, while a
-/// Reset is pending or running, or if the server would hold more than 16 rows that are not applied yet.
+/// Reset is pending or running, or if the server would hold more than `Welcome.max_chunk_rows` rows that are not
+/// applied yet.
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct Action {
     #[prost(uint64, tag = "1")]
@@ -354,6 +365,36 @@ pub struct Action {
     /// `Observation.seq` of the observation from which the policy chose the actions; 0 if unknown.
     #[prost(uint64, tag = "5")]
     pub observation_seq: u64,
+    /// When the client sent it, on the client's monotonic clock, which is also that of its Pings: the tick of
+    /// dispatch, before the frame is written. Absent if unknown: the server then cannot tell a late action.
+    #[prost(sint64, optional, tag = "6")]
+    pub sent_at_ns: ::core::option::Option<i64>,
+    /// How long after `sent_at_ns`, plus the usual transit, the action may be applied; 0 for the server's own limit
+    /// alone.
+    #[prost(uint64, tag = "7")]
+    pub valid_for_ns: u64,
+    /// How many axes the policy's array had: 1 for a single action of shape (D), 2 for (N, D); 0 means 2. The
+    /// shape on the wire is (N, D) either way.
+    #[prost(uint32, tag = "8")]
+    pub rank: u32,
+    /// The oldest `captured_at_ns` in the observation from which the policy chose the actions, on the clock of the
+    /// server's host; absent if unknown.
+    #[prost(sint64, optional, tag = "9")]
+    pub observed_at_ns: ::core::option::Option<i64>,
+}
+/// Notice, server to client: rows of this session's actions were dropped, since its beginning. They are no
+/// failure of the policy's: one stall of the network must not end it.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct ActionsDropped {
+    /// Rows that arrived later than the server's limit or their own, or whose time passed while the robot was busy.
+    #[prost(uint64, tag = "1")]
+    pub late: u64,
+    /// Rows that newer ones overtook.
+    #[prost(uint64, tag = "2")]
+    pub superseded: u64,
+    /// Rows that were accepted, for comparison.
+    #[prost(uint64, tag = "3")]
+    pub accepted: u64,
 }
 // ---- Clocks, disconnecting, errors ------------------------------------------------------------------------
 
@@ -565,6 +606,8 @@ pub enum Code {
     ShuttingDown = 14,
     /// The first frame was not a Hello, or a second Hello was sent.
     Protocol = 15,
+    /// The robot holds because its controller fell silent, and is configured to wait for a Reset.
+    Holding = 16,
 }
 impl Code {
     /// String value of the enum field names used in the ProtoBuf definition.
@@ -589,6 +632,7 @@ impl Code {
             Self::SensorTimeout => "CODE_SENSOR_TIMEOUT",
             Self::ShuttingDown => "CODE_SHUTTING_DOWN",
             Self::Protocol => "CODE_PROTOCOL",
+            Self::Holding => "CODE_HOLDING",
         }
     }
     /// Creates an enum from field names used in the ProtoBuf definition.
@@ -610,6 +654,7 @@ impl Code {
             "CODE_SENSOR_TIMEOUT" => Some(Self::SensorTimeout),
             "CODE_SHUTTING_DOWN" => Some(Self::ShuttingDown),
             "CODE_PROTOCOL" => Some(Self::Protocol),
+            "CODE_HOLDING" => Some(Self::Holding),
             _ => None,
         }
     }

@@ -1,7 +1,7 @@
 //! The messages of the golden frames. Their tensors are tiny, because the frames are also seeds of the
 //! fuzzers.
 
-use std::sync::Arc;
+use std::{sync::Arc, time::Duration};
 
 use bytes::Bytes;
 use chiral_proto::{
@@ -10,7 +10,7 @@ use chiral_proto::{
     action::ActionMeaning,
     clock::Rate,
     error::Fault,
-    message::{ActionMessage, Hello, RobotInfo, Role, Subscribe, Welcome},
+    message::{ActionMessage, ActionsDropped, Hello, RobotInfo, Role, Subscribe, Welcome},
     value::map,
 };
 
@@ -113,9 +113,18 @@ fn notices() -> Vec<Named> {
         session: 9,
         episode: 1,
         seq: 300,
-        actions: ActionChunk::from([0.1, -0.2, 0.3]),
+        actions: ActionChunk::from([[0.1, -0.2, 0.3]]),
         observation_seq: 41,
+        ..ActionMessage::default()
     };
+    let timed = ActionMessage {
+        actions: ActionChunk::from([0.1, -0.2, 0.3]),
+        sent_at: Some(Timestamp(-5)),
+        valid_for: Some(Duration::from_millis(80)),
+        observed_at: Some(Timestamp(i64::MAX)),
+        ..action.clone()
+    };
+    let dropped = ActionsDropped { late: 16, superseded: 81, accepted: u64::MAX };
     let refused = Fault {
         action_seq: 300,
         ..Fault::new(Code::Stale, "expected episode 2, found 1").field("action.episode")
@@ -125,6 +134,8 @@ fn notices() -> Vec<Named> {
         ("observation", notice(Notice::Observation(with_depth()))),
         ("stream_end", notice(Notice::StreamEnd { reason: "the robot is out of service".to_owned() })),
         ("action", notice(Notice::Action(action))),
+        ("action-timed", notice(Notice::Action(timed))),
+        ("actions_dropped", notice(Notice::ActionsDropped(dropped))),
         ("credit", notice(Notice::Credit { received: 1 << 40, window: 8 })),
         ("ping", notice(Notice::Ping { t1 })),
         ("pong", notice(Notice::Pong { t1, t2, t3 })),
@@ -177,7 +188,8 @@ fn every_value() -> ValueMap {
 
 fn welcome(robot: RobotInfo, attach_token: Bytes, controller: &str) -> Welcome {
     let (software, controller) = ("chiral-server 0.1.0".to_owned(), controller.to_owned());
-    Welcome { protocol: 1, software, session: 9, episode: 3, robot, attach_token, controller }
+    let max_chunk_rows = if controller.is_empty() { 0 } else { 256 };
+    Welcome { protocol: 1, software, session: 9, episode: 3, robot, attach_token, controller, max_chunk_rows }
 }
 
 fn arm() -> RobotInfo {

@@ -80,6 +80,7 @@ fn replies() -> Vec<Named> {
         },
         attach_token: Bytes::from_static(&[9; 16]),
         controller: "day shift".to_owned(),
+        max_chunk_rows: 0,
     };
     let values = map([
         ("bool", Value::Bool(false)),
@@ -116,8 +117,9 @@ fn notices() -> Vec<Named> {
         session: 5,
         episode: 6,
         seq: 7,
-        actions: ActionChunk::from([0.25, 0.75]),
+        actions: ActionChunk::from([[0.25, 0.75]]),
         observation_seq: 8,
+        ..ActionMessage::default()
     };
     let refused = Fault {
         code: Code::QueueFull,

@@ -19,7 +19,7 @@ async fn malformed_and_unknown_messages_get_an_error_and_the_server_keeps_servin
     let harness = Harness::new();
     let mut raw = harness.connect_raw().await;
     let session = raw.welcome.session;
-    let action = ActionMessage { session, episode: 0, seq: 1, actions: ROW.into(), observation_seq: 0 };
+    let action = ActionMessage { session, seq: 1, actions: ROW.into(), ..ActionMessage::default() };
     let action = Codec::Protobuf.encode(&Message::Notice(Notice::Action(action))).unwrap().into_bytes();
     let corrupted = |change: fn(&mut Vec<u8>)| {
         let mut bytes = action.to_vec();

@@ -30,8 +30,7 @@ fn frame_of(request: Request) -> Bytes {
 }
 
 fn apply_action(actions: impl Into<ActionChunk>) -> Bytes {
-    let action =
-        ActionMessage { session: 0, episode: 0, seq: 0, actions: actions.into(), observation_seq: 0 };
+    let action = ActionMessage { actions: actions.into(), ..ActionMessage::default() };
     msgpack::encode(&Message::Notice(Notice::Action(action)), &ValueMap::new()).unwrap().into_bytes()
 }
 

@@ -386,7 +386,7 @@ impl RawPeer {
 
     pub async fn send_action(&self, session: u64, episode: u64, seq: u64, actions: impl Into<ActionChunk>) {
         let actions = actions.into();
-        let action = ActionMessage { session, episode, seq, actions, observation_seq: 0 };
+        let action = ActionMessage { session, episode, seq, actions, ..ActionMessage::default() };
         self.send(&Message::Notice(Notice::Action(action))).await;
     }
 
@@ -480,6 +480,7 @@ fn welcome() -> Welcome {
         robot,
         attach_token: Default::default(),
         controller: String::new(),
+        max_chunk_rows: 256,
     }
 }
 

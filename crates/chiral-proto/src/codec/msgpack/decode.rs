@@ -61,13 +61,7 @@ fn message(kind: &str, fields: &mut Fields, payload: &Payload) -> Result<TimedMe
         "apply_action" => {
             capture_times = fields.times("obs_timestamps")?;
             let actions = chunk(fields, payload)?;
-            Message::Notice(Notice::Action(ActionMessage {
-                session: 0,
-                episode: 0,
-                seq: 0,
-                actions,
-                observation_seq: 0,
-            }))
+            Message::Notice(Notice::Action(ActionMessage { actions, ..ActionMessage::default() }))
         }
         "metadata_response" => reply(Reply::Metadata(fields.get("data", "a map", as_map)?)),
         "reset_response" => {
@@ -181,8 +175,9 @@ fn array(fields: &mut Fields, prefix: &str, payload: &Payload) -> Result<Tensor>
 fn chunk(fields: &mut Fields, payload: &Payload) -> Result<ActionChunk> {
     check_f32(fields)?;
     let (shape, len) = shape(fields, "shape", DType::F32)?;
-    let dimension = match shape[..] {
-        [dimension] | [_, dimension] => dimension,
+    let (dimension, is_single) = match shape[..] {
+        [dimension] => (dimension, true),
+        [_, dimension] => (dimension, false),
         _ => return Err(DecodeError::new("shape", "[D] or [N, D]", format_args!("{shape:?}"))),
     };
     if payload.len() != len {
@@ -192,7 +187,9 @@ fn chunk(fields: &mut Fields, payload: &Payload) -> Result<ActionChunk> {
     let rows = Tensor::new(DType::F32, shape, payload.take(0, len)?)
         .expect("the length was checked against the shape");
     let values = rows.values().expect("created as float32").into_owned();
-    ActionChunk::new(dimension, values).map_err(|error| DecodeError::new("shape", "complete rows", error))
+    let chunk = ActionChunk::new(dimension, values)
+        .map_err(|error| DecodeError::new("shape", "complete rows", error))?;
+    Ok(if is_single { chunk.into_single() } else { chunk })
 }
 
 /// Decodes a shape. Returns it with the size in bytes of such an array.

@@ -101,7 +101,7 @@ impl Writer {
             Notice::Credit { .. } => unsupported("credit"),
             Notice::Ping { .. } | Notice::Pong { .. } => unsupported("a ping or pong"),
             Notice::Goodbye { .. } => unsupported("a goodbye"),
-            Notice::Error(_) => unsupported("an error"),
+            Notice::Error(_) | Notice::ActionsDropped(_) => unsupported("an error"),
         }
     }
 

@@ -30,7 +30,7 @@
 //!   become bytes; keys that are numbers, booleans or nil become text. A field that is nil counts as absent.
 //!
 //! A single row is written with shape `[D]` in an `apply_action`, and with `[1, D]` in an `action`: the shape
-//! that each generation tries first.
+//! that each generation tries first. Decoding tells them apart: shape `[D]` is a single action.
 //!
 //! [`Message`]: crate::Message
 //! [`Message::Unknown`]: crate::Message::Unknown

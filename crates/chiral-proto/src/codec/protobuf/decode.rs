@@ -1,7 +1,7 @@
 //! Decodes the schema's types into this crate's, and validates everything that a peer sent. Tensors are
 //! slices of the received frame.
 
-use std::{fmt, sync::Arc};
+use std::{fmt, sync::Arc, time::Duration};
 
 use nalgebra::{Matrix3, Matrix4};
 use prost::Message as _;
@@ -14,8 +14,8 @@ use crate::{
     error::{Code, DecodeError, Fault},
     frame::{self, Frame, Payload},
     message::{
-        ActionMessage, Hello, Message, Notice, Reply, Request, RobotInfo, Role, StepResult, Subscribe,
-        Welcome,
+        ActionMessage, ActionsDropped, Hello, Message, Notice, Reply, Request, RobotInfo, Role, StepResult,
+        Subscribe, Welcome,
     },
     observation::{Camera, CameraSpec, Observation, Proprio, ProprioSpec},
     pool::ALIGNMENT,
@@ -54,7 +54,7 @@ fn message(id: u64, kind: Kind, payload: &Payload) -> Result<Message> {
         Kind::Step(body) => request(Request::Step {
             session: body.session,
             episode: body.episode,
-            actions: chunk(body.actions, payload).map_err(|error| error.in_field("step"))?,
+            actions: chunk(body.actions, body.rank, payload).map_err(|error| error.in_field("step"))?,
         }),
         Kind::Subscribe(body) => request(Request::Subscribe(subscribe(body)?)),
         Kind::Unsubscribe(wire::Unsubscribe {}) => request(Request::Unsubscribe),
@@ -84,10 +84,16 @@ fn message(id: u64, kind: Kind, payload: &Payload) -> Result<Message> {
             session: body.session,
             episode: body.episode,
             seq: body.seq,
-            actions: chunk(body.actions, payload)
+            actions: chunk(body.actions, body.rank, payload)
                 .map_err(|error| DecodeError { action_seq: body.seq, ..error.in_field("action") })?,
             observation_seq: body.observation_seq,
+            sent_at: body.sent_at_ns.map(Timestamp),
+            valid_for: (body.valid_for_ns != 0).then(|| Duration::from_nanos(body.valid_for_ns)),
+            observed_at: body.observed_at_ns.map(Timestamp),
         })),
+        Kind::ActionsDropped(wire::ActionsDropped { late, superseded, accepted }) => {
+            notice(Notice::ActionsDropped(ActionsDropped { late, superseded, accepted }))
+        }
         Kind::Credit(body) => notice(Notice::Credit { received: body.received, window: body.window }),
         Kind::Ping(body) => notice(Notice::Ping { t1: Timestamp(body.t1_ns) }),
         Kind::Pong(body) => notice(Notice::Pong {
@@ -139,6 +145,7 @@ fn welcome(welcome: wire::Welcome) -> Result<Welcome> {
         },
         attach_token: welcome.attach_token,
         controller: welcome.controller,
+        max_chunk_rows: size("welcome.max_chunk_rows", welcome.max_chunk_rows)?,
     })
 }
 
@@ -230,12 +237,20 @@ fn proprio(proprio: wire::Proprio, payload: &Payload) -> Result<Arc<Proprio>> {
     Ok(Arc::new(Proprio { name: proprio.name.into(), captured_at: Timestamp(proprio.captured_at_ns), data }))
 }
 
-fn chunk(tensor: Option<wire::Tensor>, payload: &Payload) -> Result<ActionChunk> {
+fn chunk(tensor: Option<wire::Tensor>, rank: u32, payload: &Payload) -> Result<ActionChunk> {
     let rows = f32_tensor("actions", tensor, payload)?;
-    let [_, dimension] = fixed_array("actions.shape", rows.shape())?;
+    let [count, dimension] = fixed_array("actions.shape", rows.shape())?;
     let values = rows.values().expect("f32_tensor checked the dtype").into_owned();
-    ActionChunk::new(dimension, values)
-        .map_err(|error| DecodeError::new("actions.shape", "complete rows", error))
+    let chunk = ActionChunk::new(dimension, values)
+        .map_err(|error| DecodeError::new("actions.shape", "complete rows", error))?;
+    match (rank, count) {
+        (0 | 2, _) => Ok(chunk),
+        (1, 1) => Ok(chunk.into_single()),
+        (1, _) => {
+            Err(DecodeError::new("actions.shape", "one row, since rank is 1", format_args!("{count} rows")))
+        }
+        _ => Err(DecodeError::new("rank", "0, 1 or 2", rank)),
+    }
 }
 
 fn f32_tensor(field: &str, descriptor: Option<wire::Tensor>, payload: &Payload) -> Result<Tensor> {

@@ -1,5 +1,7 @@
 //! Encodes this crate's types into the schema's. Tensors are added to the payload by reference.
 
+use std::time::Duration;
+
 use prost::Message as _;
 
 use super::tables::{CODES, DTYPES};
@@ -8,7 +10,7 @@ use crate::{
     codec::wire::{self, header::Kind},
     error::{EncodeError, Fault},
     frame::{Frame, PayloadWriter},
-    message::{Hello, Message, Notice, Reply, Request, Role, StepResult, Welcome},
+    message::{ActionsDropped, Hello, Message, Notice, Reply, Request, Role, StepResult, Welcome},
     observation::{Camera, CameraSpec, Observation, Proprio, ProprioSpec},
     pool::ALIGNMENT,
     tensor::{DType, Tensor},
@@ -39,6 +41,7 @@ fn request_kind(request: &Request, payload: &mut PayloadWriter) -> Result<Kind, 
             session: *session,
             episode: *episode,
             actions: Some(chunk(actions, payload)),
+            rank: rank(actions),
         }),
         Request::Subscribe(body) => Kind::Subscribe(wire::Subscribe {
             hz: body.rate.hz(),
@@ -80,7 +83,18 @@ fn notice_kind(notice: &Notice, payload: &mut PayloadWriter) -> Result<Kind, Enc
             seq: body.seq,
             actions: Some(chunk(&body.actions, payload)),
             observation_seq: body.observation_seq,
+            sent_at_ns: body.sent_at.map(|sent_at| sent_at.0),
+            valid_for_ns: body.valid_for.map_or(0, nanoseconds),
+            rank: rank(&body.actions),
+            observed_at_ns: body.observed_at.map(|observed_at| observed_at.0),
         }),
+        Notice::ActionsDropped(ActionsDropped { late, superseded, accepted }) => {
+            Kind::ActionsDropped(wire::ActionsDropped {
+                late: *late,
+                superseded: *superseded,
+                accepted: *accepted,
+            })
+        }
         Notice::Credit { received, window } => {
             Kind::Credit(wire::Credit { received: *received, window: *window })
         }
@@ -118,6 +132,7 @@ fn welcome(welcome: &Welcome) -> wire::Welcome {
         attach_token: welcome.attach_token.clone(),
         episode: welcome.episode,
         controller: welcome.controller.clone(),
+        max_chunk_rows: welcome.max_chunk_rows as u64,
     }
 }
 
@@ -200,6 +215,16 @@ fn chunk(chunk: &ActionChunk, payload: &mut PayloadWriter) -> wire::Tensor {
     let rows = Tensor::from_vec([chunk.rows(), chunk.dimension()], chunk.values().to_vec())
         .expect("a chunk holds complete rows");
     tensor(&rows, payload)
+}
+
+/// The rank on the wire, where 2 is left out.
+fn rank(chunk: &ActionChunk) -> u32 {
+    u32::from(chunk.is_single())
+}
+
+/// At least 1, since 0 on the wire stands for no limit.
+fn nanoseconds(duration: Duration) -> u64 {
+    u64::try_from(duration.as_nanos()).unwrap_or(u64::MAX).max(1)
 }
 
 fn tensor(tensor: &Tensor, payload: &mut PayloadWriter) -> wire::Tensor {

@@ -17,7 +17,7 @@ pub(super) const DTYPES: [(DType, wire::DType); 10] = [
 ];
 
 /// This crate's error codes and the schema's.
-pub(super) const CODES: [(Code, wire::Code); 16] = [
+pub(super) const CODES: [(Code, wire::Code); 17] = [
     (Code::Unspecified, wire::Code::Unspecified),
     (Code::Malformed, wire::Code::Malformed),
     (Code::Invalid, wire::Code::Invalid),
@@ -34,4 +34,5 @@ pub(super) const CODES: [(Code, wire::Code); 16] = [
     (Code::SensorTimeout, wire::Code::SensorTimeout),
     (Code::ShuttingDown, wire::Code::ShuttingDown),
     (Code::Protocol, wire::Code::Protocol),
+    (Code::Holding, wire::Code::Holding),
 ];
