@@ -7,7 +7,10 @@ use std::{
 };
 
 use bytes::Bytes;
-use chiral_proto::{Code, Codec, Fault, Message, PROTOCOL_VERSION, Request, Transport, lock, message::Hello};
+use chiral_proto::{
+    Code, Codec, Fault, Message, PROTOCOL_VERSION, Request, Transport, lock,
+    message::{Hello, Role},
+};
 use chiral_transport::IdleTimeout;
 use tokio::time::timeout;
 
@@ -58,7 +61,8 @@ impl Acceptor {
         match self.admit(&hello, transport.peer()) {
             Ok((session, attach_token)) => {
                 let welcome = self.core.welcome(session.id, attach_token);
-                connection::serve(&session, &transport, idle_timeout, id, welcome).await;
+                let is_control = hello.attach_token.is_empty() && hello.role == Role::Controller;
+                connection::serve(&session, &transport, idle_timeout, id, welcome, is_control).await;
             }
             Err(fault) => refuse(&transport, Some((id, fault))).await,
         }

@@ -14,6 +14,7 @@ use chiral_transport::{host_name, monotonic};
 
 use crate::{
     accept::Acceptor,
+    control::{ControlledRobot, Limits, OnTimeout, Traits},
     core::{Options, ServerCore},
     error::{Error, panic_text},
     robot::Robot,
@@ -30,6 +31,7 @@ pub struct PolicyServerBuilder {
     name: String,
     observe_timeout: Duration,
     clock: Clock,
+    limits: Limits,
     options: Options,
 }
 
@@ -51,6 +53,7 @@ impl PolicyServer {
             name: keys::robot_of_host(&host_name()),
             observe_timeout: Duration::from_secs(1),
             clock: monotonic(),
+            limits: Limits::default(),
             options: Options {
                 bind: None,
                 #[cfg(feature = "zenoh")]
@@ -157,6 +160,39 @@ impl PolicyServerBuilder {
         self
     }
 
+    /// How late an action may be: how much longer than usual it may have been on its way, and how long after it
+    /// was due a row may still be applied. Later ones are dropped and counted. 250 ms by default; `None` for
+    /// any. Actions of legacy clients do not say when they were sent: of them, those that arrive in a burst
+    /// after a gap of this length are dropped but for the newest.
+    #[must_use]
+    pub fn max_action_lateness(mut self, limit: impl Into<Option<Duration>>) -> Self {
+        self.limits.max_action_lateness = limit.into();
+        self
+    }
+
+    /// How long after the last applied row, and its own period, the robot holds unless another one is applied;
+    /// 500 ms by default. `None` for never, if the robot does that by itself.
+    #[must_use]
+    pub fn command_timeout(mut self, timeout: impl Into<Option<Duration>>) -> Self {
+        self.limits.command_timeout = timeout.into();
+        self
+    }
+
+    /// What follows after a hold for lack of actions; by default the next action goes on.
+    #[must_use]
+    pub fn on_timeout(mut self, on_timeout: OnTimeout) -> Self {
+        self.limits.on_timeout = on_timeout;
+        self
+    }
+
+    /// How old the observation may be from which an action was chosen, where the client states it; `None`, the
+    /// default, for any. Actions chosen from older ones are refused.
+    #[must_use]
+    pub fn max_observation_age(mut self, limit: impl Into<Option<Duration>>) -> Self {
+        self.limits.max_observation_age = limit.into();
+        self
+    }
+
     /// The largest frame accepted from a peer, in bytes; 16 MiB by default.
     #[must_use]
     pub fn max_frame(mut self, bytes: usize) -> Self {
@@ -186,10 +222,16 @@ impl PolicyServerBuilder {
             keys::check_robot(&self.name).map_err(|error| Error::Declaration(error.to_string()))?;
         }
         let robot = self.robot;
-        let spec = catch_unwind(AssertUnwindSafe(|| robot.action_spec())).map_err(|panic| {
-            Error::Declaration(format!("the robot panicked in action_spec: {}", panic_text(&*panic)))
-        })?;
+        let spec = ask(&*robot, "action_spec", Robot::action_spec)?;
         check_spec(&spec)?;
+        let traits = Traits {
+            spec: spec.clone(),
+            execution: ask(&*robot, "execution", Robot::execution)?,
+            is_lock_step: ask(&*robot, "is_lock_step", Robot::is_lock_step)?,
+        };
+        let stopper = ask(&*robot, "stopper", Robot::stopper)?;
+        let metadata = ask(&*robot, "metadata", Robot::metadata)?;
+        let robot = ControlledRobot { robot, traits, stopper, metadata };
         #[cfg(feature = "zenoh")]
         let shared_memory = match self.options.is_on_zenoh() && self.options.network.shared_memory {
             true => self.sensors.use_shared_memory(),
@@ -210,6 +252,7 @@ impl PolicyServerBuilder {
         let sampler = Arc::new(Sampler::new(source, self.observe_timeout));
         let core = ServerCore::start(
             robot,
+            self.limits,
             info,
             sampler,
             self.clock,
@@ -221,12 +264,19 @@ impl PolicyServerBuilder {
     }
 }
 
+/// Calls a method of the robot's that is asked once.
+fn ask<T>(robot: &dyn Robot, method: &str, call: fn(&dyn Robot) -> T) -> Result<T, Error> {
+    catch_unwind(AssertUnwindSafe(|| call(robot))).map_err(|panic| {
+        Error::Declaration(format!("the robot panicked in {method}: {}", panic_text(&*panic)))
+    })
+}
+
 /// Fails if the action spec is invalid.
 fn check_spec(spec: &ActionSpec) -> Result<(), Error> {
-    if spec.dimension == 0 || !(spec.control_hz > 0.0 && spec.control_hz.is_finite()) {
-        let found = format!("dimension {} at {} Hz", spec.dimension, spec.control_hz);
+    if !(spec.control_hz >= 0.0 && spec.control_hz.is_finite()) {
         return Err(Error::Declaration(format!(
-            "expected an action spec of at least one dimension and a positive control_hz, found {found}"
+            "expected a control_hz above 0, or 0 for none, in the action spec; found {}",
+            spec.control_hz
         )));
     }
     for (field, len) in [("names", spec.names.len()), ("low", spec.low.len()), ("high", spec.high.len())] {
@@ -236,6 +286,22 @@ fn check_spec(spec: &ActionSpec) -> Result<(), Error> {
                 spec.dimension
             )));
         }
+    }
+    for (i, limits) in spec.low.iter().zip(&spec.high).enumerate() {
+        // NaN fails the comparison.
+        if !matches!(limits, (low, high) if low <= high) {
+            return Err(Error::Declaration(format!(
+                "expected limits with low at most high in the action spec, found {} and {} at value {i}",
+                limits.0, limits.1
+            )));
+        }
+    }
+    if let Some((i, limit)) = spec.low.iter().chain(&spec.high).enumerate().find(|(_, limit)| limit.is_nan())
+    {
+        let i = i % spec.low.len().max(1);
+        return Err(Error::Declaration(format!(
+            "expected limits that are numbers in the action spec, found {limit} at value {i}"
+        )));
     }
     Ok(())
 }

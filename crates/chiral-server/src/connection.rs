@@ -2,20 +2,23 @@
 //! loop that owns the stream. The session itself is in `session`.
 
 use std::{
+    convert::Infallible,
     future::pending,
     pin::pin,
     sync::{Arc, atomic::Ordering},
+    time::Duration,
 };
 
 use chiral_proto::{
     Code, Fault, Message, Notice, Observation, Reply, Request, Timestamp, Transport, TransportError,
+    clock::PingSample,
     error::{DecodeError, UnknownName},
     message::{Subscribe, Welcome},
 };
 use chiral_transport::IdleTimeout;
 use tokio::{
     sync::mpsc,
-    time::{sleep, timeout},
+    time::{MissedTickBehavior, interval, sleep, timeout},
 };
 
 use crate::{
@@ -33,7 +36,12 @@ struct Connection<'a, T> {
     transport: &'a T,
     idle_timeout: IdleTimeout,
     send_queue: SendQueue,
+    /// Whether the controller's actions arrive here.
+    is_control: bool,
 }
+
+/// How often the client is pinged on the connection on which its actions arrive.
+const PING_PERIOD: Duration = Duration::from_secs(1);
 
 /// Serves a connection of this session until either ends: sends the welcome, runs the two loops, sends the
 /// goodbye.
@@ -43,6 +51,7 @@ pub(crate) async fn serve<T: Transport>(
     idle_timeout: IdleTimeout,
     hello_id: u64,
     welcome: Welcome,
+    is_control: bool,
 ) {
     let (send_queue, items) = mpsc::channel(SEND_QUEUE_CAPACITY);
     let carries_observations = welcome.attach_token.is_empty();
@@ -52,7 +61,8 @@ pub(crate) async fn serve<T: Transport>(
     if carries_observations {
         session.set_observations_queue(send_queue.clone());
     }
-    let connection = Connection { session, core: &session.core, transport, idle_timeout, send_queue };
+    let connection =
+        Connection { session, core: &session.core, transport, idle_timeout, send_queue, is_control };
     let end = session.run(connection.receive(), connection.send(items)).await;
     let closing = async {
         let _ = write(transport, Message::Notice(Notice::Goodbye { reason: end.to_string() })).await;
@@ -65,8 +75,23 @@ impl<T: Transport> Connection<'_, T> {
     // ---- Receiving ----------------------------------------------------------------------------------------
 
     async fn receive(&self) -> End {
-        let received = self.idle_timeout.watch(self.receive_frames()).await;
+        let receiving = async {
+            tokio::select! {
+                biased;
+                end = self.receive_frames() => end,
+                never = self.notice_silence() => match never {},
+            }
+        };
+        let received = self.idle_timeout.watch(receiving).await;
         received.unwrap_or_else(|| End::Idle(self.idle_timeout.limit()))
+    }
+
+    /// Notices that nothing arrives from the client any more, where its actions do.
+    async fn notice_silence(&self) -> Infallible {
+        match self.is_control {
+            true => self.session.notice_silence(&self.idle_timeout).await,
+            false => pending().await,
+        }
     }
 
     async fn receive_frames(&self) -> End {
@@ -102,18 +127,25 @@ impl<T: Transport> Connection<'_, T> {
                 let report =
                     |fault| enqueue(permit, SendItem::Message(Message::Notice(Notice::Error(fault))));
                 self.core.control.submit_actions(self.session.id, message, Box::new(report));
+                self.report_dropped();
             }
             Ok(Message::Notice(Notice::Credit { received, window })) => {
                 enqueue(permit, SendItem::Credit { received, window })
             }
             Ok(Message::Notice(Notice::Ping { t1 })) => {
-                enqueue(permit, SendItem::Pong { t1, t2: received_at })
+                self.core.control.note_ping(self.session.id, t1, received_at);
+                enqueue(permit, SendItem::Pong { t1, t2: received_at });
+                self.report_dropped();
+            }
+            Ok(Message::Notice(Notice::Pong { t1, t2, t3 })) => {
+                let sample = PingSample { t1, t2, t3, t4: received_at };
+                self.core.control.note_pong(self.session.id, sample);
             }
             Ok(Message::Notice(Notice::Goodbye { reason })) => return Err(End::Goodbye(reason)),
             Ok(Message::Notice(Notice::Error(fault))) => {
                 tracing::warn!(session = self.session.id, "the peer reports an error: {fault}")
             }
-            Ok(Message::Notice(Notice::Pong { .. }) | Message::Unknown { id: 0 }) => {}
+            Ok(Message::Unknown { id: 0 }) => {}
             Ok(Message::Unknown { id }) => reply(
                 permit,
                 id,
@@ -171,7 +203,7 @@ impl<T: Transport> Connection<'_, T> {
                 let done = move |outcome: Result<_, _>| {
                     reply(permit, id, outcome.map(|(obs, info)| Reply::Reset { obs, info }))
                 };
-                control.reset(self.session.id, seed, options, Box::new(done));
+                control.reset(self.session.reset_request(seed, options), Box::new(done));
             }
             Request::GetObs => self.get_obs(id, permit),
             Request::Step { session, episode, actions } => {
@@ -235,6 +267,16 @@ impl<T: Transport> Connection<'_, T> {
         });
     }
 
+    /// Tells the client which of its rows were dropped. The counts are sums, so one that finds no room in the
+    /// queue is made up for by the next.
+    fn report_dropped(&self) {
+        if let Ok(permit) = self.send_queue.clone().try_reserve_owned()
+            && let Some(dropped) = self.core.control.take_dropped(self.session.id)
+        {
+            enqueue(permit, SendItem::Message(Message::Notice(Notice::ActionsDropped(dropped))));
+        }
+    }
+
     // ---- Sending ------------------------------------------------------------------------------------------
 
     async fn send(&self, mut items: mpsc::Receiver<SendItem>) -> End {
@@ -242,6 +284,8 @@ impl<T: Transport> Connection<'_, T> {
         // The future of the stream's next observation.
         let mut observing = None;
         let mut ended = pin!(self.session.ended());
+        let mut pings = interval(PING_PERIOD);
+        pings.set_missed_tick_behavior(MissedTickBehavior::Delay);
         loop {
             // The session's end interrupts the choice of what to send, but not the sending.
             let message = tokio::select! {
@@ -260,6 +304,9 @@ impl<T: Transport> Connection<'_, T> {
                 () = self.stream_due(stream.as_ref()), if observing.is_none() => {
                     observing = Some(Box::pin(self.observe()));
                     None
+                }
+                _ = pings.tick(), if self.is_control => {
+                    Some(Message::Notice(Notice::Ping { t1: self.core.clock.now() }))
                 }
             };
             if let Some(message) = message

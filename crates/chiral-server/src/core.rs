@@ -2,9 +2,10 @@
 //! knows neither sessions nor connections.
 
 use std::{
+    collections::BTreeMap,
     net::SocketAddr,
     sync::{
-        Arc,
+        Arc, Mutex,
         atomic::{AtomicU64, Ordering},
     },
     time::Duration,
@@ -12,20 +13,27 @@ use std::{
 
 use bytes::Bytes;
 use chiral_proto::{
-    Clock, Code, Fault, PROTOCOL_VERSION,
+    ActionChunk, Clock, Code, Fault, PROTOCOL_VERSION, lock,
     message::{RobotInfo, Welcome},
 };
-use chiral_transport::Pacing;
 #[cfg(any(feature = "websocket", feature = "zenoh"))]
 use chiral_transport::Runtime;
 #[cfg(feature = "zenoh")]
 use chiral_transport::zenoh::SharedMemory;
+use chiral_transport::{IdleTimeout, Pacing};
 use tokio::sync::watch;
 
-use crate::{control::Control, error::Error, robot::Robot, sampler::Sampler};
+use crate::{
+    control::{Control, ControlledRobot, Limits},
+    error::Error,
+    sampler::Sampler,
+};
 
 /// How long a stopping server waits for its sessions to end, and then for its robot.
 pub(crate) const STOP_TIMEOUT: Duration = Duration::from_secs(2);
+
+/// Ends a session with a text.
+type EndSession = Arc<dyn Fn(&str) + Send + Sync>;
 
 /// What all sessions of a server share.
 pub(crate) struct ServerCore {
@@ -45,6 +53,10 @@ pub(crate) struct ServerCore {
     last_session: AtomicU64,
     pub(crate) observations_skipped: AtomicU64,
     sessions: watch::Sender<usize>,
+    /// How a session is ended from outside, by its id.
+    end_session: Mutex<BTreeMap<u64, EndSession>>,
+    /// The controller's session, and since when nothing has arrived from it.
+    controller_idle: Mutex<Option<(u64, IdleTimeout)>>,
     stopping: watch::Sender<bool>,
     control_ended: watch::Receiver<bool>,
 }
@@ -74,7 +86,8 @@ impl Options {
 impl ServerCore {
     /// Starts the control thread of this robot, and nothing else.
     pub(crate) fn start(
-        robot: Box<dyn Robot>,
+        robot: ControlledRobot,
+        limits: Limits,
         info: RobotInfo,
         sampler: Arc<Sampler>,
         clock: Clock,
@@ -85,8 +98,7 @@ impl ServerCore {
         let on_end = move || {
             ended.send_replace(true);
         };
-        let spec = info.action_spec.clone();
-        let control = Control::start(robot, spec, Arc::clone(&sampler), clock.clone(), on_end)?;
+        let control = Control::start(robot, limits, Arc::clone(&sampler), clock.clone(), on_end)?;
         Ok(ServerCore {
             robot: info,
             sampler,
@@ -101,6 +113,8 @@ impl ServerCore {
             last_session: AtomicU64::new(0),
             observations_skipped: AtomicU64::new(0),
             sessions: watch::Sender::new(0),
+            end_session: Mutex::default(),
+            controller_idle: Mutex::default(),
             stopping: watch::Sender::new(false),
             control_ended,
         })
@@ -116,7 +130,7 @@ impl ServerCore {
             robot: self.robot.clone(),
             attach_token,
             controller: self.control.controller().unwrap_or_default(),
-            max_chunk_rows: crate::control::MAX_PENDING_ROWS,
+            max_chunk_rows: ActionChunk::MAX_ROWS,
         }
     }
 
@@ -134,7 +148,30 @@ impl ServerCore {
         *self.sessions.borrow()
     }
 
-    pub(crate) fn unregister_session(&self) {
+    /// Sets how a session is ended from outside.
+    pub(crate) fn set_end_session(&self, session: u64, end: impl Fn(&str) + Send + Sync + 'static) {
+        lock(&self.end_session).insert(session, Arc::new(end));
+    }
+
+    /// Ends a session with a text for its client. Returns whether there is such a session.
+    pub(crate) fn end_session(&self, session: u64, text: &str) -> bool {
+        let end = lock(&self.end_session).get(&session).cloned();
+        end.inspect(|end| end(text)).is_some()
+    }
+
+    /// Sets what notices when nothing arrives from the controller's session.
+    pub(crate) fn set_controller_idle(&self, session: u64, idle_timeout: IdleTimeout) {
+        *lock(&self.controller_idle) = Some((session, idle_timeout));
+    }
+
+    /// For how long nothing has arrived from the controller, if there is one.
+    pub(crate) fn silent_for(&self) -> Option<Duration> {
+        lock(&self.controller_idle).as_ref().map(|(_, idle_timeout)| idle_timeout.idle())
+    }
+
+    pub(crate) fn unregister_session(&self, session: u64) {
+        lock(&self.end_session).remove(&session);
+        lock(&self.controller_idle).take_if(|(controller, _)| *controller == session);
         self.sessions.send_modify(|count| *count -= 1);
     }
 

@@ -5,8 +5,8 @@
 //!
 //! ```no_run
 //! use chiral_server::{
-//!     ActionContext, ActionSpec, PolicyServer, ProprioSpec, Robot, RobotError, Sensors, ValueMap,
-//!     action::Action,
+//!     ActionContext, ActionSpec, PolicyServer, ProprioSpec, ResetOutcome, ResetRequest, Robot, RobotError,
+//!     Sensors, action::Action,
 //! };
 //!
 //! struct Arm;
@@ -15,8 +15,8 @@
 //!     fn action_spec(&self) -> ActionSpec {
 //!         ActionSpec::joint_positions(7, 20.0)
 //!     }
-//!     fn reset(&mut self, _seed: Option<u64>, _options: &ValueMap) -> Result<ValueMap, RobotError> {
-//!         Ok(ValueMap::new()) // home the arm; this may block
+//!     fn reset(&mut self, _request: &ResetRequest) -> Result<ResetOutcome, RobotError> {
+//!         Ok(ResetOutcome::default()) // home the arm; this may block
 //!     }
 //!     fn apply_action(&mut self, action: &Action, _context: &ActionContext) -> Result<(), RobotError> {
 //!         println!("to {:?}", action.values);
@@ -61,8 +61,9 @@ pub use chiral_proto::{ActionChunk, ActionSpec, CameraSpec, ProprioSpec, Value, 
 
 pub use builder::PolicyServerBuilder;
 pub use chiral_transport::monotonic;
+pub use control::{ActionId, ControlEvent, ControlEvents, HoldReason, NextEvent, OnTimeout};
 pub use error::{Error, ObserveError, RobotError, SensorError};
-pub use robot::{ActionContext, Robot, StepOutcome};
+pub use robot::{ActionContext, Execution, ResetOutcome, ResetRequest, Robot, StepOutcome, Stopper};
 pub use sensors::{CameraFrame, CameraSensor, ObservationSource, Sensors};
 pub use server::{PolicyServer, ServerHandle, ServerStats};
 

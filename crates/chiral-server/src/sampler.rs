@@ -46,8 +46,9 @@ impl Sampler {
         self.episode.load(Ordering::Acquire)
     }
 
-    pub(crate) fn begin_episode(&self) -> u64 {
-        self.episode.fetch_add(1, Ordering::AcqRel) + 1
+    /// Observations taken from now on belong to this episode.
+    pub(crate) fn set_episode(&self, episode: u64) {
+        self.episode.store(episode, Ordering::Release);
     }
 
     /// Returns the newest observation. Blocks until every sensor has published, and, with `after`, published
@@ -89,7 +90,8 @@ impl Sampler {
         observed.unwrap_or_else(|_| Err(Fault::new(Code::ShuttingDown, "the server is shutting down")))
     }
 
-    fn label(&self, observation: Observation, episode: u64) -> Observation {
+    /// Numbers an observation of this episode.
+    pub(crate) fn label(&self, observation: Observation, episode: u64) -> Observation {
         Observation { episode, seq: self.seq.fetch_add(1, Ordering::Relaxed) + 1, ..observation }
     }
 }

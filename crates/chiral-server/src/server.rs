@@ -3,7 +3,11 @@
 
 #[cfg(feature = "websocket")]
 use std::net::SocketAddr;
-use std::{fmt, sync::Arc, sync::atomic::Ordering};
+use std::{
+    fmt,
+    sync::{Arc, atomic::Ordering},
+    time::Duration,
+};
 
 #[cfg(feature = "websocket")]
 use axum::Router;
@@ -18,7 +22,7 @@ use tokio::net::TcpListener;
 use crate::websocket;
 #[cfg(feature = "zenoh")]
 use crate::zenoh::ZenohServer;
-use crate::{accept::Acceptor, control::ControlCounts, core::ServerCore};
+use crate::{accept::Acceptor, control::ControlEvents, core::ServerCore};
 #[cfg(any(feature = "websocket", feature = "zenoh"))]
 use crate::{core::STOP_TIMEOUT, error::Error};
 
@@ -157,6 +161,16 @@ pub struct ServerStats {
     pub actions_refused: u64,
     /// Actions for which the robot's own code failed.
     pub actions_failed: u64,
+    /// Rows that were dropped because they were late.
+    pub rows_late: u64,
+    /// Rows that were dropped because newer ones overtook them.
+    pub rows_superseded: u64,
+    /// How often the robot was made to hold.
+    pub holds: u64,
+    /// The controller's name, if there is one.
+    pub controller: Option<String>,
+    /// For how long nothing has arrived from the controller, if there is one; it pings every second.
+    pub silent_for: Option<Duration>,
     /// Observations that streams skipped: their ticks passed while the link, the client or a sensor was not
     /// ready.
     pub observations_skipped: u64,
@@ -180,14 +194,30 @@ impl ServerHandle {
         self.core.wait_until_stopped().await;
     }
 
+    /// Ends a session, for instance the controller's, with a text that its client is shown. Returns whether
+    /// there is such a session; [`ControlEvents`] and the log name the ids.
+    pub fn end_session(&self, session: u64, text: &str) -> bool {
+        self.core.end_session(session, text)
+    }
+
+    /// Subscribes to what happens from now on to the robot's controller, its actions and its episode.
+    pub fn events(&self) -> ControlEvents {
+        self.core.control.events()
+    }
+
     /// Returns the state and the counters of the server.
     pub fn stats(&self) -> ServerStats {
-        let ControlCounts { applied, refused, failed } = self.core.control.counts();
+        let counts = self.core.control.counts();
         ServerStats {
             sessions: self.core.session_count(),
-            rows_applied: applied,
-            actions_refused: refused,
-            actions_failed: failed,
+            rows_applied: counts.applied,
+            actions_refused: counts.refused,
+            actions_failed: counts.failed,
+            rows_late: counts.late,
+            rows_superseded: counts.superseded,
+            holds: counts.holds,
+            controller: self.core.control.controller(),
+            silent_for: self.core.silent_for(),
             observations_skipped: self.core.observations_skipped.load(Ordering::Relaxed),
             out_of_service: self.core.control.out_of_service().map(|fault| fault.text),
             #[cfg(feature = "zenoh")]

@@ -2,18 +2,23 @@
 //! connection is `accept`'s; what a connection does, `connection`'s.
 
 use std::{
+    convert::Infallible,
     future::{Future, pending},
     sync::{Arc, OnceLock},
     time::Duration,
 };
 
-use chiral_proto::{Fault, TransportError, error::chain, message::Role};
+use chiral_proto::{Fault, TransportError, ValueMap, error::chain, message::Role};
+use chiral_transport::IdleTimeout;
 use tokio::{sync::watch, time::sleep};
 
-use crate::{core::ServerCore, send_queue::SendQueue};
+use crate::{core::ServerCore, robot::ResetRequest, send_queue::SendQueue};
 
 /// How long the last message and the close handshake may take.
 pub(crate) const CLOSE_TIMEOUT: Duration = Duration::from_secs(1);
+/// A controller from which nothing arrives for this long is silent. A client pings every second.
+const SILENCE_LIMIT: Duration = Duration::from_secs(2);
+const SILENCE_CHECK_PERIOD: Duration = Duration::from_millis(100);
 
 /// Why a session ended.
 #[derive(Clone, Debug, thiserror::Error)]
@@ -30,6 +35,8 @@ pub(crate) enum End {
     Refused(Fault),
     #[error("the server is shutting down")]
     ShuttingDown,
+    #[error("ended by the robot's host: {0}")]
+    Host(String),
 }
 
 /// A session of a peer, on one connection or two.
@@ -44,7 +51,7 @@ pub(crate) struct Session {
 
 impl Drop for Session {
     fn drop(&mut self) {
-        self.core.unregister_session();
+        self.core.unregister_session(self.id);
     }
 }
 
@@ -68,6 +75,12 @@ impl Session {
         if role == Role::Controller {
             core.control.claim(id, name)?;
         }
+        let ended = Arc::downgrade(&session);
+        core.set_end_session(id, move |text| {
+            if let Some(session) = ended.upgrade() {
+                session.end(End::Host(text.to_owned()));
+            }
+        });
         tracing::info!(parent: &session.span, ?role, software, "connected");
         Ok(session)
     }
@@ -96,8 +109,34 @@ impl Session {
             is_first
         });
         if is_first {
-            self.core.control.release(self.id);
+            self.core.control.release(self.id, &end.to_string());
             tracing::info!(parent: &self.span, "disconnected: {end}");
+        }
+    }
+
+    /// A request of this session's to start an episode.
+    pub(crate) fn reset_request(&self, seed: Option<u64>, options: ValueMap) -> ResetRequest {
+        let mut request = ResetRequest::new(self.id);
+        (request.seed, request.options) = (seed, options);
+        request
+    }
+
+    /// Makes the robot hold when nothing has arrived from its controller for a while, long before the session
+    /// ends. Bytes of an incomplete message count as arrivals.
+    pub(crate) async fn notice_silence(&self, idle_timeout: &IdleTimeout) -> Infallible {
+        self.core.set_controller_idle(self.id, idle_timeout.clone());
+        loop {
+            idle_timeout.idle_for(SILENCE_LIMIT).await;
+            self.core.control.note_silence(self.id);
+            tracing::warn!(
+                parent: &self.span,
+                "nothing has arrived from the controller for {} s",
+                SILENCE_LIMIT.as_secs()
+            );
+            while idle_timeout.idle() >= SILENCE_LIMIT {
+                sleep(SILENCE_CHECK_PERIOD).await;
+            }
+            tracing::info!(parent: &self.span, "something arrives from the controller again");
         }
     }
 

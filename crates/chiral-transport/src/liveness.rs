@@ -75,15 +75,23 @@ impl IdleTimeout {
         .await
     }
 
+    /// How long nothing has arrived.
+    pub fn idle(&self) -> Duration {
+        let last_arrival = Duration::from_nanos(self.shared.last_arrival_ns.load(Ordering::Relaxed));
+        self.shared.started.elapsed().saturating_sub(last_arrival)
+    }
+
+    /// Waits until nothing has arrived for this long.
+    pub async fn idle_for(&self, duration: Duration) {
+        while let Some(rest) = duration.checked_sub(self.idle()).filter(|rest| !rest.is_zero()) {
+            sleep(rest.min(CHECK_PERIOD)).await;
+        }
+    }
+
     /// Waits until nothing has arrived for as long as the limit.
     pub async fn expired(&self) {
-        loop {
-            let last_arrival = Duration::from_nanos(self.shared.last_arrival_ns.load(Ordering::Relaxed));
-            let idle = self.shared.started.elapsed().saturating_sub(last_arrival);
-            match self.limit().checked_sub(idle) {
-                None | Some(Duration::ZERO) => return,
-                Some(rest) => sleep(rest.min(CHECK_PERIOD)).await,
-            }
+        while let Some(rest) = self.limit().checked_sub(self.idle()).filter(|rest| !rest.is_zero()) {
+            sleep(rest.min(CHECK_PERIOD)).await;
         }
     }
 }

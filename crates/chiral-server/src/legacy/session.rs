@@ -8,11 +8,12 @@
 use std::{
     pin::pin,
     sync::{Arc, Mutex},
+    time::Duration,
 };
 
 use chiral_proto::{
-    Code, Fault, Frame, Message, Notice, Reply, Request, Transport, TransportError,
-    codec::msgpack,
+    Code, Fault, Frame, Message, Notice, Reply, Request, Timestamp, Transport, TransportError, ValueMap,
+    codec::msgpack::{self, TimedMessage},
     lock,
     message::{ActionMessage, Role},
 };
@@ -29,6 +30,9 @@ use crate::{
     log_throttle::LogThrottle,
     session::{CLOSE_TIMEOUT, End, Session},
 };
+
+/// An older capture time is not of this server's clock.
+const MAX_OBSERVATION_AGE: Duration = Duration::from_secs(3600);
 
 /// Serves a legacy client on a connection of its own, until that ends.
 pub(crate) async fn serve<T: Transport>(core: &Arc<ServerCore>, transport: &T, idle_timeout: IdleTimeout) {
@@ -109,7 +113,15 @@ impl<'a, T: Transport> LegacySession<'a, T> {
     // ---- Receiving ----------------------------------------------------------------------------------------
 
     async fn receive(&self) -> End {
-        let received = self.idle_timeout.watch(self.receive_frames()).await;
+        let receiving = async {
+            tokio::select! {
+                biased;
+                end = self.receive_frames() => end,
+                // On shared keys, what arrives may be another client's.
+                never = self.session.notice_silence(&self.idle_timeout), if !self.is_shared => match never {},
+            }
+        };
+        let received = self.idle_timeout.watch(receiving).await;
         received.unwrap_or_else(|| End::Idle(self.idle_timeout.limit()))
     }
 
@@ -135,23 +147,25 @@ impl<'a, T: Transport> LegacySession<'a, T> {
     }
 
     fn handle_message(&self, frame: Frame) -> Result<(), Fault> {
-        let request = match self.transport.codec().decode(frame) {
-            Ok(Message::Notice(Notice::Action(message))) => {
-                self.handle_actions(message);
+        let timed =
+            msgpack::decode(frame).map(|TimedMessage { message, capture_times }| (message, capture_times));
+        let request = match timed {
+            Ok((Message::Notice(Notice::Action(message)), capture_times)) => {
+                let observed_at = observed_at(&capture_times, self.core.clock.now());
+                self.handle_actions(ActionMessage { observed_at, ..message });
                 return Ok(());
             }
-            Ok(Message::Request { request, .. }) => self.check(request),
-            Ok(Message::Unknown { .. }) => {
+            Ok((Message::Request { request, .. }, _)) => self.check(request),
+            Ok((Message::Unknown { .. }, _)) => {
                 tracing::debug!(
                     session = self.session.id,
                     "ignored a message of an unknown kind, as legacy servers do"
                 );
                 return Ok(());
             }
-            Ok(Message::Reply { .. } | Message::Notice(_)) => Err(not_a_client_message()),
+            Ok((Message::Reply { .. } | Message::Notice(_), _)) => Err(not_a_client_message()),
             Err(error) if error.field.starts_with("apply_action.") => {
-                self.core.control.count_refused();
-                log_dropped(&self.dropped_actions, self.session.id, &error.into());
+                self.note_refused(&error.into());
                 return Ok(());
             }
             Err(error) => Err(error.into()),
@@ -178,12 +192,10 @@ impl<'a, T: Transport> LegacySession<'a, T> {
             requests.has_pending_reset()
         };
         if has_pending_reset {
-            self.core.control.count_refused();
-            let fault = Fault::new(
+            return self.note_refused(&Fault::new(
                 Code::Resetting,
                 "expected actions after the reset's reply, found a pending reset",
-            );
-            return log_dropped(&self.dropped_actions, session, &fault);
+            ));
         }
         self.core.pacing.note_action();
         let message = ActionMessage { session, episode: self.core.sampler.episode(), ..message };
@@ -193,6 +205,11 @@ impl<'a, T: Transport> LegacySession<'a, T> {
             message,
             Box::new(move |fault| log_dropped(&dropped, session, &fault)),
         );
+    }
+
+    fn note_refused(&self, fault: &Fault) {
+        self.core.control.note_refused(self.session.id, fault);
+        log_dropped(&self.dropped_actions, self.session.id, fault);
     }
 
     /// Ends a connection on which a request was refused: the wire has no error reply, so the caller would
@@ -258,8 +275,10 @@ impl<'a, T: Transport> LegacySession<'a, T> {
             Request::GetMetadata => control.metadata().map(Reply::Metadata),
             Request::GetObs => Ok(Reply::Observation(Arc::new(self.core.sampler.observe().await?))),
             Request::Reset { seed, options } => {
-                let (obs, info) =
-                    call_control(|on_reply| control.reset(session, seed, options, on_reply)).await?;
+                let (obs, info) = call_control(|on_reply| {
+                    control.reset(self.session.reset_request(seed, options), on_reply);
+                })
+                .await?;
                 Ok(Reply::Reset { obs, info })
             }
             Request::Step { actions: chunk, .. } => {
@@ -272,6 +291,15 @@ impl<'a, T: Transport> LegacySession<'a, T> {
             }
         }
     }
+}
+
+/// The oldest capture time that an action states. Clients copy the times from the observation, in which they are
+/// this server's, but may as well state their own.
+fn observed_at(capture_times: &ValueMap, now: Timestamp) -> Option<Timestamp> {
+    let is_ours = |time: &Timestamp| *time <= now && now.since(*time) <= MAX_OBSERVATION_AGE;
+    let oldest =
+        capture_times.values().map(msgpack::timestamp).collect::<Option<Vec<_>>>()?.into_iter().min();
+    oldest.filter(is_ours)
 }
 
 /// Calls the control thread and waits for its reply.

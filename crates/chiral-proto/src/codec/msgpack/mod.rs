@@ -56,4 +56,4 @@ mod seconds;
 pub use constants::{ID, NAME};
 pub use decode::{TimedMessage, decode};
 pub use encode::encode;
-pub use seconds::MAX_SECONDS;
+pub use seconds::{MAX_SECONDS, timestamp};

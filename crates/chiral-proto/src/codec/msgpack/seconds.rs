@@ -8,7 +8,7 @@ pub const MAX_SECONDS: f64 = 1e15;
 const NANOS: i64 = 1_000_000_000;
 
 /// Converts a capture time from the wire; `None` if it is not a number.
-pub(super) fn timestamp(value: &Value) -> Option<Timestamp> {
+pub fn timestamp(value: &Value) -> Option<Timestamp> {
     let seconds = value.as_f64()?;
     Some(Timestamp(match value {
         Value::Int(nanos) if seconds > MAX_SECONDS => *nanos,
