@@ -11,8 +11,8 @@ use std::{env, error::Error, net::SocketAddr, thread, time::Duration};
 
 use axum::{Router, routing::get};
 use chiral_server::{
-    ActionContext, ActionSpec, PolicyServer, ProprioSpec, Robot, RobotError, Sensors, ValueMap,
-    action::Action,
+    ActionContext, ActionSpec, PolicyServer, ProprioSpec, ResetOutcome, ResetRequest, Robot, RobotError,
+    Sensors, action::Action,
 };
 use tokio::net::TcpListener;
 
@@ -27,9 +27,9 @@ impl Robot for Arm {
         ActionSpec::joint_positions(JOINTS, 20.0)
     }
 
-    fn reset(&mut self, _seed: Option<u64>, _options: &ValueMap) -> Result<ValueMap, RobotError> {
+    fn reset(&mut self, _request: &ResetRequest) -> Result<ResetOutcome, RobotError> {
         println!("{}: homing", self.side);
-        Ok(ValueMap::new())
+        Ok(ResetOutcome::default())
     }
 
     fn apply_action(&mut self, action: &Action, _context: &ActionContext) -> Result<(), RobotError> {

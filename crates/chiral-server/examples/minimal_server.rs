@@ -15,8 +15,8 @@ use std::{
 };
 
 use chiral_server::{
-    ActionContext, ActionSpec, CameraFrame, CameraSpec, PolicyServer, ProprioSpec, Robot, RobotError,
-    SensorError, Sensors, ValueMap, action::Action, value,
+    ActionContext, ActionSpec, CameraFrame, CameraSpec, PolicyServer, ProprioSpec, ResetOutcome,
+    ResetRequest, Robot, RobotError, SensorError, Sensors, ValueMap, action::Action, value,
 };
 use nalgebra::Matrix3;
 
@@ -49,9 +49,9 @@ impl Robot for Arm {
         }
     }
 
-    fn reset(&mut self, _seed: Option<u64>, _options: &ValueMap) -> Result<ValueMap, RobotError> {
+    fn reset(&mut self, _request: &ResetRequest) -> Result<ResetOutcome, RobotError> {
         self.move_to(&[0.0; JOINTS]);
-        Ok(value::map([("homed", true.into())]))
+        Ok(value::map([("homed", true.into())]).into())
     }
 
     fn apply_action(&mut self, action: &Action, _context: &ActionContext) -> Result<(), RobotError> {

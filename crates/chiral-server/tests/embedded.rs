@@ -11,8 +11,8 @@ use std::{
 
 use axum::{Router, routing::get};
 use chiral_server::{
-    ActionContext, ActionSpec, PolicyServer, Robot, RobotError, Sensors, ServerHandle, Value, ValueMap,
-    action::Action, value,
+    ActionContext, ActionSpec, PolicyServer, ResetOutcome, ResetRequest, Robot, RobotError, Sensors,
+    ServerHandle, Value, ValueMap, action::Action, value,
 };
 use tokio::{net::TcpListener, runtime::Runtime};
 
@@ -25,8 +25,8 @@ impl Robot for Still {
         ActionSpec::joint_positions(1, 10.0)
     }
 
-    fn reset(&mut self, _seed: Option<u64>, _options: &ValueMap) -> Result<ValueMap, RobotError> {
-        Ok(ValueMap::new())
+    fn reset(&mut self, _request: &ResetRequest) -> Result<ResetOutcome, RobotError> {
+        Ok(ResetOutcome::default())
     }
 
     fn apply_action(&mut self, _action: &Action, _context: &ActionContext) -> Result<(), RobotError> {

@@ -20,7 +20,10 @@ use std::time::{Duration, Instant};
 
 use chiral_proto::action::Action;
 use chiral_proto::{ActionChunk, ActionSpec, ProprioSpec, Value, ValueMap, lock, value};
-use chiral_server::{ActionContext, Error, Robot, RobotError, SensorError, Sensors, StepOutcome, monotonic};
+use chiral_server::{
+    ActionContext, Error, ResetOutcome, ResetRequest, Robot, RobotError, SensorError, Sensors, StepOutcome,
+    monotonic,
+};
 use nalgebra::Point3;
 
 use crate::arm::{LOWER, UPPER};
@@ -171,9 +174,9 @@ impl Robot for SimRobot {
         }
     }
 
-    fn reset(&mut self, seed: Option<u64>, options: &ValueMap) -> Result<ValueMap, RobotError> {
-        let scene = Scene::sample(seed.unwrap_or_else(fresh_seed));
-        let scene = match options.get("target") {
+    fn reset(&mut self, request: &ResetRequest) -> Result<ResetOutcome, RobotError> {
+        let scene = Scene::sample(request.seed.unwrap_or_else(fresh_seed));
+        let scene = match request.options.get("target") {
             Some(target) => scene.with_target(point(target)?),
             None => scene,
         };
@@ -183,7 +186,7 @@ impl Robot for SimRobot {
         self.shared.publish_joints(&world);
         drop(world);
         self.shared.publish_cameras()?;
-        Ok(value::map([("instruction", "reach the red ball".into())]))
+        Ok(value::map([("instruction", "reach the red ball".into())]).into())
     }
 
     fn apply_action(&mut self, action: &Action, _context: &ActionContext) -> Result<(), RobotError> {
@@ -193,7 +196,11 @@ impl Robot for SimRobot {
         Ok(())
     }
 
-    fn step(&mut self, chunk: &ActionChunk, context: &ActionContext) -> Result<StepOutcome, RobotError> {
+    fn step(
+        &mut self,
+        chunk: &ActionChunk,
+        context: &ActionContext,
+    ) -> Result<Option<StepOutcome>, RobotError> {
         let mut world = lock(&self.shared.world);
         world.pace = Pace::LockStep;
         let mut reward = 0.0;
@@ -211,12 +218,8 @@ impl Robot for SimRobot {
         let outcome = world.outcome();
         drop(world);
         self.shared.publish_cameras()?;
-        Ok(StepOutcome {
-            reward,
-            terminated: outcome.terminated,
-            truncated: outcome.truncated,
-            info: value::map([("success", outcome.success.into())]),
-        })
+        let info = value::map([("success", outcome.success.into())]);
+        Ok(Some(StepOutcome::new(reward).with_end(outcome.terminated, outcome.truncated).with_info(info)))
     }
 
     fn metadata(&self) -> ValueMap {

@@ -2,6 +2,7 @@
 //! of replies, `supervisor` stops a robot that blocks, `events` tells whoever subscribes. [`Control`] is the
 //! handle that sessions use.
 
+mod command;
 mod core;
 mod events;
 mod replies;
@@ -24,16 +25,17 @@ use chiral_proto::{
 };
 
 pub use self::{
-    core::OnTimeout,
+    command::OnTimeout,
     events::{ActionId, ControlEvent, ControlEvents, HoldReason, NextEvent},
 };
 use self::{
-    core::{Command, ControlCore, Refusal},
+    command::{Command, Refusal},
+    core::ControlCore,
     shared::{OnDone, Shared},
     thread::ControlThread,
 };
 pub(crate) use self::{
-    core::{ControlCounts, Limits, Traits},
+    command::{ControlCounts, Limits, Traits},
     shared::{OnFailure, OnReply, ResetReply},
 };
 use crate::{

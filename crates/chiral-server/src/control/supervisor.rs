@@ -5,7 +5,7 @@ use std::{
     sync::Arc,
 };
 
-use super::{core::StopDue, shared::Shared};
+use super::{command::StopDue, shared::Shared};
 use crate::{error::panic_text, robot::Stopper};
 
 /// Runs until the control thread ends. Without a stopper, only the action that blocks is marked as over.

@@ -9,7 +9,7 @@ use std::{
 use chiral_proto::{ActionChunk, Code, Fault, Timestamp, action::Action, lock};
 
 use super::{
-    core::{Application, Work},
+    command::{Application, Work, episode_ended},
     events::HoldReason,
     replies::{Finished, Outcome},
     shared::{OnDone, Shared},
@@ -136,7 +136,7 @@ impl ControlThread {
     ) {
         let is_over = context.is_over();
         let outcome = outcome.and_then(|outcome| match is_over {
-            true => Err(Fault::new(Code::Stale, "the episode ended before all rows were applied")),
+            true => Err(episode_ended()),
             false => Ok(outcome),
         });
         self.done(outcome.as_ref().map(drop).map_err(Fault::clone));

@@ -19,8 +19,8 @@ use chiral_proto::{
     value,
 };
 use chiral_server::{
-    ActionContext, CameraFrame, Error, PolicyServer, PolicyServerBuilder, Robot, RobotError, Sensors,
-    ServerHandle, StepOutcome,
+    ActionContext, CameraFrame, Error, PolicyServer, PolicyServerBuilder, ResetOutcome, ResetRequest, Robot,
+    RobotError, Sensors, ServerHandle, StepOutcome,
 };
 use chiral_sim::link::{LinkControl, LinkEnd, LinkOptions, link};
 use nalgebra::{Matrix3, Matrix4};
@@ -114,10 +114,10 @@ pub struct ScriptedRobot(pub Arc<Script>);
 impl Robot for ScriptedRobot {
     fn action_spec(&self) -> ActionSpec {
         self.0.maybe_panic("action_spec");
-        ActionSpec::joint_positions(DIMENSION, 1000.0)
+        ActionSpec::joint_positions(DIMENSION, 0.0)
     }
 
-    fn reset(&mut self, seed: Option<u64>, _options: &ValueMap) -> Result<ValueMap, RobotError> {
+    fn reset(&mut self, request: &ResetRequest) -> Result<ResetOutcome, RobotError> {
         self.0.record(Event::ResetStarted);
         self.0.maybe_panic("reset");
         self.0.reset_gate.wait();
@@ -125,7 +125,8 @@ impl Robot for ScriptedRobot {
             return Err(text.into());
         }
         self.0.record(Event::ResetFinished);
-        Ok(value::map([("seed", seed.map_or(Value::Null, |seed| Value::Int(seed as i64)))]))
+        let seed = request.seed.map_or(Value::Null, |seed| Value::Int(seed as i64));
+        Ok(value::map([("seed", seed)]).into())
     }
 
     fn apply_action(&mut self, action: &Action, context: &ActionContext) -> Result<(), RobotError> {
@@ -136,18 +137,16 @@ impl Robot for ScriptedRobot {
         Ok(())
     }
 
-    fn apply_chunk(&mut self, chunk: &ActionChunk, context: &ActionContext) -> Result<(), RobotError> {
-        self.0.maybe_panic("apply_chunk");
+    fn step(
+        &mut self,
+        chunk: &ActionChunk,
+        context: &ActionContext,
+    ) -> Result<Option<StepOutcome>, RobotError> {
+        self.0.maybe_panic("step");
         for row in chunk.iter() {
             self.apply_action(&row.into(), context)?;
         }
-        Ok(())
-    }
-
-    fn step(&mut self, chunk: &ActionChunk, context: &ActionContext) -> Result<StepOutcome, RobotError> {
-        self.0.maybe_panic("step");
-        self.apply_chunk(chunk, context)?;
-        Ok(StepOutcome { reward: chunk.rows() as f64, ..StepOutcome::default() })
+        Ok(Some(StepOutcome::new(chunk.rows() as f64)))
     }
 
     fn metadata(&self) -> ValueMap {

@@ -9,9 +9,10 @@ use std::{
     time::{Duration, Instant},
 };
 
-use chiral_client::{ActionChunk, ActionSpec, Timestamp, ValueMap, action::Action};
+use chiral_client::{ActionChunk, ActionSpec, Timestamp, action::Action};
 use chiral_server::{
-    ActionContext, PolicyServer, PolicyServerBuilder, Robot, RobotError, StepOutcome, monotonic,
+    ActionContext, PolicyServer, PolicyServerBuilder, ResetOutcome, ResetRequest, Robot, RobotError,
+    StepOutcome, monotonic,
 };
 use chiral_sim::robot::{SimConfig, SimRobot, start};
 use rustix::process::{Pid, Signal, kill_process};
@@ -111,9 +112,9 @@ impl Robot for RecordingRobot {
         self.robot.action_spec()
     }
 
-    fn reset(&mut self, seed: Option<u64>, options: &ValueMap) -> Result<ValueMap, RobotError> {
-        self.log().seeds.extend(seed);
-        self.robot.reset(seed, options)
+    fn reset(&mut self, request: &ResetRequest) -> Result<ResetOutcome, RobotError> {
+        self.log().seeds.extend(request.seed);
+        self.robot.reset(request)
     }
 
     fn apply_action(&mut self, action: &Action, context: &ActionContext) -> Result<(), RobotError> {
@@ -122,7 +123,11 @@ impl Robot for RecordingRobot {
         self.robot.apply_action(action, context)
     }
 
-    fn step(&mut self, chunk: &ActionChunk, context: &ActionContext) -> Result<StepOutcome, RobotError> {
+    fn step(
+        &mut self,
+        chunk: &ActionChunk,
+        context: &ActionContext,
+    ) -> Result<Option<StepOutcome>, RobotError> {
         let now = monotonic().now();
         self.log().rows.extend(chunk.iter().map(|row| (row.to_vec(), now)));
         self.robot.step(chunk, context)

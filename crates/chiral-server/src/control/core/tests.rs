@@ -3,11 +3,19 @@
 
 use std::time::Duration;
 
-use chiral_proto::{ActionChunk, ActionSpec, Code, Timestamp, clock::PingSample, message::ActionMessage};
+use chiral_proto::{
+    ActionChunk, ActionSpec, Code, Fault, Timestamp, clock::PingSample, message::ActionMessage,
+};
 use proptest::{collection::vec, prelude::*, sample::select};
 
-use super::*;
-use crate::robot::{Execution, ResetRequest};
+use super::ControlCore;
+use crate::{
+    control::{
+        command::{Application, Command, Limits, OnTimeout, StopDue, Traits, Work},
+        events::HoldReason,
+    },
+    robot::{Execution, ResetRequest},
+};
 
 /// The session of the policy, and how far its clock is ahead of the server's.
 const SESSION: u64 = 7;

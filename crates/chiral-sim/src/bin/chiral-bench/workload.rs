@@ -6,8 +6,11 @@ use std::sync::{Arc, Mutex};
 
 use anyhow::{Context, Result};
 use chiral_proto::action::Action;
-use chiral_proto::{ActionSpec, CameraSpec, ProprioSpec, ValueMap, lock};
-use chiral_server::{ActionContext, CameraFrame, CameraSensor, Robot, RobotError, Sensors, monotonic};
+use chiral_proto::{ActionSpec, CameraSpec, ProprioSpec, lock};
+use chiral_server::{
+    ActionContext, CameraFrame, CameraSensor, ResetOutcome, ResetRequest, Robot, RobotError, Sensors,
+    monotonic,
+};
 
 /// The size of an observation.
 #[derive(Clone, Copy, Debug)]
@@ -145,11 +148,12 @@ pub(crate) struct RecordingRobot(pub(crate) Arrivals);
 
 impl Robot for RecordingRobot {
     fn action_spec(&self) -> ActionSpec {
-        ActionSpec::joint_positions(7, 500.0)
+        // Without a rate nothing is paced: what is measured is the way to the robot.
+        ActionSpec::joint_positions(7, 0.0)
     }
 
-    fn reset(&mut self, _seed: Option<u64>, _options: &ValueMap) -> Result<ValueMap, RobotError> {
-        Ok(ValueMap::new())
+    fn reset(&mut self, _request: &ResetRequest) -> Result<ResetOutcome, RobotError> {
+        Ok(ResetOutcome::default())
     }
 
     fn apply_action(&mut self, action: &Action, _context: &ActionContext) -> Result<(), RobotError> {
