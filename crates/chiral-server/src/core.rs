@@ -32,6 +32,13 @@ use crate::{
 /// How long a stopping server waits for its sessions to end, and then for its robot.
 pub(crate) const STOP_TIMEOUT: Duration = Duration::from_secs(2);
 
+/// Where a server can be reached.
+#[derive(Debug, Default)]
+pub(crate) struct Listening {
+    pub(crate) websocket: Option<SocketAddr>,
+    pub(crate) zenoh: Vec<String>,
+}
+
 /// Ends a session with a text.
 type EndSession = Arc<dyn Fn(&str) + Send + Sync>;
 
@@ -52,6 +59,8 @@ pub(crate) struct ServerCore {
     pub(crate) host_runtime_logged: std::sync::Once,
     last_session: AtomicU64,
     pub(crate) observations_skipped: AtomicU64,
+    /// Where the server listens.
+    pub(crate) listening: Mutex<Listening>,
     sessions: watch::Sender<usize>,
     /// How a session is ended from outside, by its id.
     end_session: Mutex<BTreeMap<u64, EndSession>>,
@@ -112,6 +121,7 @@ impl ServerCore {
             host_runtime_logged: std::sync::Once::new(),
             last_session: AtomicU64::new(0),
             observations_skipped: AtomicU64::new(0),
+            listening: Mutex::default(),
             sessions: watch::Sender::new(0),
             end_session: Mutex::default(),
             controller_idle: Mutex::default(),

@@ -4,8 +4,11 @@
 use chiral_proto::{Fault, Message, Notice, Reply, Timestamp, message::Subscribe};
 use tokio::sync::mpsc::{self, OwnedPermit};
 
-/// The items and permits of one queue. While all are in use, nothing more is read from the peer.
-pub(crate) const SEND_QUEUE_CAPACITY: usize = 256;
+use crate::control::MAX_WAITING_ROWS;
+
+/// The items and permits of one queue. While all are in use, nothing more is read from the peer. An action
+/// holds one until its rows are applied, so that there are twice as many as rows that may wait.
+pub(crate) const SEND_QUEUE_CAPACITY: usize = 2 * MAX_WAITING_ROWS;
 
 /// The sending half of a connection's queue.
 pub(crate) type SendQueue = mpsc::Sender<SendItem>;

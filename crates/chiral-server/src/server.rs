@@ -1,22 +1,27 @@
 //! The server as its host sees it: running, embedding, monitoring and stopping it. `builder`
 //! builds it.
 
-#[cfg(feature = "websocket")]
-use std::net::SocketAddr;
 use std::{
     fmt,
+    net::SocketAddr,
     sync::{Arc, atomic::Ordering},
     time::Duration,
 };
+#[cfg(any(feature = "websocket", feature = "zenoh"))]
+use std::{future::Future, thread};
 
 #[cfg(feature = "websocket")]
 use axum::Router;
-use chiral_proto::{Codec, Transport};
-use chiral_transport::IdleTimeout;
+#[cfg(any(feature = "websocket", feature = "zenoh"))]
+use chiral_proto::error::chain;
+use chiral_proto::{Codec, Transport, lock};
 #[cfg(feature = "zenoh")]
-use chiral_transport::zenoh::{SharedMemory, SharedMemoryCounts};
+use chiral_transport::zenoh::SharedMemory;
+use chiral_transport::{IdleTimeout, SharedMemoryCounts};
 #[cfg(feature = "websocket")]
 use tokio::net::TcpListener;
+#[cfg(any(feature = "websocket", feature = "zenoh"))]
+use tokio::runtime::Runtime;
 
 #[cfg(feature = "websocket")]
 use crate::websocket;
@@ -24,7 +29,10 @@ use crate::websocket;
 use crate::zenoh::ZenohServer;
 use crate::{accept::Acceptor, control::ControlEvents, core::ServerCore};
 #[cfg(any(feature = "websocket", feature = "zenoh"))]
-use crate::{core::STOP_TIMEOUT, error::Error};
+use crate::{
+    core::{Listening, STOP_TIMEOUT},
+    error::Error,
+};
 
 /// Serves a robot to policies: observations out, actions in.
 ///
@@ -60,12 +68,26 @@ impl PolicyServer {
     /// # Errors
     /// As [`PolicyServer::serve`]; also [`Error::Start`] if the runtime cannot be started.
     pub fn run(self) -> Result<(), Error> {
-        let runtime =
-            tokio::runtime::Builder::new_multi_thread().enable_all().thread_name("chiral-server").build();
-        let runtime = runtime.map_err(|source| Error::Start { what: "a tokio runtime", source })?;
-        let served = runtime.block_on(self.serve());
-        runtime.shutdown_timeout(STOP_TIMEOUT);
-        served
+        run_on(runtime()?, self.serve())
+    }
+
+    /// Serves on a thread and a runtime of its own, and returns as soon as clients can connect. The handle
+    /// says where, and stops it; dropping the handle does not.
+    ///
+    /// # Errors
+    /// As [`PolicyServer::run`], if the server cannot begin. If it fails later, that is logged.
+    pub fn start(self) -> Result<ServerHandle, Error> {
+        let handle = self.handle();
+        let runtime = runtime()?;
+        let listeners = runtime.block_on(self.listen())?;
+        let serve = move || {
+            if let Err(error) = run_on(runtime, listeners.serve(self.acceptor)) {
+                tracing::error!("the server has failed: {}", chain(&error));
+            }
+        };
+        let spawned = thread::Builder::new().name("chiral-server".to_owned()).spawn(serve);
+        spawned.map_err(|source| Error::Start { what: "the server's thread", source })?;
+        Ok(handle)
     }
 
     /// Serves until it is shut down, on the caller's runtime: over WebSocket, on a Zenoh network, or both, as
@@ -75,19 +97,7 @@ impl PolicyServer {
     /// [`Error::Bind`] if the server cannot listen on the address; on a Zenoh network `Error::NameTaken` and
     /// `Error::Zenoh`.
     pub async fn serve(self) -> Result<(), Error> {
-        #[cfg(feature = "websocket")]
-        {
-            let options = &self.acceptor.core.options;
-            let default = (!options.is_on_zenoh()).then(|| SocketAddr::from(([127, 0, 0, 1], 8765)));
-            if let Some(address) = options.bind.or(default) {
-                let listener =
-                    TcpListener::bind(address).await.map_err(|source| Error::Bind { address, source })?;
-                return self.serve_on(listener).await;
-            }
-        }
-        #[cfg(feature = "zenoh")]
-        self.serve_zenoh().await?;
-        Ok(())
+        self.listen().await?.serve(self.acceptor).await
     }
 
     /// The same as [`PolicyServer::serve`], with the host's listener for WebSocket: at `/`, and `/healthz`.
@@ -96,17 +106,62 @@ impl PolicyServer {
     /// [`Error::Listener`] if the listener fails; on a Zenoh network `Error::NameTaken` and `Error::Zenoh`.
     #[cfg(feature = "websocket")]
     pub async fn serve_on(self, listener: TcpListener) -> Result<(), Error> {
+        self.listen_with(Some(listener)).await?.serve(self.acceptor).await
+    }
+
+    /// Begins to listen, as the server was built. Accepts no WebSocket before the robot's name is known to be
+    /// unique on its Zenoh network.
+    async fn listen(&self) -> Result<Listeners, Error> {
+        #[cfg(feature = "websocket")]
+        let websocket = {
+            let options = &self.acceptor.core.options;
+            let default = (!options.is_on_zenoh()).then(|| SocketAddr::from(([127, 0, 0, 1], 8765)));
+            match options.bind.or(default) {
+                None => None,
+                Some(address) => {
+                    let bound = TcpListener::bind(address).await;
+                    Some(bound.map_err(|source| Error::Bind { address, source })?)
+                }
+            }
+        };
+        self.listen_with(
+            #[cfg(feature = "websocket")]
+            websocket,
+        )
+        .await
+    }
+
+    /// Joins the Zenoh network, if the server was built for one, and notes where the server listens.
+    async fn listen_with(
+        &self,
+        #[cfg(feature = "websocket")] websocket: Option<TcpListener>,
+    ) -> Result<Listeners, Error> {
+        let core = &self.acceptor.core;
         #[cfg(feature = "zenoh")]
-        if self.acceptor.core.options.is_on_zenoh() {
-            // Accept no WebSocket before the robot's name is known to be unique on the network.
-            let on_zenoh = ZenohServer::join(&self.acceptor).await?;
-            let zenoh = async {
-                on_zenoh.serve().await;
-                Ok(())
-            };
-            return tokio::try_join!(zenoh, websocket::serve(self.acceptor, listener)).map(drop);
-        }
-        websocket::serve(self.acceptor, listener).await
+        let zenoh = match core.options.is_on_zenoh() {
+            true => Some(ZenohServer::join(&self.acceptor).await?),
+            false => None,
+        };
+        let listening = Listening {
+            #[cfg(feature = "websocket")]
+            websocket: websocket.as_ref().and_then(|listener| listener.local_addr().ok()),
+            #[cfg(not(feature = "websocket"))]
+            websocket: None,
+            #[cfg(feature = "zenoh")]
+            zenoh: match &zenoh {
+                Some(zenoh) => zenoh.locators().await,
+                None => Vec::new(),
+            },
+            #[cfg(not(feature = "zenoh"))]
+            zenoh: Vec::new(),
+        };
+        *lock(&core.listening) = listening;
+        Ok(Listeners {
+            #[cfg(feature = "websocket")]
+            websocket,
+            #[cfg(feature = "zenoh")]
+            zenoh,
+        })
     }
 
     /// Returns the WebSocket route alone, at `/`, for a host to merge or to nest under any path. The server
@@ -137,6 +192,54 @@ impl PolicyServer {
     }
 }
 
+/// Where a server listens, before it accepts anybody.
+#[cfg(any(feature = "websocket", feature = "zenoh"))]
+struct Listeners {
+    #[cfg(feature = "websocket")]
+    websocket: Option<TcpListener>,
+    #[cfg(feature = "zenoh")]
+    zenoh: Option<ZenohServer>,
+}
+
+#[cfg(any(feature = "websocket", feature = "zenoh"))]
+impl Listeners {
+    /// Serves until the server is shut down, or one of the listeners fails.
+    async fn serve(self, acceptor: Arc<Acceptor>) -> Result<(), Error> {
+        let websocket = async {
+            #[cfg(feature = "websocket")]
+            if let Some(listener) = self.websocket {
+                websocket::serve(acceptor, listener).await?;
+            }
+            #[cfg(not(feature = "websocket"))]
+            drop(acceptor);
+            Ok(())
+        };
+        let zenoh = async {
+            #[cfg(feature = "zenoh")]
+            if let Some(zenoh) = self.zenoh {
+                zenoh.serve().await;
+            }
+            Ok(())
+        };
+        tokio::try_join!(websocket, zenoh).map(drop)
+    }
+}
+
+#[cfg(any(feature = "websocket", feature = "zenoh"))]
+fn runtime() -> Result<Runtime, Error> {
+    let runtime =
+        tokio::runtime::Builder::new_multi_thread().enable_all().thread_name("chiral-server").build();
+    runtime.map_err(|source| Error::Start { what: "a tokio runtime", source })
+}
+
+/// Runs to the end, then leaves what is left of the runtime little time.
+#[cfg(any(feature = "websocket", feature = "zenoh"))]
+fn run_on(runtime: Runtime, serving: impl Future<Output = Result<(), Error>>) -> Result<(), Error> {
+    let served = runtime.block_on(serving);
+    runtime.shutdown_timeout(STOP_TIMEOUT);
+    served
+}
+
 impl fmt::Debug for PolicyServer {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let robot = &self.acceptor.core.robot.name;
@@ -152,6 +255,7 @@ pub struct ServerHandle {
 
 /// The state and the counters of a server.
 #[derive(Clone, Debug, PartialEq, Eq)]
+#[non_exhaustive]
 pub struct ServerStats {
     /// Sessions that are open now.
     pub sessions: usize,
@@ -177,11 +281,21 @@ pub struct ServerStats {
     /// Why the robot is out of service, if it is.
     pub out_of_service: Option<String>,
     /// How observations were sent to Zenoh peers: in shared memory or over the network.
-    #[cfg(feature = "zenoh")]
     pub shared_memory: SharedMemoryCounts,
 }
 
 impl ServerHandle {
+    /// The address on which the server accepts WebSocket connections, with the port that the system chose for
+    /// port 0. `None` until it listens, and if it does not.
+    pub fn local_addr(&self) -> Option<SocketAddr> {
+        lock(&self.core.listening).websocket
+    }
+
+    /// The locators at which the server can be reached on its Zenoh network; empty until it has joined one.
+    pub fn zenoh_locators(&self) -> Vec<String> {
+        lock(&self.core.listening).zenoh.clone()
+    }
+
     /// Starts the shutdown and returns at once: every session ends with a goodbye, the robot holds, and `run`
     /// and `serve` return.
     pub fn shutdown(&self) {
@@ -222,6 +336,8 @@ impl ServerHandle {
             out_of_service: self.core.control.out_of_service().map(|fault| fault.text),
             #[cfg(feature = "zenoh")]
             shared_memory: self.core.shared_memory.as_ref().map(SharedMemory::counts).unwrap_or_default(),
+            #[cfg(not(feature = "zenoh"))]
+            shared_memory: SharedMemoryCounts::default(),
         }
     }
 }

@@ -40,6 +40,11 @@ impl ZenohServer {
         Ok(ZenohServer { acceptor: Arc::clone(acceptor), network, listener })
     }
 
+    /// The locators at which others can join the network here.
+    pub(crate) async fn locators(&self) -> Vec<String> {
+        self.network.locators().await
+    }
+
     /// Serves clients until the server is shut down.
     pub(crate) async fn serve(self) {
         let ZenohServer { acceptor, network, mut listener } = self;

@@ -6,6 +6,7 @@
 //! that the policy uses.
 
 mod clock;
+mod counts;
 mod host_name;
 mod liveness;
 mod pacing;
@@ -18,6 +19,7 @@ mod websocket;
 pub mod zenoh;
 
 pub use clock::monotonic;
+pub use counts::SharedMemoryCounts;
 pub use host_name::host_name;
 pub use liveness::IdleTimeout;
 pub use pacing::Pacing;

@@ -53,6 +53,9 @@ pub enum OnTimeout {
     RequireReset,
 }
 
+/// Single rows are refused while this many rows wait.
+pub(crate) const MAX_WAITING_ROWS: usize = 256;
+
 /// What a session asks of the robot.
 #[derive(Debug)]
 pub(crate) enum Command {

@@ -35,7 +35,7 @@ use self::{
     thread::ControlThread,
 };
 pub(crate) use self::{
-    command::{ControlCounts, Limits, Traits},
+    command::{ControlCounts, Limits, MAX_WAITING_ROWS, Traits},
     shared::{OnFailure, OnReply, ResetReply},
 };
 use crate::{

@@ -4,7 +4,7 @@ use std::net::{SocketAddr, ToSocketAddrs};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
-use chiral_server::PolicyServer;
+use chiral_server::{OnTimeout, PolicyServer};
 use chiral_sim::robot::{self, SimConfig};
 
 /// Serve a simulated robot: a Franka Panda at a table, watched by cameras.
@@ -43,6 +43,15 @@ pub(crate) struct Arguments {
     /// not follow the arm
     #[arg(long, value_name = "K", value_parser = clap::value_parser!(u32).range(1..))]
     prerender: Option<u32>,
+    /// How late an action may be that still moves the arm, or "off"
+    #[arg(long, default_value = "250", value_name = "MS", value_parser = milliseconds)]
+    max_action_lateness: Limit,
+    /// How long after the last action the arm holds, or "off"
+    #[arg(long, default_value = "500", value_name = "MS", value_parser = milliseconds)]
+    command_timeout: Limit,
+    /// After such a hold, refuse actions until a reset
+    #[arg(long)]
+    require_reset: bool,
     /// Log warnings and errors only
     #[arg(long)]
     quiet: bool,
@@ -53,6 +62,18 @@ fn resolve(text: &str) -> Result<SocketAddr, String> {
         .to_socket_addrs()
         .map_err(|error| format!("{error}; expected an address such as 127.0.0.1:8765"))?;
     found.into_iter().next().ok_or_else(|| "the host has no address".to_owned())
+}
+
+/// A limit that can be switched off. (For clap, an `Option` would be an argument that may be left out.)
+#[derive(Clone, Copy)]
+struct Limit(Option<Duration>);
+
+fn milliseconds(text: &str) -> Result<Limit, String> {
+    match (text, text.parse()) {
+        ("off", _) => Ok(Limit(None)),
+        (_, Ok(milliseconds)) => Ok(Limit(Some(Duration::from_millis(milliseconds)))),
+        _ => Err("expected a whole number of milliseconds, or off".to_owned()),
+    }
 }
 
 fn seconds(text: &str) -> Result<f64, String> {
@@ -76,7 +97,12 @@ pub(crate) fn run(arguments: &Arguments) -> Result<()> {
         let each = (super::cpu_seconds() - cpu_before) * 1e3 / pictures.max(1) as f64;
         tracing::info!("drew {pictures} pictures, {each:.2} ms of CPU each");
     }
-    let mut builder = PolicyServer::builder(robot, sensors);
+    let mut builder = PolicyServer::builder(robot, sensors)
+        .max_action_lateness(arguments.max_action_lateness.0)
+        .command_timeout(arguments.command_timeout.0);
+    if arguments.require_reset {
+        builder = builder.on_timeout(OnTimeout::RequireReset);
+    }
     if let Some(name) = &arguments.name {
         builder = builder.name(name);
     }

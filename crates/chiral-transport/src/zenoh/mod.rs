@@ -25,5 +25,5 @@ pub use legacy::LegacyTransport;
 pub use listener::ZenohListener;
 pub use scout::{Scout, ScoutedRobot};
 pub use session::ZenohSession;
-pub use shm::{SharedMemory, SharedMemoryCounts};
+pub use shm::SharedMemory;
 pub use transport::{LaneKind, ZenohOptions, ZenohTransport};

@@ -86,6 +86,12 @@ impl ZenohSession {
         ZenohSession::open_configured(configured).await
     }
 
+    /// The locators at which this session listens.
+    pub async fn locators(&self) -> Vec<String> {
+        let locators = self.session().info().locators().await;
+        locators.iter().map(ToString::to_string).collect()
+    }
+
     /// Opens a session with this configuration.
     pub(super) async fn open_configured(
         Configured { config, listen, connect }: Configured,

@@ -27,6 +27,7 @@ use zenoh::{
 };
 
 use super::error::cause;
+use crate::SharedMemoryCounts;
 
 /// Segments up to this size are copied, wherever they lie.
 const MAX_COPIED: usize = 4 * 1024;
@@ -78,18 +79,6 @@ struct Counts {
     by_reference: AtomicU64,
     by_network: AtomicU64,
     exhausted: AtomicU64,
-}
-
-/// How frames used shared memory so far.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct SharedMemoryCounts {
-    /// Frames with pixels that travelled by reference.
-    pub by_reference: u64,
-    /// Frames with pixels that travelled by the network although there is shared memory: the peer cannot map
-    /// it, or the pixels lay elsewhere.
-    pub by_network: u64,
-    /// How often there was no room, and the heap was used instead.
-    pub exhausted: u64,
 }
 
 impl SharedMemory {

@@ -9,15 +9,12 @@ use chiral_proto::{ActionChunk, Code, Fault, Timestamp, message::ActionMessage};
 use super::{ControlCore, Origin, Request, RequestKind, Rows, Running};
 use crate::{
     control::{
-        command::{Command, Refusal},
+        command::{Command, MAX_WAITING_ROWS, Refusal},
         events::{ActionId, ControlEvent},
         rows::{Dropped, Timing},
     },
     robot::{Execution, ResetRequest},
 };
-
-/// Single rows are refused while this many rows wait.
-const MAX_WAITING_ROWS: usize = 256;
 
 impl<R> ControlCore<R> {
     /// Takes a command of this session's, or refuses it. An action that is late is taken and dropped.
