@@ -10,6 +10,7 @@ mod dependencies;
 mod e2e;
 mod python;
 mod size;
+mod soak;
 mod table;
 mod test;
 
@@ -35,6 +36,7 @@ enum Command {
     Codegen(codegen::Arguments),
     Size(size::Arguments),
     Bench(bench::Arguments),
+    Soak(soak::Arguments),
 }
 
 fn main() -> ExitCode {
@@ -45,6 +47,7 @@ fn main() -> ExitCode {
         Command::Codegen(arguments) => codegen::run(&arguments),
         Command::Size(arguments) => size::run(&arguments),
         Command::Bench(arguments) => bench::run(&arguments),
+        Command::Soak(arguments) => soak::run(&arguments),
     };
     // Print the chain of causes without a backtrace, which would bury it.
     match result {

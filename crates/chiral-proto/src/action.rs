@@ -58,7 +58,7 @@ impl ActionChunk {
     /// The same row as a single action, of shape (D). Chunks of several rows stay as they are.
     #[must_use]
     pub fn into_single(self) -> ActionChunk {
-        ActionChunk { is_single: self.rows() == 1, ..self }
+        ActionChunk { is_single: self.rows() <= 1, ..self }
     }
 
     /// Whether the policy gave one action of shape (D), not a chunk of shape (N, D).

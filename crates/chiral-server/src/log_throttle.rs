@@ -26,9 +26,14 @@ impl LogThrottle {
     /// Records an event. If the last log line is at least a second old, calls `log` with the number of events
     /// since.
     pub(crate) fn record(&self, log: impl FnOnce(u64)) {
+        self.record_many(1, log);
+    }
+
+    /// The same for several events at once.
+    pub(crate) fn record_many(&self, events: u64, log: impl FnOnce(u64)) {
         let now = self.clock.now();
         let mut state = lock(&self.state);
-        state.unlogged += 1;
+        state.unlogged += events;
         if state.logged_at.is_none_or(|logged_at| now.since(logged_at) >= PERIOD) {
             let State { unlogged, .. } =
                 std::mem::replace(&mut *state, State { logged_at: Some(now), unlogged: 0 });

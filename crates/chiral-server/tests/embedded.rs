@@ -6,13 +6,13 @@
 use std::{
     io::{Read, Write},
     net::{SocketAddr, TcpStream},
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use axum::{Router, routing::get};
 use chiral_server::{
     ActionContext, ActionSpec, PolicyServer, ResetOutcome, ResetRequest, Robot, RobotError, Sensors,
-    ServerHandle, Value, ValueMap, action::Action, value,
+    ServerHandle, action::Action,
 };
 use tokio::{net::TcpListener, runtime::Runtime};
 
@@ -33,9 +33,8 @@ impl Robot for Still {
         Ok(())
     }
 
-    fn metadata(&self) -> ValueMap {
+    fn on_disconnect(&mut self) {
         assert!(!self.broken, "no encoder responds");
-        value::map([("broken", Value::Bool(false))])
     }
 }
 
@@ -44,13 +43,14 @@ struct Host {
     runtime: Runtime,
     address: SocketAddr,
     left: ServerHandle,
+    right: ServerHandle,
 }
 
 impl Host {
     fn start() -> Host {
         let server = |broken| PolicyServer::new(Still { broken }, Sensors::new([], []).unwrap()).unwrap();
         let (left, right) = (server(false), server(true));
-        let handle = left.handle();
+        let handles = (left.handle(), right.handle());
         let app = Router::new()
             .route("/healthz", get(|| async { "the host is up\n" }))
             .nest("/robot/left", left.health_router().merge(left.into_router()))
@@ -60,7 +60,26 @@ impl Host {
         let listener = runtime.block_on(TcpListener::bind("127.0.0.1:0")).unwrap();
         let address = listener.local_addr().unwrap();
         runtime.spawn(async { axum::serve(listener, app).await.unwrap() });
-        Host { runtime, address, left: handle }
+        let host = Host { runtime, address, left: handles.0, right: handles.1 };
+        host.break_the_right_robot();
+        host
+    }
+
+    /// A legacy client connects and is gone, which is too much for the right robot.
+    fn break_the_right_robot(&self) {
+        let mut client = TcpStream::connect(self.address).unwrap();
+        let mut request = format!("GET /robot/right HTTP/1.1\r\nHost: {}\r\n", self.address);
+        for header in ["Connection: upgrade", UPGRADE[1], UPGRADE[2], UPGRADE[3]] {
+            request += &format!("{header}\r\n");
+        }
+        client.write_all((request + "\r\n").as_bytes()).unwrap();
+        assert!(client.read(&mut [0; 1024]).unwrap() > 0, "the upgrade's response");
+        drop(client);
+        let started = Instant::now();
+        while self.right.stats().out_of_service.is_none() {
+            assert!(started.elapsed() < Duration::from_secs(60), "the right robot is still in service");
+            std::thread::sleep(Duration::from_millis(5));
+        }
     }
 
     /// Requests a path, and checks the status of the response and that it contains `text`.
@@ -103,7 +122,7 @@ fn one_host_embeds_two_servers() {
         "/robot/right/healthz",
         PLAIN,
         503,
-        "the robot panicked in metadata and is out of service: no encoder responds\n",
+        "the robot panicked in on_disconnect and is out of service: no encoder responds\n",
     );
     for path in ["/robot/left", "/robot/right"] {
         host.check(path, PLAIN, 426, "this is a Chiral policy server: connect with a PolicyClient");

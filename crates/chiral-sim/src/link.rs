@@ -1,5 +1,5 @@
-//! An in-memory transport with latency and bandwidth that can be cut or made silent, for tests on a virtual
-//! clock whose subject is not the network.
+//! An in-memory transport with latency and bandwidth that can be cut, stalled or made silent, for tests on a
+//! virtual clock whose subject is not the network.
 //!
 //! All waits are tokio's, so under `tokio::time::pause` they take no real time.
 
@@ -26,6 +26,8 @@ enum LinkState {
     Alive,
     /// Frames are lost and neither end gets an error, as with a pulled cable or a host without power.
     Silent,
+    /// Frames wait, and arrive together when the link recovers, as with Wi-Fi that retransmits.
+    Stalled,
     /// Both ends get an error, as with a connection reset.
     Cut,
 }
@@ -40,6 +42,16 @@ impl LinkControl {
     /// Cuts the link; both ends get an error.
     pub fn cut(&self) {
         self.state.send_replace(LinkState::Cut);
+    }
+
+    /// Holds all frames back until [`LinkControl::recover`].
+    pub fn stall(&self) {
+        self.state.send_replace(LinkState::Stalled);
+    }
+
+    /// Delivers what was held back, and everything after it as usual.
+    pub fn recover(&self) {
+        self.state.send_replace(LinkState::Alive);
     }
 
     /// Loses all frames from now on; neither end gets an error.
@@ -106,6 +118,17 @@ impl LinkEnd {
     }
 }
 
+impl LinkEnd {
+    /// Returns once the link is not stalled.
+    async fn recovered(&self) {
+        let mut state = self.state.clone();
+        // Fails if the control was dropped, which leaves the link as it is.
+        if state.wait_for(|state| *state != LinkState::Stalled).await.is_err() {
+            std::future::pending::<()>().await;
+        }
+    }
+}
+
 impl Transport for LinkEnd {
     async fn send(&self, frame: Frame) -> Result<(), TransportError> {
         let deliver = async {
@@ -116,7 +139,7 @@ impl Transport for LinkEnd {
                 self.options.bandwidth.map_or(0.0, |bandwidth| frame.len() as f64 * 8.0 / bandwidth);
             outgoing.free_at = outgoing.free_at.max(Instant::now()) + Duration::from_secs_f64(duration);
             wait_until(outgoing.free_at).await;
-            if *self.state.borrow() == LinkState::Alive {
+            if *self.state.borrow() != LinkState::Silent {
                 let arrival = outgoing.free_at + self.options.latency;
                 let sent = outgoing.frames.as_ref().map(|frames| frames.send((arrival, frame)));
                 sent.and_then(Result::ok).ok_or_else(|| TransportError::lost("the other end is closed"))?;
@@ -137,6 +160,7 @@ impl Transport for LinkEnd {
             }
             if let Some((arrival, _)) = &incoming.in_flight {
                 wait_until(*arrival).await;
+                self.recovered().await;
             }
             match incoming.in_flight.take() {
                 Some((_, frame)) => Ok(Some(frame)),

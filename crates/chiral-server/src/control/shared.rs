@@ -5,8 +5,12 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 
 use chiral_proto::{Clock, Fault, StepResult, Timestamp, ValueMap, lock};
 
-use super::{core::ControlCore, events::EventTap};
-use crate::sampler::Sampler;
+use super::{
+    core::ControlCore,
+    events::{ControlEvent, EventTap},
+    rows::Dropped,
+};
+use crate::{log_throttle::LogThrottle, sampler::Sampler};
 
 /// Called with the outcome of a request.
 pub(crate) type OnReply<T> = Box<dyn FnOnce(Result<T, Fault>) + Send>;
@@ -44,6 +48,8 @@ pub(crate) struct Shared {
     stop: Condvar,
     metadata: Mutex<Result<ValueMap, Fault>>,
     pub(super) tap: EventTap,
+    late: LogThrottle,
+    superseded: LogThrottle,
     pub(crate) sampler: Arc<Sampler>,
     pub(crate) clock: Clock,
 }
@@ -61,6 +67,8 @@ impl Shared {
             stop: Condvar::new(),
             metadata: Mutex::new(Ok(metadata)),
             tap: EventTap::new(),
+            late: LogThrottle::new(clock.clone()),
+            superseded: LogThrottle::new(clock.clone()),
             sampler,
             clock,
         }
@@ -76,8 +84,37 @@ impl Shared {
         let now = self.clock.now();
         let mut core = self.core();
         let outcome = change(&mut core, now);
-        self.tap.publish(core.take_events());
+        let dropped = self.publish(&mut core);
+        drop(core);
+        self.log_dropped(dropped);
         outcome
+    }
+
+    /// Hands the core's events to whoever subscribes, in their order, and returns how many rows were dropped.
+    pub(super) fn publish(&self, core: &mut ControlCore<OnDone>) -> Dropped {
+        let events = core.take_events();
+        let mut dropped = Dropped::default();
+        for event in &events {
+            match event {
+                ControlEvent::Late { rows, .. } => dropped.late += rows,
+                ControlEvent::Superseded { rows, .. } => dropped.superseded += rows,
+                _ => {}
+            }
+        }
+        self.tap.publish(events);
+        dropped
+    }
+
+    /// Logs that rows were dropped, once a second. Not to be called under the lock: a log may block.
+    pub(super) fn log_dropped(&self, Dropped { late, superseded }: Dropped) {
+        if late > 0 {
+            self.late.record_many(late, |rows| tracing::warn!(rows, "rows of actions were late: dropped"));
+        }
+        if superseded > 0 {
+            self.superseded.record_many(superseded, |rows| {
+                tracing::warn!(rows, "rows of actions were overtaken by newer ones: dropped");
+            });
+        }
     }
 
     pub(super) fn wake_robot(&self) {

@@ -12,6 +12,7 @@ use super::{
     command::{Application, Work, episode_ended},
     events::HoldReason,
     replies::{Finished, Outcome},
+    rows::Dropped,
     shared::{OnDone, Shared},
 };
 use crate::{
@@ -62,9 +63,14 @@ impl ControlThread {
         let mut core = self.shared.core();
         let was_armed = core.is_armed();
         let work = core.poll(now);
-        self.shared.tap.publish(core.take_events());
+        let dropped = self.shared.publish(&mut core);
         if core.is_armed() && !was_armed {
             self.shared.wake_supervisor();
+        }
+        if dropped != Dropped::default() {
+            drop(core);
+            self.shared.log_dropped(dropped);
+            return work;
         }
         match work {
             Work::SleepUntil(at) => self.shared.wait_for_work(core, now, Some(at)),

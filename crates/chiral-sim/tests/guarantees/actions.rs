@@ -48,16 +48,17 @@ async fn actions_of_another_session_or_episode_never_reach_the_robot() {
     assert_eq!(harness.handle.stats().actions_refused, 203);
     assert!(script.applied().is_empty());
 
-    // At most 16 rows are queued, whole chunks included.
+    // At most 256 rows wait.
     script.apply_gate.close();
-    for seq in 204..224 {
+    raw.send_action(session, 1, 204, ROW).await;
+    harness.wait_until("the robot is busy", |harness| harness.script.apply_gate.is_blocking()).await;
+    for seq in 205..465 {
         raw.send_action(session, 1, seq, ROW).await;
     }
-    for seq in 220..224 {
+    for seq in 461..465 {
         let fault = raw.error_notice().await;
         assert_eq!((fault.code, fault.action_seq), (Code::QueueFull, seq));
     }
-    harness.wait_until("the robot is busy", |harness| harness.script.apply_gate.is_blocking()).await;
     // A reset drops what is queued; only the row that the robot is busy with is applied.
     let step = raw.send_request(Request::Step { session, episode: 1, actions: ROW.into() }).await;
     let id = raw.send_request(reset(2)).await;
@@ -69,8 +70,10 @@ async fn actions_of_another_session_or_episode_never_reach_the_robot() {
     }
     assert!(matches!(raw.reply_to(id).await, Reply::Reset { .. }));
     assert_eq!(script.applied().len(), 1);
-    raw.send_action(session, 2, 224, ActionChunk::new(DIMENSION, vec![0.0; 17 * DIMENSION]).unwrap()).await;
-    assert_eq!(raw.error_notice().await.code, Code::QueueFull);
+    let long = ActionChunk::new(DIMENSION, vec![0.0; 4097 * DIMENSION]).unwrap();
+    raw.send_action(session, 2, 465, long).await;
+    let fault = raw.error_notice().await;
+    assert_eq!((fault.code, fault.retryable), (Code::Invalid, false), "{fault}");
     drop(raw);
     dispatch_through_a_reset(&harness).await;
 }
@@ -154,12 +157,16 @@ async fn a_refusal_is_counted_and_returned_by_the_next_put() {
     let env = harness.connect().await;
     env.reset().await.unwrap();
     harness.script.apply_gate.close();
-    for _ in 0..17 {
+    env.send_action(ROW).await.unwrap();
+    harness.wait_until("the robot is busy", |harness| harness.script.apply_gate.is_blocking()).await;
+    for _ in 0..257 {
         env.send_action(ROW).await.unwrap();
     }
     harness.wait_until("the refusal arrives", |_| env.stats().actions_refused == 1).await;
     match env.put_action(ROW).await {
-        Err(Error::ActionRefused(fault)) => assert_eq!((fault.code, fault.action_seq), (Code::QueueFull, 17)),
+        Err(Error::ActionRefused(fault)) => {
+            assert_eq!((fault.code, fault.action_seq), (Code::QueueFull, 258))
+        }
         other => panic!("{other:?}"),
     }
     env.put_action(ROW).await.unwrap();

@@ -1,7 +1,7 @@
 //! Failures: malformed messages, robot methods that fail or panic, and sensors that never publish. The peer
 //! gets an error that names the cause, and the server keeps serving.
 
-use std::sync::Arc;
+use std::sync::{Arc, atomic::Ordering};
 
 use bytes::Bytes;
 use chiral_client::{Code, Error};
@@ -74,21 +74,25 @@ async fn a_reset_that_fails_returns_the_robots_error_and_the_server_keeps_servin
 
 #[tokio::test]
 async fn a_panic_in_any_robot_method_is_reported_and_the_server_keeps_serving() {
-    let script = Arc::new(Script::default());
-    *script.panics_in.lock().unwrap() = Some("action_spec");
-    let built = PolicyServer::new(ScriptedRobot(Arc::clone(&script)), Sensors::new([], []).unwrap());
-    assert!(built.unwrap_err().to_string().contains("panicked in action_spec"));
-
-    for method in
-        ["metadata", "reset", "is_lock_step", "apply_action", "apply_chunk", "step", "hold", "on_disconnect"]
-    {
+    for method in ["action_spec", "execution", "is_lock_step", "stopper", "metadata"] {
         let script = Arc::new(Script::default());
         *script.panics_in.lock().unwrap() = Some(method);
+        let built = PolicyServer::new(ScriptedRobot(script), Sensors::new([], []).unwrap());
+        assert!(built.unwrap_err().to_string().contains(&format!("panicked in {method}")));
+    }
+
+    for method in ["metadata", "reset", "apply_action", "apply_chunk", "step", "hold", "on_disconnect"] {
+        let script = Arc::new(Script::default());
+        script.executes_chunks.store(method == "apply_chunk", Ordering::Relaxed);
         let harness = Harness::with(Arc::clone(&script), 8, 8, |builder| builder);
+        *script.panics_in.lock().unwrap() = Some(method);
         let env = harness.connect().await;
         let error = match method {
-            "metadata" => env.get_metadata().await.unwrap_err(),
-            "reset" | "is_lock_step" => env.reset().await.unwrap_err(),
+            "metadata" => {
+                env.reset().await.unwrap();
+                env.get_metadata().await.unwrap_err()
+            }
+            "reset" => env.reset().await.unwrap_err(),
             "step" => env.step(ROW).await.unwrap_err(),
             "apply_action" | "apply_chunk" => {
                 let rows = if method == "apply_action" { 1 } else { 2 };

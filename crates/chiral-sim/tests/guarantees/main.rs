@@ -11,6 +11,7 @@ mod observations;
 mod sessions;
 #[path = "../support/mod.rs"]
 mod support;
+mod timing;
 
 use std::time::Duration;
 

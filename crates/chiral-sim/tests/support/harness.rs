@@ -5,7 +5,7 @@ use std::{
     net::SocketAddr,
     sync::{
         Arc, Condvar, Mutex,
-        atomic::{AtomicBool, Ordering},
+        atomic::{AtomicBool, AtomicU32, Ordering},
     },
     time::Duration,
 };
@@ -19,8 +19,8 @@ use chiral_proto::{
     value,
 };
 use chiral_server::{
-    ActionContext, CameraFrame, Error, PolicyServer, PolicyServerBuilder, ResetOutcome, ResetRequest, Robot,
-    RobotError, Sensors, ServerHandle, StepOutcome,
+    ActionContext, CameraFrame, Error, Execution, PolicyServer, PolicyServerBuilder, ResetOutcome,
+    ResetRequest, Robot, RobotError, Sensors, ServerHandle, StepOutcome, Stopper,
 };
 use chiral_sim::link::{LinkControl, LinkEnd, LinkOptions, link};
 use nalgebra::{Matrix3, Matrix4};
@@ -41,6 +41,7 @@ pub enum Event {
     ResetFinished,
     Applied { values: Vec<f32>, episode: u64, received_at: Timestamp },
     Held,
+    Stopped,
     Disconnected,
 }
 
@@ -52,6 +53,11 @@ pub struct Script {
     pub apply_gate: Gate,
     pub reset_error: Mutex<Option<String>>,
     pub panics_in: Mutex<Option<&'static str>>,
+    /// Whether the robot executes chunks by itself, its control rate in hertz, and whether it has a stopper,
+    /// which opens the gate of `apply_action`. Asked when the server is built.
+    pub executes_chunks: AtomicBool,
+    pub control_hz: AtomicU32,
+    pub has_stopper: AtomicBool,
 }
 
 impl Script {
@@ -98,7 +104,7 @@ impl Gate {
         self.blocking.load(Ordering::Acquire)
     }
 
-    fn wait(&self) {
+    pub fn wait(&self) {
         let mut closed = self.closed.lock().unwrap();
         while *closed {
             self.blocking.store(true, Ordering::Release);
@@ -114,7 +120,7 @@ pub struct ScriptedRobot(pub Arc<Script>);
 impl Robot for ScriptedRobot {
     fn action_spec(&self) -> ActionSpec {
         self.0.maybe_panic("action_spec");
-        ActionSpec::joint_positions(DIMENSION, 0.0)
+        ActionSpec::joint_positions(DIMENSION, f64::from(self.0.control_hz.load(Ordering::Relaxed)))
     }
 
     fn reset(&mut self, request: &ResetRequest) -> Result<ResetOutcome, RobotError> {
@@ -135,6 +141,33 @@ impl Robot for ScriptedRobot {
         let ActionContext { episode, received_at, .. } = *context;
         self.0.record(Event::Applied { values: action.values.clone(), episode, received_at });
         Ok(())
+    }
+
+    fn execution(&self) -> Execution {
+        self.0.maybe_panic("execution");
+        match self.0.executes_chunks.load(Ordering::Relaxed) {
+            true => Execution::Chunks,
+            false => Execution::Rows,
+        }
+    }
+
+    fn apply_chunk(&mut self, chunk: &ActionChunk, context: &ActionContext) -> Result<(), RobotError> {
+        self.0.maybe_panic("apply_chunk");
+        for row in chunk.iter() {
+            self.apply_action(&row.into(), context)?;
+        }
+        Ok(())
+    }
+
+    fn stopper(&self) -> Option<Stopper> {
+        self.0.maybe_panic("stopper");
+        let script = Arc::clone(&self.0);
+        let stop = move || {
+            script.record(Event::Stopped);
+            script.apply_gate.open();
+            script.reset_gate.open();
+        };
+        self.0.has_stopper.load(Ordering::Relaxed).then(|| Arc::new(stop) as Stopper)
     }
 
     fn step(
@@ -265,6 +298,9 @@ impl Harness {
         let sensors = Sensors::with_clock(cameras, proprios, clock.clone()).unwrap();
         let builder = PolicyServer::builder(ScriptedRobot(Arc::clone(&script)), sensors.clone())
             .name("test-robot")
+            // A paused clock jumps ahead, so nothing is judged by it unless a test asks for it.
+            .command_timeout(None)
+            .max_action_lateness(None)
             .clock(clock.clone());
         let server = configure(builder).build().unwrap();
         let published = sensors.clone();

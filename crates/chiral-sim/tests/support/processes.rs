@@ -85,10 +85,19 @@ pub struct RobotLog {
     pub end_calls: Vec<&'static str>,
 }
 
+impl RobotLog {
+    /// How often the robot was told that its controller is gone, each time right after a hold.
+    pub fn lost_controllers(&self) -> usize {
+        let lost = self.end_calls.windows(2).filter(|calls| calls[1] == "on_disconnect");
+        lost.inspect(|calls| assert_eq!(calls[0], "hold", "{:?}", self.end_calls)).count()
+    }
+}
+
 /// A [`RobotLog`] that the test reads while the robot writes it.
 pub type SharedLog = Arc<Mutex<RobotLog>>;
 
-/// A simulated robot that records the calls it receives.
+/// A simulated robot that records the calls it receives. It declares no rate, and its server drops nothing as
+/// late, so that every action that is sent is recorded when it arrives.
 pub struct RecordingRobot {
     robot: SimRobot,
     log: SharedLog,
@@ -99,7 +108,8 @@ impl RecordingRobot {
     pub fn start(config: SimConfig) -> (PolicyServerBuilder, SharedLog) {
         let (robot, sensors) = start(config).unwrap();
         let log = SharedLog::default();
-        (PolicyServer::builder(RecordingRobot { robot, log: Arc::clone(&log) }, sensors), log)
+        let builder = PolicyServer::builder(RecordingRobot { robot, log: Arc::clone(&log) }, sensors);
+        (builder.max_action_lateness(None), log)
     }
 
     fn log(&self) -> MutexGuard<'_, RobotLog> {
@@ -109,7 +119,7 @@ impl RecordingRobot {
 
 impl Robot for RecordingRobot {
     fn action_spec(&self) -> ActionSpec {
-        self.robot.action_spec()
+        ActionSpec { control_hz: 0.0, ..self.robot.action_spec() }
     }
 
     fn reset(&mut self, request: &ResetRequest) -> Result<ResetOutcome, RobotError> {

@@ -245,7 +245,7 @@ fn chunk(tensor: Option<wire::Tensor>, rank: u32, payload: &Payload) -> Result<A
         .map_err(|error| DecodeError::new("actions.shape", "complete rows", error))?;
     match (rank, count) {
         (0 | 2, _) => Ok(chunk),
-        (1, 1) => Ok(chunk.into_single()),
+        (1, 0 | 1) => Ok(chunk.into_single()),
         (1, _) => {
             Err(DecodeError::new("actions.shape", "one row, since rank is 1", format_args!("{count} rows")))
         }

@@ -8,6 +8,7 @@ mod control;
 mod dispatch;
 mod get_obs;
 mod held;
+mod holds;
 mod micro;
 mod naive;
 mod put;
@@ -62,6 +63,17 @@ enum Command {
         #[arg(long)]
         seconds: u64,
     },
+    /// Interrupt policies while a robot moves, and measure when it holds
+    Holds {
+        /// How often to stop a policy's process
+        #[arg(long, default_value_t = 200)]
+        stops: u32,
+        /// How often to make a policy hang
+        #[arg(long, default_value_t = 200)]
+        hangs: u32,
+    },
+    /// The policy that `holds` interrupts
+    HangingPolicy { uri: String },
     /// Measure what runs within one process
     Micro {
         /// Number of rounds
@@ -100,6 +112,8 @@ fn run(Arguments { cpu, command }: Arguments) -> Result<()> {
     match command {
         Command::Serve { workload } => server::run(workload),
         Command::Micro { rounds } => micro::run(rounds),
+        Command::Holds { stops, hangs } => holds::run(stops, hangs),
+        Command::HangingPolicy { uri } => holds::policy(&uri),
         Command::Soak { control, over, seconds } => {
             let mut control = control::Control::connect(control)?;
             let info = control.info()?;
