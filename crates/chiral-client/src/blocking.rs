@@ -13,7 +13,7 @@ use crate::{builder::CONNECTION_THREAD, connect};
 use crate::{
     builder::PolicyClientBuilder,
     client::{self, StreamOptions},
-    dispatch::queue::PutMode,
+    dispatch::put::PutMode,
     error::Error,
     stats::ClientStats,
 };

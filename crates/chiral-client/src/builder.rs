@@ -166,6 +166,15 @@ impl PolicyClientBuilder {
         self
     }
 
+    /// For how long the server may drop every action as too late, and accept none, before the next `put_*` or
+    /// `send_action` fails with [`Error::ActionsLate`]; 5 s by default. Single stalls of the network only
+    /// count in [`ClientStats`](crate::ClientStats).
+    #[must_use]
+    pub fn late_limit(mut self, limit: Duration) -> Self {
+        self.options.late_limit = limit;
+        self
+    }
+
     /// The largest frame that is accepted from the server, in bytes; 256 MiB by default.
     #[must_use]
     pub fn max_frame(mut self, bytes: usize) -> Self {

@@ -4,13 +4,13 @@ use std::{fmt, sync::Arc, time::Duration};
 
 use chiral_proto::{
     ActionChunk, Codec, Observation, Reply, Request, StepResult, Timestamp, ValueMap,
-    action::Action,
+    action::{Action, InvalidAction},
     clock::{InvalidRate, Rate},
     message::{RobotInfo, Subscribe, Welcome},
 };
 use tokio::time::timeout;
 
-use crate::{dispatch::queue::PutMode, error::Error, session::Session, state::Stream, stats::ClientStats};
+use crate::{dispatch::put::PutMode, error::Error, session::Session, state::Stream, stats::ClientStats};
 
 type Result<T, E = Error> = std::result::Result<T, E>;
 
@@ -139,7 +139,7 @@ impl PolicyClient {
     /// # Errors
     /// [`Error::InvalidAction`] before anything is sent, the session's end, or [`Error::Rejected`].
     pub async fn step(&self, chunk: impl Into<ActionChunk>) -> Result<StepResult> {
-        let actions = self.checked(chunk.into())?;
+        let actions = self.checked_within(self.max_step_rows(), chunk.into())?;
         let episode = self.session.core.state().actions.seen().episode;
         let step = Request::Step { session: self.welcome.session, episode, actions };
         match self.session.wire.request(step).await? {
@@ -204,7 +204,7 @@ impl PolicyClient {
         let arrival = async {
             loop {
                 self.session.core.state().check_stream()?;
-                let seen = self.session.core.state().actions.seen().observation_seq;
+                let seen = self.session.core.state().actions.seen().seq;
                 let newest = latest.borrow_and_update().clone();
                 match newest.filter(|obs| obs.seq > seen) {
                     Some(obs) => return Ok(self.see(obs)),
@@ -300,12 +300,13 @@ impl PolicyClient {
     /// # Errors
     /// [`Error::InvalidAction`], [`Error::ActionRefused`] for an action sent earlier, or the session's end.
     pub async fn send_action(&self, actions: impl Into<ActionChunk>) -> Result<()> {
-        let actions = self.checked(actions.into())?;
+        let actions = self.checked_within(self.max_action_rows(), actions.into())?;
+        let core = &self.session.core;
         let message = {
-            let mut state = self.session.core.state();
+            let mut state = core.state();
             state.check_alive()?;
-            state.actions.check_refusal()?;
-            state.actions.message(actions)
+            state.actions.check()?;
+            state.actions.message(actions, core.now())
         };
         self.session.sink.send_actions(message).await
     }
@@ -319,8 +320,7 @@ impl PolicyClient {
 
     /// How the session is doing.
     pub fn stats(&self) -> ClientStats {
-        let core = &self.session.core;
-        core.state().stats(core.now())
+        self.session.stats()
     }
 
     /// Closes the connection. Afterwards every call fails with [`Error::Closed`]. When this returns, the
@@ -347,14 +347,38 @@ impl PolicyClient {
         let core = &self.session.core;
         let mut state = core.state();
         state.check_alive()?;
-        state.actions.check_refusal()?;
-        let was_empty = state.actions.len() == 0;
+        state.actions.check()?;
+        let was_empty = state.actions.queued() == 0;
         state.actions.put(chunk, mode, core.now())?;
         drop(state);
         if was_empty {
             core.dispatch.wake();
         }
         Ok(())
+    }
+
+    /// The most rows that the server accepts in one action.
+    fn max_action_rows(&self) -> usize {
+        match self.welcome.max_chunk_rows {
+            0 => ActionChunk::OLD_MAX_ROWS,
+            rows => rows,
+        }
+    }
+
+    /// The most rows that the server accepts in one step.
+    fn max_step_rows(&self) -> usize {
+        match self.welcome.max_chunk_rows {
+            0 => ActionChunk::MAX_ROWS,
+            rows => rows,
+        }
+    }
+
+    /// Returns the chunk if it is what the robot declares, and of at most `limit` rows.
+    fn checked_within(&self, limit: usize, chunk: ActionChunk) -> Result<ActionChunk> {
+        if chunk.rows() > limit {
+            return Err(InvalidAction::Rows { limit, found: chunk.rows() }.into());
+        }
+        self.checked(chunk)
     }
 
     /// Returns the chunk if it is what the robot declares.

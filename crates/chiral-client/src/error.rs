@@ -83,6 +83,17 @@ pub enum Error {
     /// The server refused an action that was sent earlier, or the robot failed at it.
     #[error("an action was refused: {0}")]
     ActionRefused(Fault),
+    /// Rows were sent, and the server dropped all of them because they arrived too late.
+    #[error(
+        "expected the server to accept actions, found all {dropped} rows dropped as too late for {:.1} s",
+        waited.as_secs_f64()
+    )]
+    ActionsLate {
+        /// For how long none was accepted.
+        waited: Duration,
+        /// The rows that were dropped in this time.
+        dropped: u64,
+    },
     /// The connection was lost or closed.
     #[error("disconnected: {reason}")]
     Disconnected {

@@ -10,7 +10,7 @@ use chiral_proto::{
 use tokio::sync::oneshot;
 
 use crate::{
-    dispatch::queue::ActionQueue,
+    dispatch::{actions::Actions, put::ObservationRef},
     error::Error,
     stats::{ClientStats, Recent, percentile},
 };
@@ -24,7 +24,7 @@ pub(crate) struct State {
     /// The newest episode. Observations of older ones are discarded.
     pub(crate) episode: u64,
     pub(crate) stream: Stream,
-    pub(crate) actions: ActionQueue,
+    pub(crate) actions: Actions,
     /// Why the session ended.
     ended: Option<Error>,
     pending: HashMap<u64, Pending>,
@@ -68,16 +68,11 @@ pub(crate) enum RequestKind {
 }
 
 impl State {
-    pub(crate) fn new(
-        session: u64,
-        episode: u64,
-        queue_capacity: usize,
-        first_round_trip: Duration,
-    ) -> State {
+    pub(crate) fn new(episode: u64, actions: Actions, first_round_trip: Duration) -> State {
         State {
             episode,
             stream: Stream::Off,
-            actions: ActionQueue::new(session, episode, queue_capacity),
+            actions,
             ended: None,
             pending: HashMap::new(),
             last_request: 1,
@@ -151,10 +146,8 @@ impl State {
             *received += 1;
             *credit_due = true;
         }
-        let cameras = observation.cameras.iter().map(|camera| camera.captured_at);
-        let proprios = observation.proprios.iter().map(|proprio| proprio.captured_at);
-        let oldest = cameras.min().or(proprios.min());
-        self.arrivals.add(now, oldest.and_then(|captured_at| self.age(captured_at, now)));
+        let captured_at = ObservationRef::from(observation).captured_at;
+        self.arrivals.add(now, captured_at.and_then(|captured_at| self.age(captured_at, now)));
         let is_current = observation.episode >= self.episode;
         self.episode = self.episode.max(observation.episode);
         is_current
@@ -224,11 +217,14 @@ impl State {
             observation_age_p99: recent.age_p99,
             round_trip: self.clocks.round_trip(),
             clock_offset_ns: self.clocks.offset_ns(),
-            actions_queued: self.actions.len(),
+            silent_for: None,
+            actions_queued: self.actions.queued(),
             actions_sent: actions.sent,
             actions_refused: actions.refused,
             actions_skipped: actions.skipped,
             actions_discarded: actions.discarded,
+            actions_late: actions.dropped.late,
+            actions_superseded: actions.dropped.superseded,
             action_lateness_p50: percentile(&lateness, 50),
             action_lateness_p99: percentile(&lateness, 99),
         }

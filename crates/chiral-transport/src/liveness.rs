@@ -63,6 +63,17 @@ impl IdleTimeout {
         self.shared.last_arrival_ns.store(elapsed_ns, Ordering::Relaxed);
     }
 
+    /// How long nothing has arrived, counted from the timeout's creation; `None` without a limit, where a
+    /// silent peer may well be alive.
+    pub fn idle_for(&self) -> Option<Duration> {
+        (self.limit() < Duration::from_nanos(u64::MAX)).then(|| self.idle())
+    }
+
+    fn idle(&self) -> Duration {
+        let last_arrival = Duration::from_nanos(self.shared.last_arrival_ns.load(Ordering::Relaxed));
+        self.shared.started.elapsed().saturating_sub(last_arrival)
+    }
+
     /// Runs a receive loop; `None` if nothing has arrived for too long before it ended. Its start counts as an
     /// arrival.
     pub async fn watch<T>(&self, receiving: impl Future<Output = T>) -> Option<T> {
@@ -78,9 +89,7 @@ impl IdleTimeout {
     /// Waits until nothing has arrived for as long as the limit.
     pub async fn expired(&self) {
         loop {
-            let last_arrival = Duration::from_nanos(self.shared.last_arrival_ns.load(Ordering::Relaxed));
-            let idle = self.shared.started.elapsed().saturating_sub(last_arrival);
-            match self.limit().checked_sub(idle) {
+            match self.limit().checked_sub(self.idle()) {
                 None | Some(Duration::ZERO) => return,
                 Some(rest) => sleep(rest.min(CHECK_PERIOD)).await,
             }

@@ -3,10 +3,19 @@
 use std::{path::PathBuf, time::Duration};
 
 use bytes::Bytes;
-use chiral_proto::{Clock, Codec, message::Role, pool::Pool};
+use chiral_proto::{
+    Clock, Codec,
+    message::{Role, Welcome},
+    pool::Pool,
+};
 use chiral_transport::{Pacing, monotonic};
 
-use crate::{connection::Lane, dispatch::thread::Wait, error::Error};
+use crate::{
+    connection::Lane,
+    dispatch::{actions::Actions, thread::Wait},
+    error::Error,
+    state::State,
+};
 
 /// What the builder sets. Options of one transport are ignored or refused by the other, as the builder
 /// documents.
@@ -28,6 +37,8 @@ pub(crate) struct ConnectOptions {
     pub(crate) reply_timeout: Duration,
     /// Rows that the action queue holds.
     pub(crate) queue_capacity: usize,
+    /// For how long the server may accept no action before that is an error.
+    pub(crate) late_limit: Duration,
     /// Of the caller's own.
     pub(crate) clock: Option<Clock>,
     pub(crate) dispatch_spin: Duration,
@@ -65,6 +76,7 @@ impl ConnectOptions {
             idle_timeout: Duration::from_secs(10),
             reply_timeout: Duration::from_secs(60),
             queue_capacity: 256,
+            late_limit: Duration::from_secs(5),
             clock: None,
             dispatch_spin: Duration::from_micros(300),
             one_connection: false,
@@ -75,6 +87,12 @@ impl ConnectOptions {
             zenoh_config: None,
             shared_memory: true,
         }
+    }
+
+    /// The state of a session that begins now.
+    pub(crate) fn state(&self, welcome: &Welcome, first_round_trip: Duration) -> State {
+        let actions = Actions::new(welcome.session, welcome.episode, self.queue_capacity, self.late_limit);
+        State::new(welcome.episode, actions, first_round_trip)
     }
 
     pub(crate) fn clock(&self) -> Clock {

@@ -6,7 +6,7 @@ use chiral_proto::{Code, Fault, message::ActionMessage};
 use chiral_transport::Runtime;
 use tokio::time::sleep;
 
-use super::queue::Due;
+use super::actions::Due;
 use crate::{core::Core, error::Error, transport::BoxFuture};
 
 /// Where actions are sent: all that dispatch needs of a session's connections.

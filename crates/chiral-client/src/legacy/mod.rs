@@ -28,7 +28,6 @@ use crate::{
     core::Core,
     error::Error,
     session::{Connections, Session},
-    state::State,
 };
 
 /// Finds legacy servers where a normal attempt to connect found none: on Zenoh networks.
@@ -72,8 +71,7 @@ pub(crate) async fn start(
     shared: Shared,
 ) -> Result<(Session, Welcome), Error> {
     let welcome = undeclared(&options.uri);
-    let state = State::new(welcome.session, welcome.episode, options.queue_capacity, Duration::ZERO);
-    let core = Arc::new(Core::new(state, options.clock()));
+    let core = Arc::new(Core::new(options.state(&welcome, Duration::ZERO), options.clock()));
     let expires = link.idle_timeout.limit() <= options.idle_timeout;
     let legacy_options = LegacyOptions {
         request_timeout: options.request_timeout,

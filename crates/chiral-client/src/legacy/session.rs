@@ -240,7 +240,7 @@ impl LegacyWire {
             Request::Step { actions, .. } => {
                 self.check_controller()?;
                 let seen = self.core.state().actions.seen();
-                let times = lock(&self.known).capture_times(seen.observation_seq);
+                let times = lock(&self.known).capture_times(seen.seq);
                 let _one_request = self.request_lock.lock().await;
                 self.within_reply_timeout("a reply to the step", self.step(actions, times)).await
             }
@@ -286,7 +286,7 @@ impl LegacyWire {
             lock(&self.known).steps = Some(true);
             return Ok(stepped);
         }
-        let message = self.core.state().actions.message(actions);
+        let message = self.core.state().actions.message(actions, self.core.now());
         self.apply(message).await?;
         let observed =
             within(self.options.request_timeout, "an observation after the actions", self.observe()).await?;
