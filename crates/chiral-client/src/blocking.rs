@@ -13,7 +13,7 @@ use crate::{builder::CONNECTION_THREAD, connect};
 use crate::{
     builder::PolicyClientBuilder,
     client::{self, StreamOptions},
-    dispatch::put::PutMode,
+    dispatch::put::PutOptions,
     error::Error,
     stats::ClientStats,
 };
@@ -167,8 +167,8 @@ impl PolicyClient {
     }
 
     /// See [`crate::PolicyClient::put_chunk`].
-    pub fn put_chunk(&self, chunk: impl Into<ActionChunk>, mode: PutMode) -> Result<()> {
-        self.wait(self.connection.client.put_chunk(chunk, mode))
+    pub fn put_chunk(&self, chunk: impl Into<ActionChunk>, options: impl Into<PutOptions>) -> Result<()> {
+        self.wait(self.connection.client.put_chunk(chunk, options))
     }
 
     /// See [`crate::PolicyClient::try_put_action`].
@@ -177,8 +177,8 @@ impl PolicyClient {
     }
 
     /// See [`crate::PolicyClient::try_put_chunk`].
-    pub fn try_put_chunk(&self, chunk: impl Into<ActionChunk>, mode: PutMode) -> Result<()> {
-        self.connection.client.try_put_chunk(chunk, mode)
+    pub fn try_put_chunk(&self, chunk: impl Into<ActionChunk>, options: impl Into<PutOptions>) -> Result<()> {
+        self.connection.client.try_put_chunk(chunk, options)
     }
 
     /// See [`crate::PolicyClient::clear_actions`].

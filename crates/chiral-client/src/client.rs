@@ -10,7 +10,7 @@ use chiral_proto::{
 };
 use tokio::time::timeout;
 
-use crate::{dispatch::put::PutMode, error::Error, session::Session, state::Stream, stats::ClientStats};
+use crate::{dispatch::put::PutOptions, error::Error, session::Session, state::Stream, stats::ClientStats};
 
 type Result<T, E = Error> = std::result::Result<T, E>;
 
@@ -232,6 +232,7 @@ impl PolicyClient {
         state.check_alive()?;
         state.actions.start(rate, core.now());
         drop(state);
+        core.room.notify_waiters();
         core.dispatch.wake();
         Ok(())
     }
@@ -247,23 +248,31 @@ impl PolicyClient {
     ///
     /// # Errors
     /// [`Error::InvalidAction`], [`Error::QueueFull`] without dispatch, [`Error::ActionRefused`] for an
-    /// action sent earlier, or the session's end.
+    /// action sent earlier, [`Error::ActionsLate`], or the session's end.
     pub async fn put_action(&self, action: impl Into<Action>) -> Result<()> {
-        self.put_chunk(action.into(), PutMode::Append).await
+        self.put_chunk(action.into(), PutOptions::default()).await
     }
 
-    /// Queues the rows of a chunk, all or none. While dispatch runs, waits for room.
+    /// Queues the rows of a chunk, all or none. While dispatch runs, waits for room. The options are a
+    /// [`PutMode`](crate::PutMode), or [`PutOptions`] that also say from which observation the chunk was
+    /// predicted, when it starts and how long it is valid.
     ///
     /// # Errors
-    /// As [`PolicyClient::put_action`]; also [`Error::QueueFull`] for a chunk that could never fit.
-    pub async fn put_chunk(&self, chunk: impl Into<ActionChunk>, mode: PutMode) -> Result<()> {
-        let chunk = self.checked(chunk.into())?;
+    /// As [`PolicyClient::put_action`]; also [`Error::QueueFull`] for a chunk that could never fit. With a
+    /// start, [`Error::InvalidArgument`] without dispatch and [`Error::ClockUnknown`] before the clocks were
+    /// compared.
+    pub async fn put_chunk(
+        &self,
+        chunk: impl Into<ActionChunk>,
+        options: impl Into<PutOptions>,
+    ) -> Result<()> {
+        let (chunk, options) = (self.checked(chunk.into())?, options.into());
         loop {
             let room = self.session.core.room.notified();
             tokio::pin!(room);
             // From here on no notification is missed.
             room.as_mut().enable();
-            match self.put(&chunk, mode) {
+            match self.put(&chunk, &options) {
                 Err(Error::QueueFull { rows, capacity, dispatching: true, .. }) if rows <= capacity => {
                     room.await
                 }
@@ -277,15 +286,15 @@ impl PolicyClient {
     /// # Errors
     /// As [`PolicyClient::put_action`], and [`Error::QueueFull`] also while dispatch runs.
     pub fn try_put_action(&self, action: impl Into<Action>) -> Result<()> {
-        self.try_put_chunk(action.into(), PutMode::Append)
+        self.try_put_chunk(action.into(), PutOptions::default())
     }
 
     /// Queues the rows of a chunk, all or none, without waiting.
     ///
     /// # Errors
     /// As [`PolicyClient::try_put_action`].
-    pub fn try_put_chunk(&self, chunk: impl Into<ActionChunk>, mode: PutMode) -> Result<()> {
-        self.put(&self.checked(chunk.into())?, mode)
+    pub fn try_put_chunk(&self, chunk: impl Into<ActionChunk>, options: impl Into<PutOptions>) -> Result<()> {
+        self.put(&self.checked(chunk.into())?, &options.into())
     }
 
     /// Drops the actions that are queued.
@@ -298,7 +307,8 @@ impl PolicyClient {
     /// Sends actions now, past the queue.
     ///
     /// # Errors
-    /// [`Error::InvalidAction`], [`Error::ActionRefused`] for an action sent earlier, or the session's end.
+    /// [`Error::InvalidAction`], [`Error::ActionRefused`] for an action sent earlier, [`Error::ActionsLate`],
+    /// or the session's end.
     pub async fn send_action(&self, actions: impl Into<ActionChunk>) -> Result<()> {
         let actions = self.checked_within(self.max_action_rows(), actions.into())?;
         let core = &self.session.core;
@@ -343,15 +353,10 @@ impl PolicyClient {
     }
 
     /// Queues a chunk if there is room now.
-    fn put(&self, chunk: &ActionChunk, mode: PutMode) -> Result<()> {
+    fn put(&self, chunk: &ActionChunk, options: &PutOptions) -> Result<()> {
         let core = &self.session.core;
-        let mut state = core.state();
-        state.check_alive()?;
-        state.actions.check()?;
-        let was_empty = state.actions.queued() == 0;
-        state.actions.put(chunk, mode, core.now())?;
-        drop(state);
-        if was_empty {
+        let is_next = core.state().put(chunk, options, core.now())?;
+        if is_next {
             core.dispatch.wake();
         }
         Ok(())

@@ -140,6 +140,13 @@ pub enum Error {
     /// The action does not fit what the robot declares.
     #[error(transparent)]
     InvalidAction(#[from] InvalidAction),
+    /// A start on the server's clock cannot be converted to this host's: the server has not answered a ping
+    /// yet, or it is a legacy server, which never does.
+    #[error(
+        "start_at: expected the clocks of client and server to have been compared, found no reply to a ping \
+         yet, and none ever from a legacy server"
+    )]
+    ClockUnknown,
     /// An argument is out of range.
     #[error("{name}: expected {expected}, found {found}")]
     InvalidArgument {

@@ -59,7 +59,7 @@ pub use builder::PolicyClientBuilder;
 pub use client::{PolicyClient, StreamOptions};
 #[cfg(feature = "zenoh")]
 pub use discover::DiscoveredRobot;
-pub use dispatch::put::PutMode;
+pub use dispatch::put::{ObservationRef, PutMode, PutOptions};
 pub use error::Error;
 pub use stats::ClientStats;
 

@@ -4,13 +4,16 @@
 use std::{collections::HashMap, time::Duration};
 
 use chiral_proto::{
-    Message, Notice, Observation, Reply, Timestamp,
+    ActionChunk, Message, Notice, Observation, Reply, Timestamp,
     clock::{OffsetFilter, PingSample},
 };
 use tokio::sync::oneshot;
 
 use crate::{
-    dispatch::{actions::Actions, put::ObservationRef},
+    dispatch::{
+        actions::Actions,
+        put::{ObservationRef, PutOptions},
+    },
     error::Error,
     stats::{ClientStats, Recent, percentile},
 };
@@ -173,6 +176,27 @@ impl State {
         1 + in_flight.min(f64::from(MAX_WINDOW - 1)) as u32
     }
 
+    // ---- Actions ------------------------------------------------------------------------------------------
+
+    /// Queues the rows of a chunk, or none. Returns whether one is due before what was next.
+    pub(crate) fn put(
+        &mut self,
+        chunk: &ActionChunk,
+        options: &PutOptions,
+        now: Timestamp,
+    ) -> Result<bool, Error> {
+        self.check_alive()?;
+        self.actions.check()?;
+        let start_at = match options.start_at {
+            Some(start_at) => {
+                let ahead_ns = self.clocks.offset_ns().ok_or(Error::ClockUnknown)?;
+                Some(start_at.shifted(-ahead_ns))
+            }
+            None => None,
+        };
+        self.actions.put(chunk, options, start_at, self.episode, now)
+    }
+
     // ---- The server's clock -------------------------------------------------------------------------------
 
     pub(crate) fn add_ping_sample(&mut self, sample: PingSample) {
@@ -222,6 +246,7 @@ impl State {
             actions_sent: actions.sent,
             actions_refused: actions.refused,
             actions_skipped: actions.skipped,
+            actions_missed: actions.missed,
             actions_discarded: actions.discarded,
             actions_late: actions.dropped.late,
             actions_superseded: actions.dropped.superseded,

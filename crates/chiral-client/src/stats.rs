@@ -34,7 +34,10 @@ pub struct ClientStats {
     pub actions_refused: u64,
     /// Ticks of the dispatch that were missed by more than a period while a row waited.
     pub actions_skipped: u64,
-    /// Rows dropped because a reset overtook them.
+    /// Rows of chunks with `start_at` whose tick had passed, and rows before such that missed ticks had
+    /// delayed beyond it.
+    pub actions_missed: u64,
+    /// Rows dropped because a reset overtook them, or because they were predicted from an older episode.
     pub actions_discarded: u64,
     /// Rows that the server dropped because they arrived too late. It does not report them one by one, and
     /// they fail no call.

@@ -11,7 +11,7 @@ use chiral_proto::{
 
 use super::{
     dropped::DroppedRows,
-    put::{ObservationRef, PutMode},
+    put::{ObservationRef, PutOptions},
     queue::{Next, Row, RowQueue},
 };
 use crate::error::Error;
@@ -55,6 +55,8 @@ pub(crate) struct ActionStats {
     pub(crate) refused: u64,
     /// Ticks that were missed by more than a period while a row waited.
     pub(crate) skipped: u64,
+    /// Rows dropped because their tick had passed.
+    pub(crate) missed: u64,
     /// Rows dropped because a reset overtook them.
     pub(crate) discarded: u64,
     /// As the server reports them.
@@ -97,16 +99,34 @@ impl Actions {
         self.queue.len()
     }
 
-    /// Queues all rows of a chunk, or none.
-    pub(crate) fn put(&mut self, chunk: &ActionChunk, mode: PutMode, now: Timestamp) -> Result<(), Error> {
-        let from = self.seen;
-        let rows = chunk.iter().map(|row| Row { values: row.to_vec(), from });
-        self.queue.put(rows, mode, now)
+    /// Queues all rows of a chunk, or none; with `start_at`, the options' start on the local clock, for ticks
+    /// of their own. Rows of an episode before `episode`, or of another session, are dropped. Returns whether
+    /// one is due before what was next.
+    pub(crate) fn put(
+        &mut self,
+        chunk: &ActionChunk,
+        options: &PutOptions,
+        start_at: Option<Timestamp>,
+        episode: u64,
+        now: Timestamp,
+    ) -> Result<bool, Error> {
+        let PutOptions { mode, from, valid_for, .. } = *options;
+        let from = from.unwrap_or(self.seen);
+        let is_foreign = from.session != 0 && from.session != self.session;
+        if is_foreign || from.episode < episode {
+            self.stats.discarded += chunk.rows() as u64;
+            return Ok(false);
+        }
+        let rows = chunk.iter().map(|row| Row { values: row.to_vec(), from, valid_for });
+        match start_at {
+            Some(start_at) => self.queue.put_at(rows, mode, start_at, now),
+            None => self.queue.put(rows, mode, now),
+        }
     }
 
     /// The message that sends a chunk now, past the queue.
     pub(crate) fn message(&mut self, actions: ActionChunk, now: Timestamp) -> ActionMessage {
-        self.message_from(actions, self.seen, now)
+        self.message_from(actions, self.seen, None, now)
     }
 
     /// The caller was given this observation. Its next actions come from it, or from a newer one that it was
@@ -139,7 +159,9 @@ impl Actions {
         }
         match self.queue.next(now) {
             // One row that is sent alone is a single action.
-            Next::Row(Row { values, from }) => Due::Now(self.message_from(values.into(), from, now)),
+            Next::Row(Row { values, from, valid_for }) => {
+                Due::Now(self.message_from(values.into(), from, valid_for, now))
+            }
             Next::In(wait) => Due::In(wait),
             Next::Idle => Due::Idle,
         }
@@ -147,7 +169,13 @@ impl Actions {
 
     /// The message that sends these rows, stamped before the socket: what they wait for there counts as
     /// transit.
-    fn message_from(&mut self, actions: ActionChunk, from: ObservationRef, now: Timestamp) -> ActionMessage {
+    fn message_from(
+        &mut self,
+        actions: ActionChunk,
+        from: ObservationRef,
+        valid_for: Option<Duration>,
+        now: Timestamp,
+    ) -> ActionMessage {
         self.last_seq += 1;
         self.stats.sent += 1;
         ActionMessage {
@@ -157,7 +185,7 @@ impl Actions {
             actions,
             observation_seq: from.seq,
             sent_at: Some(now),
-            valid_for: None,
+            valid_for,
             observed_at: from.captured_at,
         }
     }
@@ -207,7 +235,12 @@ impl Actions {
     }
 
     pub(crate) fn stats(&self) -> ActionStats {
-        ActionStats { skipped: self.queue.skipped(), dropped: self.dropped.totals(), ..self.stats }
+        ActionStats {
+            skipped: self.queue.skipped(),
+            missed: self.queue.missed(),
+            dropped: self.dropped.totals(),
+            ..self.stats
+        }
     }
 
     /// By how much the last rows missed their ticks, sorted.
@@ -222,7 +255,7 @@ mod tests {
 
     use chiral_proto::{Code, DType, Proprio, Tensor};
 
-    use super::*;
+    use super::{super::put::PutMode, *};
 
     const MS: i64 = 1_000_000;
 
@@ -234,9 +267,9 @@ mod tests {
         actions
     }
 
-    fn put(actions: &mut Actions, rows: usize, ms: i64) {
+    fn put(actions: &mut Actions, rows: usize, options: PutOptions) {
         let chunk = ActionChunk::new(1, vec![0.0; rows]).unwrap();
-        actions.put(&chunk, PutMode::Append, Timestamp(ms * MS)).unwrap();
+        actions.put(&chunk, &options, None, 1, Timestamp(0)).unwrap();
     }
 
     fn observation(episode: u64, seq: u64, captured_ms: &[i64]) -> Observation {
@@ -256,7 +289,7 @@ mod tests {
     fn an_action_says_when_it_was_sent_and_what_it_was_chosen_from() {
         let mut actions = actions(Some(10.0));
         actions.see(&observation(1, 7, &[30, 20]));
-        put(&mut actions, 2, 0);
+        put(&mut actions, 2, PutOptions::default());
         actions.see(&observation(1, 8, &[]));
         let Due::Now(row) = actions.due(1, Timestamp(3 * MS)) else { panic!("expected a row") };
         assert_eq!(row.sent_at, Some(Timestamp(3 * MS)));
@@ -270,11 +303,35 @@ mod tests {
     }
 
     #[test]
+    fn a_chunk_may_say_what_it_was_predicted_from_and_how_long_it_is_valid() {
+        let mut actions = actions(Some(10.0));
+        let (old, new) = (observation(1, 3, &[10]), observation(1, 9, &[90]));
+        actions.see(&new);
+        let options = PutOptions::default().predicted_from(&old).valid_for(Duration::from_millis(70));
+        put(&mut actions, 1, options);
+        let Due::Now(row) = actions.due(1, Timestamp(0)) else { panic!("expected a row") };
+        assert_eq!((row.observation_seq, row.observed_at), (3, Some(Timestamp(10 * MS))));
+        assert_eq!(row.valid_for, Some(Duration::from_millis(70)));
+    }
+
+    #[test]
+    fn rows_from_an_older_episode_or_another_session_replace_nothing() {
+        let mut actions = actions(None);
+        actions.see(&observation(1, 3, &[]));
+        put(&mut actions, 2, PutOptions::default());
+        let foreign = Observation { session: 2, ..observation(1, 3, &[]) };
+        for stale in [observation(0, 1, &[]), foreign] {
+            put(&mut actions, 1, PutOptions::new(PutMode::Replace).predicted_from(&stale));
+        }
+        assert_eq!((actions.queued(), actions.stats().discarded), (2, 2));
+    }
+
+    #[test]
     fn a_reset_drops_the_rows_that_were_chosen_before_it() {
         let mut actions = actions(Some(10.0));
-        put(&mut actions, 2, 0);
+        put(&mut actions, 2, PutOptions::default());
         actions.reset_started();
-        put(&mut actions, 1, 0);
+        put(&mut actions, 1, PutOptions::default());
         assert!(matches!(actions.due(1, Timestamp(0)), Due::Idle), "a reset is in progress");
         actions.reset_finished(Timestamp(50 * MS));
         assert!(matches!(actions.due(2, Timestamp(100 * MS)), Due::Idle), "the row is of the old episode");

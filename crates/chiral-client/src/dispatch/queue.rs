@@ -15,6 +15,7 @@ use crate::error::Error;
 pub(crate) struct Row {
     pub(crate) values: Vec<f32>,
     pub(crate) from: ObservationRef,
+    pub(crate) valid_for: Option<Duration>,
 }
 
 /// What is due.
@@ -28,17 +29,26 @@ pub(crate) enum Next {
     Idle,
 }
 
-/// The rows that wait for the ticks of dispatch.
+/// The rows that wait for the ticks of dispatch, in the order in which they are sent.
 #[derive(Debug)]
 pub(crate) struct RowQueue {
-    rows: VecDeque<Row>,
+    rows: VecDeque<Queued>,
     capacity: usize,
     /// Runs while dispatch does.
     ticker: Option<Ticker>,
     /// Ticks that were missed by more than a period while a row waited.
     skipped: u64,
+    /// Rows dropped because their tick had passed.
+    missed: u64,
     /// By how much the last rows missed their ticks.
     lateness: VecDeque<Duration>,
+}
+
+#[derive(Debug)]
+struct Queued {
+    row: Row,
+    /// The tick that the row was put for. Other rows take the next one when it is their turn.
+    tick: Option<u64>,
 }
 
 impl RowQueue {
@@ -46,16 +56,25 @@ impl RowQueue {
     const LATENESS_ROWS: usize = 1024;
 
     pub(crate) fn new(capacity: usize) -> RowQueue {
-        RowQueue { rows: VecDeque::new(), capacity, ticker: None, skipped: 0, lateness: VecDeque::new() }
+        RowQueue {
+            rows: VecDeque::new(),
+            capacity,
+            ticker: None,
+            skipped: 0,
+            missed: 0,
+            lateness: VecDeque::new(),
+        }
     }
 
     /// Starts dispatch, or changes its rate; the first tick is now.
     pub(crate) fn start(&mut self, rate: Rate, now: Timestamp) {
+        self.drop_timed_rows();
         self.lateness.clear();
         self.ticker = Some(Ticker::new(rate, now));
     }
 
     pub(crate) fn stop(&mut self) {
+        self.drop_timed_rows();
         self.ticker = None;
     }
 
@@ -67,44 +86,80 @@ impl RowQueue {
         self.rows.len()
     }
 
-    /// Queues all rows, or none.
+    /// Queues all rows, or none. Returns whether one of them is due before what was next.
     pub(crate) fn put(
         &mut self,
         rows: impl ExactSizeIterator<Item = Row>,
         mode: PutMode,
         now: Timestamp,
-    ) -> Result<(), Error> {
+    ) -> Result<bool, Error> {
         let kept = if mode == PutMode::Replace { 0 } else { self.rows.len() };
-        if kept + rows.len() > self.capacity {
-            return Err(Error::QueueFull {
-                rows: rows.len(),
-                queued: self.rows.len(),
-                capacity: self.capacity,
-                dispatching: self.ticker.is_some(),
-            });
-        }
+        self.check_room(kept, rows.len())?;
+        let next_before = self.front_tick();
         self.rows.truncate(kept);
-        if let Some(ticker) = &mut self.ticker
-            && self.rows.is_empty()
-            && ticker.deadline() < now
-        {
-            // Ticks that passed while there was nothing to send were not missed.
-            ticker.skip_due(now);
+        self.skip_idle_ticks(now);
+        self.rows.extend(rows.map(|row| Queued { row, tick: None }));
+        Ok(self.front_tick() != next_before)
+    }
+
+    /// Queues rows for the ticks from the first one at or after `start_at` on, in place of the rows that would
+    /// take these ticks. All rows or none; but those whose tick has passed are dropped. Returns whether one of
+    /// them is due before what was next.
+    pub(crate) fn put_at(
+        &mut self,
+        rows: impl ExactSizeIterator<Item = Row>,
+        mode: PutMode,
+        start_at: Timestamp,
+        now: Timestamp,
+    ) -> Result<bool, Error> {
+        self.skip_idle_ticks(now);
+        let Some(ticker) = &self.ticker else {
+            return Err(Error::InvalidArgument {
+                name: "start_at",
+                expected: "action dispatch to run, whose ticks the rows take",
+                found: "no action dispatch".to_owned(),
+            });
+        };
+        let first = ticker.first_from(start_at);
+        let next = ticker.next();
+        let passed = (next as i64).saturating_sub(first).clamp(0, rows.len() as i64) as usize;
+        let start = next.max(first.max(0) as u64);
+        let ticks = start..start + (rows.len() - passed) as u64;
+        let keeps = |tick: &u64| mode != PutMode::Replace && !ticks.contains(tick);
+        let planned = self.planned_ticks(next);
+        if !ticks.is_empty() {
+            let kept = planned.iter().filter(|tick| keeps(tick)).count();
+            self.check_room(kept, rows.len() - passed)?;
         }
-        self.rows.extend(rows);
-        Ok(())
+        self.missed += passed as u64;
+        if ticks.is_empty() {
+            return Ok(false);
+        }
+        let next_before = self.front_tick();
+        let old = std::mem::take(&mut self.rows);
+        let kept = planned.into_iter().zip(old).filter(|(tick, _)| keeps(tick));
+        let (before, after): (VecDeque<_>, VecDeque<_>) = kept.partition(|(tick, _)| *tick < ticks.start);
+        let new = rows.skip(passed).zip(ticks).map(|(row, tick)| Queued { row, tick: Some(tick) });
+        self.rows.extend(before.into_iter().map(|(_, queued)| queued));
+        self.rows.extend(new);
+        self.rows.extend(after.into_iter().map(|(_, queued)| queued));
+        Ok(self.front_tick() != next_before)
     }
 
     /// The row that is due, or when the next one is.
     pub(crate) fn next(&mut self, now: Timestamp) -> Next {
-        let Some(ticker) = &mut self.ticker else { return Next::Idle };
-        let wait = ticker.due_in(now);
+        self.drop_passed_rows(now);
+        let (Some(ticker), Some(front)) = (&mut self.ticker, self.rows.front()) else { return Next::Idle };
+        let tick = front.tick.unwrap_or_else(|| ticker.current(now));
+        let wait = ticker.deadline_of(tick).since(now);
         if !wait.is_zero() {
-            return if self.rows.is_empty() { Next::Idle } else { Next::In(wait) };
+            return Next::In(wait);
         }
-        let Some(row) = self.rows.pop_front() else { return Next::Idle };
+        let Some(Queued { row, tick }) = self.rows.pop_front() else { return Next::Idle };
         let Tick { skipped, lateness } = ticker.take(now);
-        self.skipped += skipped;
+        if tick.is_none() {
+            self.skipped += skipped;
+        }
         if self.lateness.len() == Self::LATENESS_ROWS {
             self.lateness.pop_front();
         }
@@ -115,7 +170,7 @@ impl RowQueue {
     /// Drops the rows of an episode before `episode`. Returns how many.
     pub(crate) fn discard_before(&mut self, episode: u64) -> u64 {
         let before = self.rows.len();
-        self.rows.retain(|row| row.from.episode >= episode);
+        self.rows.retain(|queued| queued.row.from.episode >= episode);
         (before - self.rows.len()) as u64
     }
 
@@ -131,101 +186,72 @@ impl RowQueue {
         self.skipped
     }
 
+    /// Rows dropped because their tick had passed.
+    pub(crate) fn missed(&self) -> u64 {
+        self.missed
+    }
+
     /// By how much the last rows missed their ticks, sorted.
     pub(crate) fn lateness(&self) -> Vec<Duration> {
         let mut lateness: Vec<_> = self.lateness.iter().copied().collect();
         lateness.sort_unstable();
         lateness
     }
+
+    // ---- Helpers ------------------------------------------------------------------------------------------
+
+    fn check_room(&self, kept: usize, rows: usize) -> Result<(), Error> {
+        if kept + rows <= self.capacity {
+            return Ok(());
+        }
+        let (queued, capacity) = (self.rows.len(), self.capacity);
+        Err(Error::QueueFull { rows, queued, capacity, dispatching: self.ticker.is_some() })
+    }
+
+    /// Which tick the first row was put for, if there is a row.
+    fn front_tick(&self) -> Option<Option<u64>> {
+        self.rows.front().map(|queued| queued.tick)
+    }
+
+    /// The tick that each row takes if none is missed, where `next` is the next one.
+    fn planned_ticks(&self, next: u64) -> Vec<u64> {
+        let take = |free: &mut u64, queued: &Queued| {
+            let tick = queued.tick.unwrap_or(*free);
+            *free = tick.max(*free) + 1;
+            Some(tick)
+        };
+        self.rows.iter().scan(next, take).collect()
+    }
+
+    /// Ticks that passed while there was nothing to send were not missed.
+    fn skip_idle_ticks(&mut self, now: Timestamp) {
+        if let Some(ticker) = &mut self.ticker
+            && self.rows.front().is_none_or(|front| front.tick.is_some_and(|tick| tick > ticker.current(now)))
+            && ticker.deadline() < now
+        {
+            ticker.skip_due(now);
+        }
+    }
+
+    /// Drops the rows whose tick has passed. What waits before a row whose tick has come was delayed by missed
+    /// ticks: the newer row takes its place.
+    fn drop_passed_rows(&mut self, now: Timestamp) {
+        let Some(ticker) = &self.ticker else { return };
+        let current = ticker.current(now);
+        let has_come = |queued: &Queued| queued.tick.is_some_and(|tick| tick <= current);
+        if let Some(at) = self.rows.iter().rposition(has_come) {
+            let passed = if self.rows[at].tick == Some(current) { at } else { at + 1 };
+            self.missed += self.rows.drain(..passed).len() as u64;
+        }
+    }
+
+    /// The ticks that rows were put for are no more.
+    fn drop_timed_rows(&mut self) {
+        let before = self.rows.len();
+        self.rows.retain(|queued| queued.tick.is_none());
+        self.missed += (before - self.rows.len()) as u64;
+    }
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    const MS: i64 = 1_000_000;
-
-    fn queue(capacity: usize, hz: Option<f64>) -> RowQueue {
-        let mut queue = RowQueue::new(capacity);
-        if let Some(hz) = hz {
-            queue.start(Rate::new(hz).unwrap(), Timestamp(0));
-        }
-        queue
-    }
-
-    fn rows(count: usize) -> impl ExactSizeIterator<Item = Row> {
-        (0..count).map(|_| Row { values: vec![0.0], from: ObservationRef::default() })
-    }
-
-    fn put(queue: &mut RowQueue, count: usize, mode: PutMode, ms: i64) -> Result<(), Error> {
-        queue.put(rows(count), mode, Timestamp(ms * MS))
-    }
-
-    fn is_sent(queue: &mut RowQueue, ms: i64) -> bool {
-        matches!(queue.next(Timestamp(ms * MS)), Next::Row(_))
-    }
-
-    /// Runs dispatch for `seconds`, woken `late_ns` after each deadline. Returns how many rows it sent and
-    /// how many ticks it skipped.
-    fn check(hz: f64, seconds: i64, late_ns: impl Fn(u64) -> i64) -> (u64, u64) {
-        let mut queue = queue(16, Some(hz));
-        let (mut now, mut sent) = (Timestamp(0), 0);
-        loop {
-            if queue.len() == 0 {
-                queue.put(rows(16), PutMode::Append, now).unwrap();
-            }
-            now =
-                now + queue.ticker.as_ref().unwrap().due_in(now) + Duration::from_nanos(late_ns(sent) as u64);
-            if now >= Timestamp(seconds * 1000 * MS) {
-                return (sent, queue.skipped());
-            }
-            sent += u64::from(matches!(queue.next(now), Next::Row(_)));
-        }
-    }
-
-    #[test]
-    fn the_rate_is_held_on_absolute_deadlines() {
-        assert_eq!(check(100.0, 60, |_| 0), (6000, 0));
-        assert_eq!(check(100.0, 60, |n| (n % 9) as i64 * MS), (6000, 0));
-        assert_eq!(check(30.0, 60, |_| 100_000), (1800, 0));
-    }
-
-    #[test]
-    fn missed_ticks_are_skipped_and_counted() {
-        let (sent, skipped) = check(100.0, 60, |n| if n == 1000 { 255 * MS } else { 0 });
-        assert_eq!((sent, skipped), (6000 - 25, 25));
-    }
-
-    #[test]
-    fn a_row_that_is_queued_late_waits_for_the_next_tick() {
-        let mut queue = queue(4, Some(10.0));
-        put(&mut queue, 2, PutMode::Append, 250).unwrap();
-        assert!(
-            matches!(queue.next(Timestamp(250 * MS)), Next::In(wait) if wait == Duration::from_millis(50))
-        );
-        assert!(is_sent(&mut queue, 300));
-        assert!(!is_sent(&mut queue, 301), "one row a tick");
-        assert_eq!(queue.skipped(), 0);
-    }
-
-    #[test]
-    fn lateness_is_counted_from_the_tick_that_a_row_was_sent_at() {
-        let mut queue = queue(4, Some(10.0));
-        put(&mut queue, 3, PutMode::Append, 0).unwrap();
-        for ms in [3, 100, 457] {
-            assert!(is_sent(&mut queue, ms));
-        }
-        assert_eq!(queue.lateness(), [0, 3, 57].map(Duration::from_millis));
-    }
-
-    #[test]
-    fn all_rows_fit_or_none() {
-        let mut queue = queue(4, None);
-        put(&mut queue, 3, PutMode::Append, 0).unwrap();
-        assert!(put(&mut queue, 2, PutMode::Append, 0).is_err());
-        assert_eq!(queue.len(), 3);
-        put(&mut queue, 4, PutMode::Replace, 0).unwrap();
-        assert_eq!(queue.len(), 4);
-        assert!(put(&mut queue, 5, PutMode::Replace, 0).is_err());
-    }
-}
+mod tests;

@@ -1,8 +1,8 @@
 //! The client's side of the protocol, before a server whose every message is the test's own.
 
-use std::sync::Arc;
+use std::{sync::Arc, time::Duration};
 
-use chiral_client::{Error, PolicyClient, PolicyClientBuilder};
+use chiral_client::{Error, PolicyClient, PolicyClientBuilder, PutMode, PutOptions};
 use chiral_proto::{
     ActionChunk, Clock, Codec, Message, Notice, Observation, Proprio, Reply, Request, Tensor, Timestamp,
     Transport,
@@ -55,6 +55,19 @@ impl Server {
         match self.receive().await {
             Message::Request { id, request } => (id, request),
             other => panic!("expected a request, found {other:?}"),
+        }
+    }
+
+    /// Answers a ping by a clock that is ahead of the client's.
+    async fn answer_ping(&self, clock: &Clock, ahead: Duration) {
+        loop {
+            let frame = self.0.recv().await.unwrap().expect("the client is connected");
+            if let Message::Notice(Notice::Ping { t1 }) = Codec::Protobuf.decode(frame).unwrap() {
+                let now = clock.now() + ahead;
+                self.notify(Notice::Pong { t1, t2: now, t3: now }).await;
+                // By then it has arrived.
+                return sleep(ms(1)).await;
+            }
         }
     }
 
@@ -114,12 +127,54 @@ async fn an_action_carries_its_time_its_rank_and_its_observation() {
         }
         // Dispatch stamps a row at its tick.
         env.start_action_dispatch(10.0).unwrap();
-        env.put_chunk([ROW, ROW], chiral_client::PutMode::Append).await.unwrap();
+        env.put_chunk([ROW, ROW], PutMode::Append).await.unwrap();
         for tick in 0..2 {
             let action = server.receive_action().await;
             let late = action.sent_at.unwrap() - (now + ms(100) * tick);
             assert!((0..5_000_000).contains(&late), "tick {tick} is {late} ns late");
             assert!(action.actions.is_single(), "a row that is sent alone");
+        }
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn a_start_is_on_the_servers_clock_once_the_clocks_were_compared() {
+    on_paused_clock(async {
+        let (env, server, clock) = connect().await;
+        let hour = Duration::from_secs(3600);
+        env.start_action_dispatch(10.0).unwrap();
+        let started = clock.now();
+        let options = PutOptions::default().start_at(started + hour + ms(250)).valid_for(ms(70));
+        assert!(matches!(env.put_chunk([ROW], options).await, Err(Error::ClockUnknown)));
+        server.answer_ping(&clock, hour).await;
+        env.put_chunk([ROW, ROW], options).await.unwrap();
+        for tick in [300, 400].map(ms) {
+            let action = server.receive_action().await;
+            let late = action.sent_at.unwrap() - (started + tick);
+            assert!((0..5_000_000).contains(&late), "{late} ns after {tick:?}");
+            assert_eq!(action.valid_for, Some(ms(70)));
+        }
+        env.put_chunk([ROW], options).await.unwrap();
+        assert_eq!(env.stats().actions_missed, 1);
+        env.stop_action_dispatch();
+        assert!(matches!(env.try_put_chunk([ROW], options), Err(Error::InvalidArgument { .. })));
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn a_chunk_comes_from_the_observation_that_its_policy_names() {
+    on_paused_clock(async {
+        let (env, server, _) = connect().await;
+        let first = server.observe(&env, observation(0, 1, Timestamp(10))).await;
+        server.observe(&env.clone(), observation(0, 2, Timestamp(20))).await;
+        env.put_chunk([ROW], PutOptions::default().predicted_from(&first)).await.unwrap();
+        env.put_chunk([ROW], PutMode::Append).await.unwrap();
+        env.start_action_dispatch(100.0).unwrap();
+        for (seq, captured_at) in [(1, 10), (2, 20)] {
+            let action = server.receive_action().await;
+            assert_eq!((action.observation_seq, action.observed_at), (seq, Some(Timestamp(captured_at))));
         }
     })
     .await;
@@ -183,7 +238,7 @@ async fn a_chunk_that_the_server_would_refuse_is_refused_at_the_call() {
             env.send_action(chunk(action_limit)).await.unwrap();
             assert_eq!(server.receive_action().await.actions.rows(), action_limit);
             // Queued rows leave one by one.
-            env.try_put_chunk(chunk(200), chiral_client::PutMode::Append).unwrap();
+            env.try_put_chunk(chunk(200), PutMode::Append).unwrap();
         }
     })
     .await;
