@@ -15,6 +15,7 @@ use crate::{
     client::{self, StreamOptions},
     dispatch::put::PutOptions,
     error::Error,
+    interrupt::{InterruptCheck, block_on},
     stats::ClientStats,
 };
 
@@ -34,6 +35,7 @@ pub struct PolicyClient {
 struct Connection {
     client: client::PolicyClient,
     runtime: Runtime,
+    interrupt: Option<InterruptCheck>,
 }
 
 impl PolicyClientBuilder {
@@ -44,8 +46,9 @@ impl PolicyClientBuilder {
     #[cfg(any(feature = "websocket", feature = "zenoh"))]
     pub fn connect_blocking(self) -> Result<PolicyClient> {
         let runtime = connect::thread(CONNECTION_THREAD)?;
-        let client = runtime.block_on(self.connect_on(runtime.clone()))?;
-        Ok(PolicyClient { connection: Arc::new(Connection { client, runtime }) })
+        let interrupt = self.interrupt();
+        let client = block_on(&runtime, interrupt.as_ref(), self.connect_on(runtime.clone()))?;
+        Ok(PolicyClient { connection: Arc::new(Connection { client, runtime, interrupt }) })
     }
 
     /// Searches for robots as [`PolicyClientBuilder::discover`], for code without a runtime; blocks.
@@ -54,7 +57,7 @@ impl PolicyClientBuilder {
     /// As there.
     #[cfg(feature = "zenoh")]
     pub fn discover_blocking(&self, duration: Duration) -> Result<Vec<crate::DiscoveredRobot>> {
-        connect::thread(CONNECTION_THREAD)?.block_on(self.discover(duration))
+        block_on(&connect::thread(CONNECTION_THREAD)?, self.interrupt().as_ref(), self.discover(duration))
     }
 }
 
@@ -85,7 +88,7 @@ impl PolicyClient {
     /// As there.
     #[cfg(feature = "zenoh")]
     pub fn discover(duration: Duration) -> Result<Vec<crate::DiscoveredRobot>> {
-        PolicyClient::builder(client::PolicyClient::DEFAULT_URI).discover_blocking(duration)
+        PolicyClient::builder(client::PolicyClient::DEFAULT_ZENOH_URI).discover_blocking(duration)
     }
 
     /// A client to be configured, then connected by [`PolicyClientBuilder::connect_blocking`].
@@ -203,11 +206,12 @@ impl PolicyClient {
 
     /// See [`crate::PolicyClient::close`].
     pub fn close(&self) -> Result<()> {
-        self.wait(self.connection.client.close())
+        self.connection.runtime.block_on(self.connection.client.close())
     }
 
-    fn wait<T>(&self, call: impl Future<Output = T>) -> T {
-        self.connection.runtime.block_on(call)
+    fn wait<T>(&self, call: impl Future<Output = Result<T>>) -> Result<T> {
+        let Connection { runtime, interrupt, .. } = &*self.connection;
+        block_on(runtime, interrupt.as_ref(), call)
     }
 }
 

@@ -1,6 +1,6 @@
 //! The client's calls: the surface that policy code sees.
 
-use std::{fmt, sync::Arc, time::Duration};
+use std::{fmt, future::Future, pin::pin, sync::Arc, time::Duration};
 
 use chiral_proto::{
     ActionChunk, Codec, Observation, Reply, Request, StepResult, Timestamp, ValueMap,
@@ -8,9 +8,17 @@ use chiral_proto::{
     clock::{InvalidRate, Rate},
     message::{RobotInfo, Subscribe, Welcome},
 };
-use tokio::time::timeout;
+use tokio::{task::coop::consume_budget, time::timeout};
 
-use crate::{dispatch::put::PutOptions, error::Error, session::Session, state::Stream, stats::ClientStats};
+use crate::{
+    connect::options::ConnectOptions,
+    dispatch::put::PutOptions,
+    error::Error,
+    session::Session,
+    state::Stream,
+    stats::ClientStats,
+    waiting::{OnWaiting, Waiting},
+};
 
 type Result<T, E = Error> = std::result::Result<T, E>;
 
@@ -26,16 +34,29 @@ type Result<T, E = Error> = std::result::Result<T, E>;
 pub struct PolicyClient {
     session: Arc<Session>,
     welcome: Arc<Welcome>,
-    request_timeout: Duration,
+    timeouts: Timeouts,
+    on_waiting: OnWaiting,
 }
+
+/// How long requests may take.
+#[derive(Clone, Copy)]
+struct Timeouts {
+    request: Duration,
+    step: Duration,
+    reset: Option<Duration>,
+}
+
+/// How often a reset that is waited for is reported.
+const RESET_REPORT_PERIOD: Duration = Duration::from_secs(10);
 
 /// What an observation stream sends.
 #[derive(Clone, Debug, PartialEq)]
+#[non_exhaustive]
 pub struct StreamOptions {
     /// Observations a second.
     pub hz: f64,
     /// Only these cameras; none means all.
-    pub cameras: Vec<String>,
+    pub cameras: Vec<CameraRequest>,
     /// Whether depth images are wanted.
     pub depth: bool,
 }
@@ -46,10 +67,10 @@ impl StreamOptions {
         StreamOptions { hz, cameras: Vec::new(), depth: true }
     }
 
-    /// Only these cameras.
+    /// Only these cameras, such as `["wrist_cam"]`.
     #[must_use]
-    pub fn cameras(mut self, names: impl IntoIterator<Item = impl Into<String>>) -> StreamOptions {
-        self.cameras = names.into_iter().map(Into::into).collect();
+    pub fn cameras(mut self, cameras: impl IntoIterator<Item = impl Into<CameraRequest>>) -> StreamOptions {
+        self.cameras = cameras.into_iter().map(Into::into).collect();
         self
     }
 
@@ -61,6 +82,32 @@ impl StreamOptions {
     }
 }
 
+/// A camera of an observation stream.
+#[derive(Clone, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct CameraRequest {
+    /// Its name.
+    pub name: String,
+}
+
+impl From<String> for CameraRequest {
+    fn from(name: String) -> CameraRequest {
+        CameraRequest { name }
+    }
+}
+
+impl From<&str> for CameraRequest {
+    fn from(name: &str) -> CameraRequest {
+        CameraRequest { name: name.to_owned() }
+    }
+}
+
+impl From<&String> for CameraRequest {
+    fn from(name: &String) -> CameraRequest {
+        CameraRequest { name: name.clone() }
+    }
+}
+
 impl From<f64> for StreamOptions {
     fn from(hz: f64) -> StreamOptions {
         StreamOptions::hz(hz)
@@ -68,8 +115,14 @@ impl From<f64> for StreamOptions {
 }
 
 impl PolicyClient {
-    pub(crate) fn new(session: Session, welcome: Welcome, request_timeout: Duration) -> Self {
-        PolicyClient { session: Arc::new(session), welcome: Arc::new(welcome), request_timeout }
+    pub(crate) fn new(session: Session, welcome: Welcome, options: &ConnectOptions) -> Self {
+        let timeouts = Timeouts {
+            request: options.request_timeout,
+            step: options.step_timeout,
+            reset: options.reset_timeout(session.control.codec),
+        };
+        let on_waiting = options.on_waiting.clone();
+        PolicyClient { session: Arc::new(session), welcome: Arc::new(welcome), timeouts, on_waiting }
     }
 
     /// The wire agreed with the server: [`Codec::Protobuf`] with one of ours, [`Codec::Msgpack`] with a
@@ -97,11 +150,12 @@ impl PolicyClient {
         }
     }
 
-    /// Starts a new episode, and waits for as long as the robot takes. Drops the actions that are queued,
-    /// also those queued before this returns: they were chosen from an observation of the old episode.
+    /// Starts a new episode, and waits for as long as the robot takes, unless the builder's `reset_timeout`
+    /// limits that; reports every 10 s that it waits. Drops the actions that are queued, also those queued
+    /// before this returns: they were chosen from an observation of the old episode.
     ///
     /// # Errors
-    /// The session's end, or [`Error::Rejected`] if the robot failed at it.
+    /// The session's end, [`Error::Timeout`], or [`Error::Rejected`] if the robot failed at it.
     pub async fn reset(&self) -> Result<(Arc<Observation>, ValueMap)> {
         self.reset_with(None, ValueMap::new()).await
     }
@@ -116,7 +170,8 @@ impl PolicyClient {
         seed: Option<u64>,
         options: ValueMap,
     ) -> Result<(Arc<Observation>, ValueMap)> {
-        match self.session.wire.request(Request::Reset { seed, options }).await? {
+        let reset = self.session.wire.request(Request::Reset { seed, options });
+        match self.report_while(within(self.timeouts.reset, "a reply to the reset", reset)).await? {
             Reply::Reset { obs, info } => Ok((self.see(obs), info)),
             _ => Err(Error::Protocol { expected: "the reset's observation" }),
         }
@@ -134,15 +189,17 @@ impl PolicyClient {
         }
     }
 
-    /// Applies all rows of a chunk and returns the observation that follows; waits for as long as that takes.
+    /// Applies all rows of a chunk and returns the observation that follows.
     ///
     /// # Errors
-    /// [`Error::InvalidAction`] before anything is sent, the session's end, or [`Error::Rejected`].
+    /// [`Error::InvalidAction`] before anything is sent, the session's end, [`Error::Rejected`], or
+    /// [`Error::Timeout`] after the builder's `step_timeout`.
     pub async fn step(&self, chunk: impl Into<ActionChunk>) -> Result<StepResult> {
         let actions = self.checked_within(self.max_step_rows(), chunk.into())?;
         let episode = self.session.core.state().actions.seen().episode;
         let step = Request::Step { session: self.welcome.session, episode, actions };
-        match self.session.wire.request(step).await? {
+        let step = self.session.wire.request(step);
+        match within(Some(self.timeouts.step), "a reply to the step", step).await? {
             Reply::Step(result) => {
                 self.see(Arc::clone(&result.obs));
                 Ok(result)
@@ -163,6 +220,7 @@ impl PolicyClient {
     pub async fn start_obs_stream(&self, options: impl Into<StreamOptions>) -> Result<()> {
         let StreamOptions { hz, cameras, depth } = options.into();
         let rate = rate("the stream's rate", hz)?;
+        let cameras = cameras.into_iter().map(|camera| camera.name).collect();
         let window = self.session.core.state().window(hz);
         let subscribe = Request::Subscribe(Subscribe { rate, cameras, depth, window });
         match self.request_within(subscribe, "the observation stream").await? {
@@ -267,6 +325,8 @@ impl PolicyClient {
         options: impl Into<PutOptions>,
     ) -> Result<()> {
         let (chunk, options) = (self.checked(chunk.into())?, options.into());
+        // A loop that only puts must leave the runtime's thread to others now and then.
+        consume_budget().await;
         loop {
             let room = self.session.core.room.notified();
             tokio::pin!(room);
@@ -347,9 +407,20 @@ impl PolicyClient {
 
     /// A request that the server answers at once; `what` is its reply.
     async fn request_within(&self, request: Request, what: &'static str) -> Result<Reply> {
-        let waited = self.request_timeout;
-        let reply = timeout(waited, self.session.wire.request(request)).await;
-        reply.map_err(|_| Error::Timeout { what, waited })?
+        within(Some(self.timeouts.request), what, self.session.wire.request(request)).await
+    }
+
+    /// Reports every 10 s that a reset is waited for.
+    async fn report_while<T>(&self, reset: impl Future<Output = T>) -> T {
+        let mut reset = pin!(reset);
+        let mut waited = Duration::ZERO;
+        loop {
+            match timeout(RESET_REPORT_PERIOD, reset.as_mut()).await {
+                Ok(outcome) => return outcome,
+                Err(_) => waited += RESET_REPORT_PERIOD,
+            }
+            self.on_waiting.call(&Waiting::ForReset { waited });
+        }
     }
 
     /// Queues a chunk if there is room now.
@@ -405,6 +476,18 @@ impl fmt::Debug for PolicyClient {
             .field("robot", &self.welcome.robot.name)
             .field("session", &self.welcome.session)
             .finish_non_exhaustive()
+    }
+}
+
+/// Waits for a reply, without a limit for as long as that takes.
+async fn within(
+    limit: Option<Duration>,
+    what: &'static str,
+    reply: impl Future<Output = Result<Reply>>,
+) -> Result<Reply> {
+    match limit {
+        Some(waited) => timeout(waited, reply).await.map_err(|_| Error::Timeout { what, waited })?,
+        None => reply.await,
     }
 }
 

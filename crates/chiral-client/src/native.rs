@@ -13,7 +13,7 @@ use tokio::time::sleep;
 
 use crate::{
     connection::{Connection, Lane},
-    core::Core,
+    core::{Core, PendingReply},
     error::Error,
     session::Connections,
     state::RequestKind,
@@ -56,14 +56,14 @@ impl Wire for NativeWire {
                 let mut state = self.core.state();
                 let id = state.next_request()?;
                 let frame = connection.codec.encode(&Message::Request { id, request })?;
-                (frame, state.add_request(id, kind))
+                (frame, PendingReply::new(&self.core, id, state.add_request(id, kind)))
             };
             if kind == RequestKind::Reset {
                 // It has emptied the action queue.
                 self.core.room.notify_waiters();
             }
             connection.send(frame).await?;
-            reply.await.unwrap_or(Err(Error::Closed))
+            reply.wait().await
         })
     }
 
@@ -74,16 +74,15 @@ impl Wire for NativeWire {
             Ok(message) => message,
             // Only this request has failed. What belongs to no request must not be lost silently.
             Err(error) if error.id != 0 => {
-                core.complete_request(error.id, Err(Error::Malformed(error)));
-                return Ok(());
+                return core.complete_request(error.id, Err(Error::Malformed(error)));
             }
             Err(error) => return Err(Error::Malformed(error)),
         };
         match message {
             Message::Reply { id, reply: Reply::Error(fault) } => {
-                core.complete_request(id, Err(Error::Rejected(fault)));
+                core.complete_request(id, Err(Error::Rejected(fault)))?;
             }
-            Message::Reply { id, reply } => core.complete_request(id, Ok(reply)),
+            Message::Reply { id, reply } => core.complete_request(id, Ok(reply))?,
             Message::Notice(Notice::Observation(observation)) => {
                 core.add_arrival(observation);
                 self.observations.changed.notify_one();
@@ -119,7 +118,7 @@ impl Wire for NativeWire {
             | Message::Request { .. }
             | Message::Unknown { id: 0 } => {}
             Message::Unknown { id } => {
-                core.complete_request(id, Err(Error::Protocol { expected: "a known kind of reply" }));
+                core.complete_request(id, Err(Error::Protocol { expected: "a known kind of reply" }))?;
             }
         }
         Ok(())

@@ -100,8 +100,8 @@ impl Actions {
     }
 
     /// Queues all rows of a chunk, or none; with `start_at`, the options' start on the local clock, for ticks
-    /// of their own. Rows of an episode before `episode`, or of another session, are dropped. Returns whether
-    /// one is due before what was next.
+    /// of their own. Rows that the options say to be of an episode before `episode`, or of another session, are
+    /// dropped, and replace nothing. Returns whether one is due before what was next.
     pub(crate) fn put(
         &mut self,
         chunk: &ActionChunk,
@@ -111,12 +111,15 @@ impl Actions {
         now: Timestamp,
     ) -> Result<bool, Error> {
         let PutOptions { mode, from, valid_for, .. } = *options;
-        let from = from.unwrap_or(self.seen);
-        let is_foreign = from.session != 0 && from.session != self.session;
-        if is_foreign || from.episode < episode {
+        let is_stale = |from: &ObservationRef| {
+            (from.session != 0 && from.session != self.session) || from.episode < episode
+        };
+        if from.as_ref().is_some_and(is_stale) {
             self.stats.discarded += chunk.rows() as u64;
             return Ok(false);
         }
+        // Without a name, all that is queued is as old: the rows wait for room, and are dropped when due.
+        let from = from.unwrap_or(self.seen);
         let rows = chunk.iter().map(|row| Row { values: row.to_vec(), from, valid_for });
         match start_at {
             Some(start_at) => self.queue.put_at(rows, mode, start_at, now),

@@ -12,7 +12,7 @@ use std::{sync::Arc, time::Duration};
 
 use bytes::Bytes;
 use chiral_proto::{
-    ActionSpec, PROTOCOL_VERSION, Request,
+    ActionSpec, Codec, PROTOCOL_VERSION, Request,
     message::{RobotInfo, Role, Welcome},
 };
 #[cfg(any(feature = "websocket", feature = "zenoh"))]
@@ -75,7 +75,8 @@ pub(crate) async fn start(
     let expires = link.idle_timeout.limit() <= options.idle_timeout;
     let legacy_options = LegacyOptions {
         request_timeout: options.request_timeout,
-        reply_timeout: options.reply_timeout,
+        step_timeout: options.step_timeout,
+        reset_timeout: options.reset_timeout(Codec::Msgpack).unwrap_or(Duration::MAX),
         idle_timeout: expires.then_some(options.idle_timeout),
         is_lossy: probes > 0,
         is_observer: options.identity.role == Role::Observer,

@@ -1,11 +1,14 @@
 //! The client's side of the protocol, before a server whose every message is the test's own.
 
-use std::{sync::Arc, time::Duration};
+use std::{
+    sync::{Arc, Mutex},
+    time::Duration,
+};
 
-use chiral_client::{Error, PolicyClient, PolicyClientBuilder, PutMode, PutOptions};
+use chiral_client::{Error, ErrorKind, PolicyClient, PolicyClientBuilder, PutMode, PutOptions};
 use chiral_proto::{
     ActionChunk, Clock, Codec, Message, Notice, Observation, Proprio, Reply, Request, Tensor, Timestamp,
-    Transport,
+    Transport, ValueMap,
     action::InvalidAction,
     message::{ActionMessage, ActionsDropped, Welcome},
 };
@@ -260,6 +263,71 @@ async fn a_silent_server_shows_in_the_statistics_before_it_counts_as_lost() {
         sleep(ms(1100)).await;
         assert!(matches!(env.latest_obs(), Err(Error::Disconnected { .. })));
         assert_eq!(env.stats().silent_for, None, "the session is over");
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn a_late_reply_is_ignored_and_one_to_no_request_ends_the_session() {
+    on_paused_clock(async {
+        let (env, server, _) = connect().await;
+        // One request is given up by its deadline, one because its future is dropped.
+        let metadata = || Reply::Metadata(ValueMap::new());
+        let mut given_up = Vec::new();
+        let (timed_out, (id, _)) = tokio::join!(env.get_metadata(), server.receive_request());
+        assert!(matches!(timed_out, Err(Error::Timeout { .. })), "{timed_out:?}");
+        given_up.push(id);
+        tokio::select! {
+            _ = env.reset() => panic!("expected no reply"),
+            (id, _) = server.receive_request() => given_up.push(id),
+        }
+        for id in given_up {
+            server.reply(id, metadata()).await;
+        }
+        let answer = async {
+            let (id, _) = server.receive_request().await;
+            server.reply(id, metadata()).await;
+            id
+        };
+        let (answered, id) = tokio::join!(env.get_metadata(), answer);
+        answered.unwrap();
+        server.reply(id + 1, metadata()).await;
+        sleep(ms(1)).await;
+        let error = env.latest_obs().unwrap_err();
+        assert!(matches!(&error, Error::UnexpectedReply { .. }), "{error:?}");
+        assert_eq!(error.kind(), ErrorKind::Protocol);
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn a_step_has_a_deadline_and_a_reset_none_but_reports_that_it_waits() {
+    on_paused_clock(async {
+        let lines = Arc::new(Mutex::new(Vec::new()));
+        let reported = Arc::clone(&lines);
+        let configure = |builder: PolicyClientBuilder| {
+            let builder = builder.idle_timeout(Duration::from_secs(10_000));
+            builder.on_waiting(move |waiting| reported.lock().unwrap().push(waiting.to_string()))
+        };
+        let (env, server, clock) = connect_with(welcome(), configure).await;
+        let started = clock.now();
+        let (stepped, _) = tokio::join!(env.step(ROW), server.receive_request());
+        let error = stepped.unwrap_err();
+        assert_eq!(error.to_string(), "expected a reply to the step within 60 s, found none");
+        let late = clock.now() - started - 60_000_000_000;
+        assert!((0..5_000_000).contains(&late), "{late} ns late");
+
+        let resetting = async {
+            let (id, _) = server.receive_request().await;
+            sleep(ms(3_025_000)).await;
+            let obs = Arc::new(observation(1, 1, Timestamp(0)));
+            server.reply(id, Reply::Reset { obs, info: ValueMap::new() }).await;
+        };
+        let (reset, ()) = tokio::join!(env.reset(), resetting);
+        assert_eq!(reset.unwrap().0.episode, 1);
+        let lines = lines.lock().unwrap();
+        assert_eq!(lines.len(), 302, "every 10 s");
+        assert_eq!(lines[1], "waiting for the robot to reset, for 20 s so far …");
     })
     .await;
 }
