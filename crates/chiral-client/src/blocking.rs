@@ -12,11 +12,12 @@ use tokio::{runtime::Handle, time::timeout};
 use crate::{builder::CONNECTION_THREAD, connect};
 use crate::{
     builder::PolicyClientBuilder,
-    client::{self, StreamOptions},
+    client,
     dispatch::put::PutOptions,
     error::Error,
     interrupt::{InterruptCheck, block_on},
     stats::ClientStats,
+    stream_options::StreamOptions,
 };
 
 /// For closing a client that is dropped without `close`.

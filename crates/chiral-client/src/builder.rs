@@ -266,6 +266,7 @@ impl PolicyClientBuilder {
     }
 
     /// What gives up the calls of the blocking client.
+    #[cfg(any(feature = "websocket", feature = "zenoh"))]
     pub(crate) fn interrupt(&self) -> Option<InterruptCheck> {
         self.options.interrupt.clone()
     }

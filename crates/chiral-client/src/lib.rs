@@ -39,6 +39,7 @@ mod native;
 mod session;
 mod state;
 mod stats;
+mod stream_options;
 mod transport;
 mod waiting;
 #[cfg(feature = "websocket")]
@@ -58,12 +59,13 @@ pub use chiral_proto::{
 };
 
 pub use builder::PolicyClientBuilder;
-pub use client::{CameraRequest, PolicyClient, StreamOptions};
+pub use client::PolicyClient;
 #[cfg(feature = "zenoh")]
 pub use discover::DiscoveredRobot;
 pub use dispatch::put::{ObservationRef, PutMode, PutOptions};
 pub use error::{Error, ErrorKind};
 pub use stats::ClientStats;
+pub use stream_options::{CameraRequest, StreamOptions};
 pub use waiting::Waiting;
 
 #[cfg(all(doctest, feature = "websocket"))]

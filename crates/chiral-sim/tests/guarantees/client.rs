@@ -108,7 +108,7 @@ async fn connect() -> (PolicyClient, Server, Clock) {
 
 /// An observation with joints that were captured at this time.
 fn observation(episode: u64, seq: u64, captured_at: Timestamp) -> Observation {
-    let data = Tensor::from_vec(&[1], vec![0.0_f32]).unwrap();
+    let data = Tensor::from_vec([1], vec![0.0_f32]).unwrap();
     let proprios = vec![Arc::new(Proprio { name: "joint_pos".into(), captured_at, data })];
     Observation { session: 1, episode, seq, proprios, ..Observation::default() }
 }
