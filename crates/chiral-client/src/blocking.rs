@@ -12,10 +12,12 @@ use tokio::{runtime::Handle, time::timeout};
 use crate::{builder::CONNECTION_THREAD, connect};
 use crate::{
     builder::PolicyClientBuilder,
-    client::{self, StreamOptions},
-    dispatch::queue::PutMode,
+    client,
+    dispatch::put::PutOptions,
     error::Error,
+    interrupt::{InterruptCheck, block_on},
     stats::ClientStats,
+    stream_options::StreamOptions,
 };
 
 /// For closing a client that is dropped without `close`.
@@ -34,6 +36,7 @@ pub struct PolicyClient {
 struct Connection {
     client: client::PolicyClient,
     runtime: Runtime,
+    interrupt: Option<InterruptCheck>,
 }
 
 impl PolicyClientBuilder {
@@ -44,8 +47,9 @@ impl PolicyClientBuilder {
     #[cfg(any(feature = "websocket", feature = "zenoh"))]
     pub fn connect_blocking(self) -> Result<PolicyClient> {
         let runtime = connect::thread(CONNECTION_THREAD)?;
-        let client = runtime.block_on(self.connect_on(runtime.clone()))?;
-        Ok(PolicyClient { connection: Arc::new(Connection { client, runtime }) })
+        let interrupt = self.interrupt();
+        let client = block_on(&runtime, interrupt.as_ref(), self.connect_on(runtime.clone()))?;
+        Ok(PolicyClient { connection: Arc::new(Connection { client, runtime, interrupt }) })
     }
 
     /// Searches for robots as [`PolicyClientBuilder::discover`], for code without a runtime; blocks.
@@ -54,7 +58,7 @@ impl PolicyClientBuilder {
     /// As there.
     #[cfg(feature = "zenoh")]
     pub fn discover_blocking(&self, duration: Duration) -> Result<Vec<crate::DiscoveredRobot>> {
-        connect::thread(CONNECTION_THREAD)?.block_on(self.discover(duration))
+        block_on(&connect::thread(CONNECTION_THREAD)?, self.interrupt().as_ref(), self.discover(duration))
     }
 }
 
@@ -85,7 +89,7 @@ impl PolicyClient {
     /// As there.
     #[cfg(feature = "zenoh")]
     pub fn discover(duration: Duration) -> Result<Vec<crate::DiscoveredRobot>> {
-        PolicyClient::builder(client::PolicyClient::DEFAULT_URI).discover_blocking(duration)
+        PolicyClient::builder(client::PolicyClient::DEFAULT_ZENOH_URI).discover_blocking(duration)
     }
 
     /// A client to be configured, then connected by [`PolicyClientBuilder::connect_blocking`].
@@ -167,8 +171,8 @@ impl PolicyClient {
     }
 
     /// See [`crate::PolicyClient::put_chunk`].
-    pub fn put_chunk(&self, chunk: impl Into<ActionChunk>, mode: PutMode) -> Result<()> {
-        self.wait(self.connection.client.put_chunk(chunk, mode))
+    pub fn put_chunk(&self, chunk: impl Into<ActionChunk>, options: impl Into<PutOptions>) -> Result<()> {
+        self.wait(self.connection.client.put_chunk(chunk, options))
     }
 
     /// See [`crate::PolicyClient::try_put_action`].
@@ -177,8 +181,8 @@ impl PolicyClient {
     }
 
     /// See [`crate::PolicyClient::try_put_chunk`].
-    pub fn try_put_chunk(&self, chunk: impl Into<ActionChunk>, mode: PutMode) -> Result<()> {
-        self.connection.client.try_put_chunk(chunk, mode)
+    pub fn try_put_chunk(&self, chunk: impl Into<ActionChunk>, options: impl Into<PutOptions>) -> Result<()> {
+        self.connection.client.try_put_chunk(chunk, options)
     }
 
     /// See [`crate::PolicyClient::clear_actions`].
@@ -203,11 +207,12 @@ impl PolicyClient {
 
     /// See [`crate::PolicyClient::close`].
     pub fn close(&self) -> Result<()> {
-        self.wait(self.connection.client.close())
+        self.connection.runtime.block_on(self.connection.client.close())
     }
 
-    fn wait<T>(&self, call: impl Future<Output = T>) -> T {
-        self.connection.runtime.block_on(call)
+    fn wait<T>(&self, call: impl Future<Output = Result<T>>) -> Result<T> {
+        let Connection { runtime, interrupt, .. } = &*self.connection;
+        block_on(runtime, interrupt.as_ref(), call)
     }
 }
 

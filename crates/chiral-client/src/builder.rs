@@ -15,13 +15,15 @@ use crate::{
     client::PolicyClient,
     connect::{self, Connected, options::ConnectOptions},
     error::Error,
+    interrupt::InterruptCheck,
+    waiting::{OnWaiting, Waiting},
 };
 
 impl PolicyClient {
-    /// The default address of a robot on this host: WebSocket or, in a program built with Zenoh only, its
-    /// Zenoh network.
-    pub const DEFAULT_URI: &str =
-        if cfg!(feature = "websocket") { "ws://localhost:8765" } else { "tcp/localhost:7447" };
+    /// The default address of a robot on this host.
+    pub const DEFAULT_URI: &str = "ws://localhost:8765";
+    /// The default address of a robot on this host over Zenoh.
+    pub const DEFAULT_ZENOH_URI: &str = "tcp/localhost:7447";
 
     /// Connects to the robot at `uri`, waiting until there is a server. Addresses are such as
     /// `ws://localhost:8765`; over Zenoh `tcp/localhost:7447`, or `zenoh:panda` for the robot of this name,
@@ -43,7 +45,7 @@ impl PolicyClient {
     /// [`Error::Zenoh`] if multicast cannot be used, [`Error::Thread`].
     #[cfg(feature = "zenoh")]
     pub async fn discover(duration: Duration) -> Result<Vec<DiscoveredRobot>, Error> {
-        PolicyClient::builder(PolicyClient::DEFAULT_URI).discover(duration).await
+        PolicyClient::builder(PolicyClient::DEFAULT_ZENOH_URI).discover(duration).await
     }
 
     /// Configures a client before it connects.
@@ -110,10 +112,38 @@ impl PolicyClientBuilder {
         self
     }
 
-    /// Prints nothing on stderr while waiting for the server.
+    /// Prints nothing on stderr while `connect` waits for the server and `reset` for the robot.
     #[must_use]
-    pub fn quiet(mut self) -> Self {
-        self.options.quiet = true;
+    pub fn quiet(self) -> Self {
+        self.on_waiting(|_| ())
+    }
+
+    /// Calls this in place of printing a line on stderr: while `connect` waits for the server, at once, then
+    /// after 5 s with the reason, and whenever that changes; and every 10 s while `reset` waits for the robot.
+    /// It is called where the client is waited for, and must not call the client itself.
+    #[must_use]
+    pub fn on_waiting(mut self, on_waiting: impl Fn(&Waiting<'_>) + Send + Sync + 'static) -> Self {
+        self.options.on_waiting = OnWaiting::new(on_waiting);
+        self
+    }
+
+    /// Lets a call of the blocking client be given up from outside: while one waits, it asks this function
+    /// every 100 ms, on the calling thread, and fails with [`Error::Interrupted`] as soon as it returns true.
+    /// `connect_blocking` and `discover_blocking` ask it, too; `close` does not. What was sent already is not
+    /// taken back: a robot that resets goes on resetting, and its late reply is ignored. To give up a call of
+    /// the async client, drop its future.
+    ///
+    /// ```no_run
+    /// use std::sync::{Arc, atomic::{AtomicBool, Ordering}};
+    /// use chiral_client::blocking::PolicyClient;
+    ///
+    /// let is_cancelled = Arc::new(AtomicBool::new(false)); // set by another thread, or a handler of Ctrl-C
+    /// let builder = PolicyClient::builder("ws://localhost:8765");
+    /// let builder = builder.interrupt_when(move || is_cancelled.load(Ordering::Relaxed));
+    /// ```
+    #[must_use]
+    pub fn interrupt_when(mut self, is_interrupted: impl Fn() -> bool + Send + Sync + 'static) -> Self {
+        self.options.interrupt = Some(InterruptCheck::new(is_interrupted));
         self
     }
 
@@ -133,17 +163,23 @@ impl PolicyClientBuilder {
         self
     }
 
-    /// How long a legacy server may take for a `reset`, a `step` or a gym-like server's action, and for how
-    /// long it may leave pings unanswered meanwhile; 60 s by default. There must be some limit: a server that
-    /// drops a request does not report it.
+    /// How long a `reset` may take. By default without limit, or 60 s with a legacy server, which does not
+    /// report it if it drops a request, and may leave pings unanswered meanwhile.
     #[must_use]
-    pub fn reply_timeout(mut self, timeout: Duration) -> Self {
-        self.options.reply_timeout = timeout;
+    pub fn reset_timeout(mut self, timeout: Duration) -> Self {
+        self.options.reset_timeout = Some(timeout);
+        self
+    }
+
+    /// How long a `step` may take; 60 s by default. With a legacy server also an action of the gym-like
+    /// generation and an observation of the polled stream, which may have to wait for one.
+    #[must_use]
+    pub fn step_timeout(mut self, timeout: Duration) -> Self {
+        self.options.step_timeout = timeout;
         self
     }
 
     /// How long `get_metadata`, `get_obs` and starting and stopping the stream may take; 5 s by default.
-    /// `reset` and `step` may take any time.
     #[must_use]
     pub fn request_timeout(mut self, timeout: Duration) -> Self {
         self.options.request_timeout = timeout;
@@ -163,6 +199,15 @@ impl PolicyClientBuilder {
     #[must_use]
     pub fn queue_capacity(mut self, rows: usize) -> Self {
         self.options.queue_capacity = rows;
+        self
+    }
+
+    /// For how long the server may drop every action as too late, and accept none, before the next `put_*` or
+    /// `send_action` fails with [`Error::ActionsLate`]; 5 s by default. Single stalls of the network only
+    /// count in [`ClientStats`](crate::ClientStats).
+    #[must_use]
+    pub fn late_limit(mut self, limit: Duration) -> Self {
+        self.options.late_limit = limit;
         self
     }
 
@@ -220,6 +265,12 @@ impl PolicyClientBuilder {
         self.connect_on(connect::thread(CONNECTION_THREAD)?).await
     }
 
+    /// What gives up the calls of the blocking client.
+    #[cfg(any(feature = "websocket", feature = "zenoh"))]
+    pub(crate) fn interrupt(&self) -> Option<InterruptCheck> {
+        self.options.interrupt.clone()
+    }
+
     /// Connects with the control lane's connection on `runtime`.
     #[cfg(any(feature = "websocket", feature = "zenoh"))]
     pub(crate) async fn connect_on(self, runtime: Runtime) -> Result<PolicyClient, Error> {
@@ -258,7 +309,7 @@ impl PolicyClientBuilder {
     }
 
     fn client(&self, (session, welcome): Connected) -> PolicyClient {
-        PolicyClient::new(session, welcome, self.options.request_timeout)
+        PolicyClient::new(session, welcome, &self.options)
     }
 }
 

@@ -1,16 +1,25 @@
 //! The client's calls: the surface that policy code sees.
 
-use std::{fmt, sync::Arc, time::Duration};
+use std::{fmt, future::Future, pin::pin, sync::Arc, time::Duration};
 
 use chiral_proto::{
     ActionChunk, Codec, Observation, Reply, Request, StepResult, Timestamp, ValueMap,
-    action::Action,
+    action::{Action, InvalidAction},
     clock::{InvalidRate, Rate},
     message::{RobotInfo, Subscribe, Welcome},
 };
-use tokio::time::timeout;
+use tokio::{task::coop::consume_budget, time::timeout};
 
-use crate::{dispatch::queue::PutMode, error::Error, session::Session, state::Stream, stats::ClientStats};
+use crate::{
+    connect::options::ConnectOptions,
+    dispatch::put::PutOptions,
+    error::Error,
+    session::Session,
+    state::Stream,
+    stats::ClientStats,
+    stream_options::StreamOptions,
+    waiting::{OnWaiting, Waiting},
+};
 
 type Result<T, E = Error> = std::result::Result<T, E>;
 
@@ -26,50 +35,30 @@ type Result<T, E = Error> = std::result::Result<T, E>;
 pub struct PolicyClient {
     session: Arc<Session>,
     welcome: Arc<Welcome>,
-    request_timeout: Duration,
+    timeouts: Timeouts,
+    on_waiting: OnWaiting,
 }
 
-/// What an observation stream sends.
-#[derive(Clone, Debug, PartialEq)]
-pub struct StreamOptions {
-    /// Observations a second.
-    pub hz: f64,
-    /// Only these cameras; none means all.
-    pub cameras: Vec<String>,
-    /// Whether depth images are wanted.
-    pub depth: bool,
+/// How long requests may take.
+#[derive(Clone, Copy)]
+struct Timeouts {
+    request: Duration,
+    step: Duration,
+    reset: Option<Duration>,
 }
 
-impl StreamOptions {
-    /// Every camera, with depth, at this rate in hertz.
-    pub fn hz(hz: f64) -> StreamOptions {
-        StreamOptions { hz, cameras: Vec::new(), depth: true }
-    }
-
-    /// Only these cameras.
-    #[must_use]
-    pub fn cameras(mut self, names: impl IntoIterator<Item = impl Into<String>>) -> StreamOptions {
-        self.cameras = names.into_iter().map(Into::into).collect();
-        self
-    }
-
-    /// No depth images.
-    #[must_use]
-    pub fn without_depth(mut self) -> StreamOptions {
-        self.depth = false;
-        self
-    }
-}
-
-impl From<f64> for StreamOptions {
-    fn from(hz: f64) -> StreamOptions {
-        StreamOptions::hz(hz)
-    }
-}
+/// How often a reset that is waited for is reported.
+const RESET_REPORT_PERIOD: Duration = Duration::from_secs(10);
 
 impl PolicyClient {
-    pub(crate) fn new(session: Session, welcome: Welcome, request_timeout: Duration) -> Self {
-        PolicyClient { session: Arc::new(session), welcome: Arc::new(welcome), request_timeout }
+    pub(crate) fn new(session: Session, welcome: Welcome, options: &ConnectOptions) -> Self {
+        let timeouts = Timeouts {
+            request: options.request_timeout,
+            step: options.step_timeout,
+            reset: options.reset_timeout(session.control.codec),
+        };
+        let on_waiting = options.on_waiting.clone();
+        PolicyClient { session: Arc::new(session), welcome: Arc::new(welcome), timeouts, on_waiting }
     }
 
     /// The wire agreed with the server: [`Codec::Protobuf`] with one of ours, [`Codec::Msgpack`] with a
@@ -97,11 +86,12 @@ impl PolicyClient {
         }
     }
 
-    /// Starts a new episode, and waits for as long as the robot takes. Drops the actions that are queued,
-    /// also those queued before this returns: they were chosen from an observation of the old episode.
+    /// Starts a new episode, and waits for as long as the robot takes, unless the builder's `reset_timeout`
+    /// limits that; reports every 10 s that it waits. Drops the actions that are queued, also those queued
+    /// before this returns: they were chosen from an observation of the old episode.
     ///
     /// # Errors
-    /// The session's end, or [`Error::Rejected`] if the robot failed at it.
+    /// The session's end, [`Error::Timeout`], or [`Error::Rejected`] if the robot failed at it.
     pub async fn reset(&self) -> Result<(Arc<Observation>, ValueMap)> {
         self.reset_with(None, ValueMap::new()).await
     }
@@ -116,7 +106,8 @@ impl PolicyClient {
         seed: Option<u64>,
         options: ValueMap,
     ) -> Result<(Arc<Observation>, ValueMap)> {
-        match self.session.wire.request(Request::Reset { seed, options }).await? {
+        let reset = self.session.wire.request(Request::Reset { seed, options });
+        match self.report_while(within(self.timeouts.reset, "a reply to the reset", reset)).await? {
             Reply::Reset { obs, info } => Ok((self.see(obs), info)),
             _ => Err(Error::Protocol { expected: "the reset's observation" }),
         }
@@ -134,15 +125,17 @@ impl PolicyClient {
         }
     }
 
-    /// Applies all rows of a chunk and returns the observation that follows; waits for as long as that takes.
+    /// Applies all rows of a chunk and returns the observation that follows.
     ///
     /// # Errors
-    /// [`Error::InvalidAction`] before anything is sent, the session's end, or [`Error::Rejected`].
+    /// [`Error::InvalidAction`] before anything is sent, the session's end, [`Error::Rejected`], or
+    /// [`Error::Timeout`] after the builder's `step_timeout`.
     pub async fn step(&self, chunk: impl Into<ActionChunk>) -> Result<StepResult> {
-        let actions = self.checked(chunk.into())?;
+        let actions = self.checked_within(self.max_step_rows(), chunk.into())?;
         let episode = self.session.core.state().actions.seen().episode;
         let step = Request::Step { session: self.welcome.session, episode, actions };
-        match self.session.wire.request(step).await? {
+        let step = self.session.wire.request(step);
+        match within(Some(self.timeouts.step), "a reply to the step", step).await? {
             Reply::Step(result) => {
                 self.see(Arc::clone(&result.obs));
                 Ok(result)
@@ -163,6 +156,7 @@ impl PolicyClient {
     pub async fn start_obs_stream(&self, options: impl Into<StreamOptions>) -> Result<()> {
         let StreamOptions { hz, cameras, depth } = options.into();
         let rate = rate("the stream's rate", hz)?;
+        let cameras = cameras.into_iter().map(|camera| camera.name).collect();
         let window = self.session.core.state().window(hz);
         let subscribe = Request::Subscribe(Subscribe { rate, cameras, depth, window });
         match self.request_within(subscribe, "the observation stream").await? {
@@ -204,7 +198,7 @@ impl PolicyClient {
         let arrival = async {
             loop {
                 self.session.core.state().check_stream()?;
-                let seen = self.session.core.state().actions.seen().observation_seq;
+                let seen = self.session.core.state().actions.seen().seq;
                 let newest = latest.borrow_and_update().clone();
                 match newest.filter(|obs| obs.seq > seen) {
                     Some(obs) => return Ok(self.see(obs)),
@@ -232,6 +226,7 @@ impl PolicyClient {
         state.check_alive()?;
         state.actions.start(rate, core.now());
         drop(state);
+        core.room.notify_waiters();
         core.dispatch.wake();
         Ok(())
     }
@@ -247,23 +242,33 @@ impl PolicyClient {
     ///
     /// # Errors
     /// [`Error::InvalidAction`], [`Error::QueueFull`] without dispatch, [`Error::ActionRefused`] for an
-    /// action sent earlier, or the session's end.
+    /// action sent earlier, [`Error::ActionsLate`], or the session's end.
     pub async fn put_action(&self, action: impl Into<Action>) -> Result<()> {
-        self.put_chunk(action.into(), PutMode::Append).await
+        self.put_chunk(action.into(), PutOptions::default()).await
     }
 
-    /// Queues the rows of a chunk, all or none. While dispatch runs, waits for room.
+    /// Queues the rows of a chunk, all or none. While dispatch runs, waits for room. The options are a
+    /// [`PutMode`](crate::PutMode), or [`PutOptions`] that also say from which observation the chunk was
+    /// predicted, when it starts and how long it is valid.
     ///
     /// # Errors
-    /// As [`PolicyClient::put_action`]; also [`Error::QueueFull`] for a chunk that could never fit.
-    pub async fn put_chunk(&self, chunk: impl Into<ActionChunk>, mode: PutMode) -> Result<()> {
-        let chunk = self.checked(chunk.into())?;
+    /// As [`PolicyClient::put_action`]; also [`Error::QueueFull`] for a chunk that could never fit. With a
+    /// start, [`Error::InvalidArgument`] without dispatch and [`Error::ClockUnknown`] before the clocks were
+    /// compared.
+    pub async fn put_chunk(
+        &self,
+        chunk: impl Into<ActionChunk>,
+        options: impl Into<PutOptions>,
+    ) -> Result<()> {
+        let (chunk, options) = (self.checked(chunk.into())?, options.into());
+        // A loop that only puts must leave the runtime's thread to others now and then.
+        consume_budget().await;
         loop {
             let room = self.session.core.room.notified();
             tokio::pin!(room);
             // From here on no notification is missed.
             room.as_mut().enable();
-            match self.put(&chunk, mode) {
+            match self.put(&chunk, &options) {
                 Err(Error::QueueFull { rows, capacity, dispatching: true, .. }) if rows <= capacity => {
                     room.await
                 }
@@ -277,15 +282,15 @@ impl PolicyClient {
     /// # Errors
     /// As [`PolicyClient::put_action`], and [`Error::QueueFull`] also while dispatch runs.
     pub fn try_put_action(&self, action: impl Into<Action>) -> Result<()> {
-        self.try_put_chunk(action.into(), PutMode::Append)
+        self.try_put_chunk(action.into(), PutOptions::default())
     }
 
     /// Queues the rows of a chunk, all or none, without waiting.
     ///
     /// # Errors
     /// As [`PolicyClient::try_put_action`].
-    pub fn try_put_chunk(&self, chunk: impl Into<ActionChunk>, mode: PutMode) -> Result<()> {
-        self.put(&self.checked(chunk.into())?, mode)
+    pub fn try_put_chunk(&self, chunk: impl Into<ActionChunk>, options: impl Into<PutOptions>) -> Result<()> {
+        self.put(&self.checked(chunk.into())?, &options.into())
     }
 
     /// Drops the actions that are queued.
@@ -298,14 +303,16 @@ impl PolicyClient {
     /// Sends actions now, past the queue.
     ///
     /// # Errors
-    /// [`Error::InvalidAction`], [`Error::ActionRefused`] for an action sent earlier, or the session's end.
+    /// [`Error::InvalidAction`], [`Error::ActionRefused`] for an action sent earlier, [`Error::ActionsLate`],
+    /// or the session's end.
     pub async fn send_action(&self, actions: impl Into<ActionChunk>) -> Result<()> {
-        let actions = self.checked(actions.into())?;
+        let actions = self.checked_within(self.max_action_rows(), actions.into())?;
+        let core = &self.session.core;
         let message = {
-            let mut state = self.session.core.state();
+            let mut state = core.state();
             state.check_alive()?;
-            state.actions.check_refusal()?;
-            state.actions.message(actions)
+            state.actions.check()?;
+            state.actions.message(actions, core.now())
         };
         self.session.sink.send_actions(message).await
     }
@@ -319,8 +326,7 @@ impl PolicyClient {
 
     /// How the session is doing.
     pub fn stats(&self) -> ClientStats {
-        let core = &self.session.core;
-        core.state().stats(core.now())
+        self.session.stats()
     }
 
     /// Closes the connection. Afterwards every call fails with [`Error::Closed`]. When this returns, the
@@ -337,24 +343,54 @@ impl PolicyClient {
 
     /// A request that the server answers at once; `what` is its reply.
     async fn request_within(&self, request: Request, what: &'static str) -> Result<Reply> {
-        let waited = self.request_timeout;
-        let reply = timeout(waited, self.session.wire.request(request)).await;
-        reply.map_err(|_| Error::Timeout { what, waited })?
+        within(Some(self.timeouts.request), what, self.session.wire.request(request)).await
+    }
+
+    /// Reports every 10 s that a reset is waited for.
+    async fn report_while<T>(&self, reset: impl Future<Output = T>) -> T {
+        let mut reset = pin!(reset);
+        let mut waited = Duration::ZERO;
+        loop {
+            match timeout(RESET_REPORT_PERIOD, reset.as_mut()).await {
+                Ok(outcome) => return outcome,
+                Err(_) => waited += RESET_REPORT_PERIOD,
+            }
+            self.on_waiting.call(&Waiting::ForReset { waited });
+        }
     }
 
     /// Queues a chunk if there is room now.
-    fn put(&self, chunk: &ActionChunk, mode: PutMode) -> Result<()> {
+    fn put(&self, chunk: &ActionChunk, options: &PutOptions) -> Result<()> {
         let core = &self.session.core;
-        let mut state = core.state();
-        state.check_alive()?;
-        state.actions.check_refusal()?;
-        let was_empty = state.actions.len() == 0;
-        state.actions.put(chunk, mode, core.now())?;
-        drop(state);
-        if was_empty {
+        let is_next = core.state().put(chunk, options, core.now())?;
+        if is_next {
             core.dispatch.wake();
         }
         Ok(())
+    }
+
+    /// The most rows that the server accepts in one action.
+    fn max_action_rows(&self) -> usize {
+        match self.welcome.max_chunk_rows {
+            0 => ActionChunk::OLD_MAX_ROWS,
+            rows => rows,
+        }
+    }
+
+    /// The most rows that the server accepts in one step.
+    fn max_step_rows(&self) -> usize {
+        match self.welcome.max_chunk_rows {
+            0 => ActionChunk::MAX_ROWS,
+            rows => rows,
+        }
+    }
+
+    /// Returns the chunk if it is what the robot declares, and of at most `limit` rows.
+    fn checked_within(&self, limit: usize, chunk: ActionChunk) -> Result<ActionChunk> {
+        if chunk.rows() > limit {
+            return Err(InvalidAction::Rows { limit, found: chunk.rows() }.into());
+        }
+        self.checked(chunk)
     }
 
     /// Returns the chunk if it is what the robot declares.
@@ -376,6 +412,18 @@ impl fmt::Debug for PolicyClient {
             .field("robot", &self.welcome.robot.name)
             .field("session", &self.welcome.session)
             .finish_non_exhaustive()
+    }
+}
+
+/// Waits for a reply, without a limit for as long as that takes.
+async fn within(
+    limit: Option<Duration>,
+    what: &'static str,
+    reply: impl Future<Output = Result<Reply>>,
+) -> Result<Reply> {
+    match limit {
+        Some(waited) => timeout(waited, reply).await.map_err(|_| Error::Timeout { what, waited })?,
+        None => reply.await,
     }
 }
 

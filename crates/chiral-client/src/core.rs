@@ -1,10 +1,13 @@
 //! A session's state and the notifications for tasks that wait on it, shared by the caller's calls, the
 //! connections' loops and the dispatch thread. Nothing here sends or receives.
 
-use std::sync::{Arc, Mutex, MutexGuard};
+use std::{
+    mem::take,
+    sync::{Arc, Mutex, MutexGuard},
+};
 
 use chiral_proto::{Clock, Observation, Reply, Timestamp, lock};
-use tokio::sync::{Notify, watch};
+use tokio::sync::{Notify, oneshot, watch};
 
 use crate::{
     dispatch::waker::DispatchWaker,
@@ -61,10 +64,13 @@ impl Core {
     }
 
     /// A request has its reply, or failed.
-    pub(crate) fn complete_request(&self, id: u64, outcome: Result<Reply, Error>) {
+    ///
+    /// # Errors
+    /// If there was no such request.
+    pub(crate) fn complete_request(&self, id: u64, outcome: Result<Reply, Error>) -> Result<(), Error> {
         let mut state = self.state();
         let (episode, was_resetting) = (state.episode, state.actions.is_resetting());
-        let reply_to = state.complete(id, &outcome, self.now());
+        let reply_to = state.complete(id, &outcome, self.now())?;
         let is_new_episode = state.episode > episode;
         drop(state);
         if is_new_episode {
@@ -79,6 +85,7 @@ impl Core {
             // Fails if the caller has given up.
             let _ = reply_to.send(outcome);
         }
+        Ok(())
     }
 
     /// Ends the session: every call from now on, and every one that waits, fails with this error or an
@@ -100,5 +107,34 @@ impl Core {
     /// Returns when the session has ended.
     pub(crate) async fn ended(&self) {
         let _ = self.ended.subscribe().wait_for(|ended| *ended).await;
+    }
+}
+
+/// The reply to a request, to be waited for. Dropped before it has arrived, the request is given up.
+pub(crate) struct PendingReply {
+    core: Arc<Core>,
+    id: u64,
+    reply: oneshot::Receiver<Result<Reply, Error>>,
+    is_pending: bool,
+}
+
+impl PendingReply {
+    /// The reply to the request with this id, which arrives at the receiver.
+    pub(crate) fn new(core: &Arc<Core>, id: u64, reply: oneshot::Receiver<Result<Reply, Error>>) -> Self {
+        PendingReply { core: Arc::clone(core), id, reply, is_pending: true }
+    }
+
+    pub(crate) async fn wait(mut self) -> Result<Reply, Error> {
+        let outcome = (&mut self.reply).await;
+        self.is_pending = false;
+        outcome.unwrap_or(Err(Error::Closed))
+    }
+}
+
+impl Drop for PendingReply {
+    fn drop(&mut self) {
+        if take(&mut self.is_pending) {
+            self.core.state().give_up(self.id, self.core.now());
+        }
     }
 }

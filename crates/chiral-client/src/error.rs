@@ -83,6 +83,17 @@ pub enum Error {
     /// The server refused an action that was sent earlier, or the robot failed at it.
     #[error("an action was refused: {0}")]
     ActionRefused(Fault),
+    /// Rows were sent, and the server dropped all of them because they arrived too late.
+    #[error(
+        "expected the server to accept actions, found all {dropped} rows dropped as too late for {:.1} s",
+        waited.as_secs_f64()
+    )]
+    ActionsLate {
+        /// For how long none was accepted.
+        waited: Duration,
+        /// The rows that were dropped in this time.
+        dropped: u64,
+    },
     /// The connection was lost or closed.
     #[error("disconnected: {reason}")]
     Disconnected {
@@ -129,6 +140,16 @@ pub enum Error {
     /// The action does not fit what the robot declares.
     #[error(transparent)]
     InvalidAction(#[from] InvalidAction),
+    /// A start on the server's clock cannot be converted to this host's: the server has not answered a ping
+    /// yet, or it is a legacy server, which never does.
+    #[error(
+        "start_at: expected the clocks of client and server to have been compared, found no reply to a ping \
+         yet, and none ever from a legacy server"
+    )]
+    ClockUnknown,
+    /// The call was given up from outside, by the builder's `interrupt_when`.
+    #[error("the call was interrupted before it was done")]
+    Interrupted,
     /// An argument is out of range.
     #[error("{name}: expected {expected}, found {found}")]
     InvalidArgument {
@@ -157,11 +178,11 @@ pub enum Error {
         /// What was expected.
         expected: &'static str,
     },
-    /// A legacy server sent a reply to no request.
-    #[error("expected replies to pending requests only, in order, found a {found} from the server")]
+    /// The server sent a reply to no request.
+    #[error("expected replies to requests, found {found}")]
     UnexpectedReply {
-        /// Its type on the wire.
-        found: &'static str,
+        /// The reply.
+        found: String,
     },
     /// A legacy server cannot do this, or not yet.
     #[error("the server cannot {what}: {why}")]
@@ -174,4 +195,86 @@ pub enum Error {
     /// The system gives no thread for a connection or for dispatch.
     #[error("cannot start a thread: {0}")]
     Thread(Arc<std::io::Error>),
+}
+
+/// What kind of failure an [`Error`] is: what a loop that tries again distinguishes, and what a binding raises.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[non_exhaustive]
+pub enum ErrorKind {
+    /// There is no server, or no session with it could be begun.
+    ConnectFailed,
+    /// The robot has another controller.
+    Busy,
+    /// The session has ended. Only a new one helps.
+    Disconnected,
+    /// The client was closed by its own caller.
+    Closed,
+    /// The server or its robot failed at a request. [`Error::fault`] says at what.
+    Rejected,
+    /// The server ended the stream, or none was started.
+    NotStreaming,
+    /// No reply or observation arrived in time. The session goes on.
+    Timeout,
+    /// The call was given up from outside.
+    Interrupted,
+    /// An argument is wrong. The same call fails again.
+    InvalidArgument,
+    /// The action queue has no room.
+    QueueFull,
+    /// An earlier action was refused, or all were too late.
+    ActionRefused,
+    /// The server cannot do this, or not yet.
+    Unsupported,
+    /// The server sent what the protocol does not allow.
+    Protocol,
+    /// The system gives no thread.
+    System,
+}
+
+impl Error {
+    /// What kind of failure it is.
+    pub fn kind(&self) -> ErrorKind {
+        match self {
+            Error::NoServer { .. }
+            | Error::Http { .. }
+            | Error::Tls(_)
+            | Error::NotProtobuf
+            | Error::Handshake(_)
+            | Error::Zenoh(_)
+            | Error::SeveralRobots { .. }
+            | Error::VersionMismatch(_) => ErrorKind::ConnectFailed,
+            Error::Busy(_) => ErrorKind::Busy,
+            Error::Disconnected { .. } => ErrorKind::Disconnected,
+            Error::Closed => ErrorKind::Closed,
+            Error::Rejected(_) => ErrorKind::Rejected,
+            Error::StreamEnded { .. } | Error::NotStreaming => ErrorKind::NotStreaming,
+            Error::Timeout { .. } => ErrorKind::Timeout,
+            Error::Interrupted => ErrorKind::Interrupted,
+            Error::Address { .. }
+            | Error::ZenohConfig { .. }
+            | Error::InvalidAction(_)
+            | Error::InvalidArgument { .. }
+            | Error::Encode(_)
+            | Error::UnknownName(_)
+            | Error::Tensor(_) => ErrorKind::InvalidArgument,
+            Error::QueueFull { .. } => ErrorKind::QueueFull,
+            Error::ActionRefused(_) | Error::ActionsLate { .. } => ErrorKind::ActionRefused,
+            Error::Unsupported { .. } | Error::ClockUnknown => ErrorKind::Unsupported,
+            Error::Malformed(_) | Error::Protocol { .. } | Error::UnexpectedReply { .. } => {
+                ErrorKind::Protocol
+            }
+            Error::Thread(_) => ErrorKind::System,
+        }
+    }
+
+    /// What the server said, if it is the one that failed: with a code, and whether a retry may help.
+    pub fn fault(&self) -> Option<&Fault> {
+        match self {
+            Error::Busy(fault)
+            | Error::VersionMismatch(fault)
+            | Error::Rejected(fault)
+            | Error::ActionRefused(fault) => Some(fault),
+            _ => None,
+        }
+    }
 }

@@ -33,12 +33,15 @@ mod dispatch;
 #[cfg(any(feature = "websocket", feature = "zenoh"))]
 mod endpoint;
 mod error;
+mod interrupt;
 mod legacy;
 mod native;
 mod session;
 mod state;
 mod stats;
+mod stream_options;
 mod transport;
+mod waiting;
 #[cfg(feature = "websocket")]
 mod websocket;
 mod wire;
@@ -56,12 +59,14 @@ pub use chiral_proto::{
 };
 
 pub use builder::PolicyClientBuilder;
-pub use client::{PolicyClient, StreamOptions};
+pub use client::PolicyClient;
 #[cfg(feature = "zenoh")]
 pub use discover::DiscoveredRobot;
-pub use dispatch::queue::PutMode;
-pub use error::Error;
+pub use dispatch::put::{ObservationRef, PutMode, PutOptions};
+pub use error::{Error, ErrorKind};
 pub use stats::ClientStats;
+pub use stream_options::{CameraRequest, StreamOptions};
+pub use waiting::Waiting;
 
 #[cfg(all(doctest, feature = "websocket"))]
 #[doc = include_str!("../../../docs/client-guide.md")]

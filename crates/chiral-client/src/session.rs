@@ -12,6 +12,7 @@ use crate::{
     core::Core,
     dispatch::thread::{self, ActionSink, Wait},
     error::Error,
+    stats::ClientStats,
     transport::DynTransport,
     wire::Wire,
 };
@@ -20,6 +21,9 @@ use crate::{
 const CLOSE_TIMEOUT: Duration = Duration::from_secs(1);
 /// Buffers that no observation used for this long, or at most twice as long, are freed.
 const TRIM_PERIOD: Duration = Duration::from_secs(4);
+
+/// A server that sends nothing for this long is reported as silent: pongs arrive every second.
+const SILENCE_THRESHOLD: Duration = Duration::from_secs(2);
 
 /// What the caller's calls need of a session. Dropped, it ends the session.
 pub(crate) struct Session {
@@ -88,6 +92,20 @@ impl Session {
         thread::start(Arc::clone(&core), Arc::clone(&sink), control.runtime.clone(), wait)
             .inspect_err(|error| core.end(error.clone()))?;
         Ok(Session { core, wire, sink, control, observations })
+    }
+
+    pub(crate) fn stats(&self) -> ClientStats {
+        let state = self.core.state();
+        let is_alive = state.check_alive().is_ok();
+        let stats = state.stats(self.core.now());
+        drop(state);
+        let silences =
+            [&self.control, &self.observations].map(|connection| connection.idle_timeout.idle_time());
+        let silent_for = silences.into_iter().flatten().max();
+        ClientStats {
+            silent_for: silent_for.filter(|silent_for| is_alive && *silent_for >= SILENCE_THRESHOLD),
+            ..stats
+        }
     }
 
     /// Ends the session and returns when its connections are closed, which has a timeout.

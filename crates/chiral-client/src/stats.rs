@@ -6,6 +6,7 @@ use chiral_proto::Timestamp;
 
 /// A session's statistics.
 #[derive(Clone, Debug, Default, PartialEq)]
+#[non_exhaustive]
 pub struct ClientStats {
     /// Observations received since the stream was started.
     pub observations: u64,
@@ -20,6 +21,11 @@ pub struct ClientStats {
     pub round_trip: Option<Duration>,
     /// By how many nanoseconds the server's clock is ahead of this host's.
     pub clock_offset_ns: Option<i64>,
+    /// How long nothing has arrived from the server, not a byte, on the connection that has been silent
+    /// longest. `None` while that is less than 2 s, since pongs arrive every second; and with legacy servers
+    /// over Zenoh, which send nothing while there is nothing to say. The session ends after the builder's
+    /// `idle_timeout`.
+    pub silent_for: Option<Duration>,
     /// Rows in the action queue.
     pub actions_queued: usize,
     /// Actions sent, by dispatch or by `send_action`.
@@ -28,8 +34,16 @@ pub struct ClientStats {
     pub actions_refused: u64,
     /// Ticks of the dispatch that were missed by more than a period while a row waited.
     pub actions_skipped: u64,
-    /// Rows dropped because a reset overtook them.
+    /// Rows of chunks with `start_at` whose tick had passed, and rows before such that missed ticks had
+    /// delayed beyond it.
+    pub actions_missed: u64,
+    /// Rows dropped because a reset overtook them, or because they were predicted from an older episode.
     pub actions_discarded: u64,
+    /// Rows that the server dropped because they arrived too late. It does not report them one by one, and
+    /// they fail no call.
+    pub actions_late: u64,
+    /// Rows that the server dropped because newer ones, with which they arrived after a stall, overtook them.
+    pub actions_superseded: u64,
     /// Median delay of the last thousand dispatched rows behind their ticks; `None` before the first.
     pub action_lateness_p50: Option<Duration>,
     /// 99th percentile of the same.

@@ -240,7 +240,12 @@ impl Number for f64 {
 
 impl From<Action> for ActionChunk {
     fn from(action: Action) -> ActionChunk {
-        ActionChunk { dimension: action.values.len(), is_single: true, values: action.values }
+        // Without values there is no row either.
+        ActionChunk {
+            dimension: action.values.len(),
+            is_single: !action.values.is_empty(),
+            values: action.values,
+        }
     }
 }
 
@@ -287,14 +292,14 @@ impl<T: Number, R: Dim, C: Dim, S: RawStorage<T, R, C>> From<&Matrix<T, R, C, S>
         let is_vector = C::try_to_usize() == Some(1);
         let dimension = if is_vector { matrix.nrows() } else { matrix.ncols() };
         // The column of a vector is the one row. nalgebra stores matrices column-major, chunks are row-major.
-        let values = match is_vector {
+        let values: Vec<f32> = match is_vector {
             true => matrix.iter().map(|value| value.to_f32()).collect(),
             false => matrix
                 .row_iter()
                 .flat_map(|row| row.iter().map(|value| value.to_f32()).collect::<Vec<_>>())
                 .collect(),
         };
-        ActionChunk { values, dimension, is_single: is_vector }
+        ActionChunk { is_single: is_vector && !values.is_empty(), values, dimension }
     }
 }
 
@@ -353,6 +358,11 @@ mod tests {
         check(SMatrix::<f32, 2, 3>::new(1.0, 2.0, 3.0, 4.0, 5.0, 6.0), 2, &[1.0, 2.0, 3.0, 4.0, 5.0, 6.0]);
         check(DMatrix::<f64>::from_row_slice(2, 1, &[1.0, 2.0]), 2, &[1.0, 2.0]);
         assert_eq!(Action::from(DVector::from_vec(vec![1.0f64, 2.0])).values, [1.0, 2.0]);
+        let singles: [ActionChunk; 2] = [[1.0, 2.0].into(), DVector::from_vec(vec![1.0f64, 2.0]).into()];
+        assert!(singles.iter().all(ActionChunk::is_single));
+        let others: [ActionChunk; 3] =
+            [[[1.0, 2.0]].into(), vec![0.0; 0].into(), DVector::<f64>::zeros(0).into()];
+        assert!(!others.iter().any(ActionChunk::is_single), "a chunk of one row, and none at all");
     }
 
     #[test]

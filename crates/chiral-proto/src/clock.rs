@@ -137,9 +137,32 @@ impl Ticker {
         self.deadline().since(now)
     }
 
+    /// The number of the next tick; the first is 0.
+    pub fn next(&self) -> u64 {
+        self.next
+    }
+
+    /// The number of the tick that [`Ticker::take`] would take.
+    pub fn current(&self, now: Timestamp) -> u64 {
+        self.next.max(self.last_due(now))
+    }
+
+    /// The number of the first tick at or after `instant`; negative before the start, as if there had been
+    /// ticks.
+    pub fn first_from(&self, instant: Timestamp) -> i64 {
+        if instant < self.started {
+            // Half a nanosecond more, so that rounding loses no period.
+            let before_ns = self.started.since(instant).as_nanos() as f64 + 0.5;
+            return -((before_ns * 1e-9 * self.rate.0) as i64);
+        }
+        let last = self.last_due(instant);
+        let first = if self.deadline_of(last) < instant { last + 1 } else { last };
+        i64::try_from(first).unwrap_or(i64::MAX)
+    }
+
     /// Takes the last tick that is due by `now`, or the next one if none is due. Ticks before it are skipped.
     pub fn take(&mut self, now: Timestamp) -> Tick {
-        let tick = self.next.max(self.last_due(now));
+        let tick = self.current(now);
         let skipped = tick - self.next;
         self.next = tick + 1;
         Tick { skipped, lateness: now.since(self.deadline_of(tick)) }
@@ -152,7 +175,8 @@ impl Ticker {
         }
     }
 
-    fn deadline_of(&self, tick: u64) -> Timestamp {
+    /// When the tick of this number is due.
+    pub fn deadline_of(&self, tick: u64) -> Timestamp {
         // At a rate close to 0 the deadline may not fit.
         self.started + Duration::try_from_secs_f64(tick as f64 / self.rate.0).unwrap_or(Duration::MAX)
     }
@@ -261,6 +285,10 @@ mod tests {
         assert_eq!(slow.deadline(), Timestamp(i64::MAX));
 
         const MS: i64 = 1_000_000;
+        let ticker = Ticker::new(Rate::new(10.0).unwrap(), Timestamp(50 * MS));
+        for (ms, tick) in [(-51, -1), (-50, -1), (-49, 0), (50, 0), (51, 1), (149, 1), (150, 1), (1051, 11)] {
+            assert_eq!(ticker.first_from(Timestamp(ms * MS)), tick, "{ms} ms");
+        }
         let mut ticker = Ticker::new(Rate::new(10.0).unwrap(), Timestamp(0));
         assert_eq!(
             ticker.take(Timestamp(299 * MS)),

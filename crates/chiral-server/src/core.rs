@@ -176,7 +176,7 @@ impl ServerCore {
 
     /// For how long nothing has arrived from the controller, if there is one.
     pub(crate) fn silent_for(&self) -> Option<Duration> {
-        lock(&self.controller_idle).as_ref().map(|(_, idle_timeout)| idle_timeout.idle())
+        lock(&self.controller_idle).as_ref().and_then(|(_, idle_timeout)| idle_timeout.idle_time())
     }
 
     pub(crate) fn unregister_session(&self, session: u64) {

@@ -126,14 +126,14 @@ impl Session {
     pub(crate) async fn notice_silence(&self, idle_timeout: &IdleTimeout) -> Infallible {
         self.core.set_controller_idle(self.id, idle_timeout.clone());
         loop {
-            idle_timeout.idle_for(SILENCE_LIMIT).await;
+            idle_timeout.until_idle_for(SILENCE_LIMIT).await;
             self.core.control.note_silence(self.id);
             tracing::warn!(
                 parent: &self.span,
                 "nothing has arrived from the controller for {} s",
                 SILENCE_LIMIT.as_secs()
             );
-            while idle_timeout.idle() >= SILENCE_LIMIT {
+            while idle_timeout.idle_time().is_some_and(|idle| idle >= SILENCE_LIMIT) {
                 sleep(SILENCE_CHECK_PERIOD).await;
             }
             tracing::info!(parent: &self.span, "something arrives from the controller again");

@@ -4,10 +4,15 @@
 
 mod support;
 
-use std::{net::SocketAddr, sync::Arc, time::Duration};
+use std::{
+    net::SocketAddr,
+    sync::{Arc, Mutex},
+    thread,
+    time::Duration,
+};
 
 use axum::{Router, http::StatusCode, routing::get};
-use chiral_client::{Error, PolicyClient, blocking};
+use chiral_client::{Error, ErrorKind, PolicyClient, blocking};
 use futures_util::{SinkExt, StreamExt};
 use support::{
     TEST_TIMEOUT, client_builder,
@@ -217,6 +222,53 @@ async fn servers_can_be_nested_in_a_host_application_under_any_path() {
         env.reset().await.unwrap();
         assert_eq!(harness.script.events().len(), 2, "{path}");
     }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_blocking_wait_is_given_up_from_outside_and_the_session_goes_on() {
+    let harness = Harness::new();
+    let (address, _) = harness.serve_websocket().await;
+    let (reserved, nobody) = listener().await;
+    drop(reserved);
+    let script = Arc::clone(&harness.script);
+    let blocking = move || {
+        // Each wait is given up when it asks for the third time.
+        let asked_on = Arc::new(Mutex::new(Vec::new()));
+        let asked = Arc::clone(&asked_on);
+        let builder = |uri: String| {
+            let asked = Arc::clone(&asked);
+            PolicyClient::builder(&uri).quiet().interrupt_when(move || {
+                let mut asked = asked.lock().unwrap();
+                asked.push(thread::current().id());
+                asked.len() % 3 == 0
+            })
+        };
+        let error = builder(format!("ws://{nobody}")).connect_blocking().unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::Interrupted);
+
+        let env = loop {
+            // On a busy machine connecting may take that long.
+            match builder(format!("ws://{address}")).connect_blocking() {
+                Err(Error::Interrupted) => {}
+                connected => break connected.unwrap(),
+            }
+        };
+        script.reset_gate.close();
+        assert!(matches!(env.reset(), Err(Error::Interrupted)));
+        assert!(matches!(env.next_obs(TEST_TIMEOUT), Err(Error::NotStreaming)), "the session goes on");
+        script.reset_gate.open();
+        // The late reply belongs to nobody.
+        let episode = loop {
+            match env.reset() {
+                Err(Error::Interrupted) => {}
+                reset => break reset.unwrap().0.episode,
+            }
+        };
+        assert!(episode >= 2, "the reset that was given up began one, too");
+        let asked_on = asked_on.lock().unwrap();
+        assert!(asked_on.len() >= 6 && asked_on.iter().all(|id| *id == thread::current().id()));
+    };
+    tokio::task::spawn_blocking(blocking).await.unwrap();
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

@@ -63,6 +63,14 @@ impl IdleTimeout {
         self.shared.last_arrival_ns.store(elapsed_ns, Ordering::Relaxed);
     }
 
+    /// How long nothing has arrived, counted from the timeout's creation; `None` without a limit, where a
+    /// silent peer may well be alive.
+    pub fn idle_time(&self) -> Option<Duration> {
+        let last_arrival = Duration::from_nanos(self.shared.last_arrival_ns.load(Ordering::Relaxed));
+        let idle = self.shared.started.elapsed().saturating_sub(last_arrival);
+        (self.limit() < Duration::from_nanos(u64::MAX)).then_some(idle)
+    }
+
     /// Runs a receive loop; `None` if nothing has arrived for too long before it ended. Its start counts as an
     /// arrival.
     pub async fn watch<T>(&self, receiving: impl Future<Output = T>) -> Option<T> {
@@ -75,23 +83,25 @@ impl IdleTimeout {
         .await
     }
 
-    /// How long nothing has arrived.
-    pub fn idle(&self) -> Duration {
-        let last_arrival = Duration::from_nanos(self.shared.last_arrival_ns.load(Ordering::Relaxed));
-        self.shared.started.elapsed().saturating_sub(last_arrival)
-    }
-
-    /// Waits until nothing has arrived for this long.
-    pub async fn idle_for(&self, duration: Duration) {
-        while let Some(rest) = duration.checked_sub(self.idle()).filter(|rest| !rest.is_zero()) {
+    /// Waits until nothing has arrived for this long. Never returns without a limit.
+    pub async fn until_idle_for(&self, duration: Duration) {
+        while let Some(rest) = self.rest_of(duration) {
             sleep(rest.min(CHECK_PERIOD)).await;
         }
     }
 
     /// Waits until nothing has arrived for as long as the limit.
     pub async fn expired(&self) {
-        while let Some(rest) = self.limit().checked_sub(self.idle()).filter(|rest| !rest.is_zero()) {
+        while let Some(rest) = self.rest_of(self.limit()) {
             sleep(rest.min(CHECK_PERIOD)).await;
+        }
+    }
+
+    /// What is left of a duration without arrivals; `None` if it has passed.
+    fn rest_of(&self, duration: Duration) -> Option<Duration> {
+        match self.idle_time() {
+            None => Some(CHECK_PERIOD),
+            Some(idle) => duration.checked_sub(idle).filter(|rest| !rest.is_zero()),
         }
     }
 }

@@ -32,7 +32,6 @@ use crate::{
     legacy,
     native::{NativeWire, lost},
     session::{Connections, Session},
-    state::State,
 };
 
 /// For the second connection, its hello included.
@@ -172,14 +171,9 @@ fn start(
     shared: Shared,
 ) -> Result<Connected, Error> {
     let first_round_trip = options.clock().now().since(started);
-    let state = State::new(welcome.session, welcome.episode, options.queue_capacity, first_round_trip);
-    let core = Arc::new(Core::new(state, options.clock()));
+    let core = Arc::new(Core::new(options.state(&welcome, first_round_trip), options.clock()));
     let connections = Connections::new(core, control, observations, &shared.pacing, lost);
-    let wire = NativeWire {
-        core: Arc::clone(&connections.core),
-        control: Arc::clone(&connections.control),
-        observations: Arc::clone(&connections.observations),
-    };
+    let wire = NativeWire::new(&connections);
     let sink = Arc::clone(&connections.control);
     let session = Session::start(connections, Arc::new(wire), sink, &shared.pool, options.wait())?;
     Ok((session, welcome))

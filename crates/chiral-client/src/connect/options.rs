@@ -3,10 +3,24 @@
 use std::{path::PathBuf, time::Duration};
 
 use bytes::Bytes;
-use chiral_proto::{Clock, Codec, message::Role, pool::Pool};
+use chiral_proto::{
+    Clock, Codec,
+    message::{Role, Welcome},
+    pool::Pool,
+};
 use chiral_transport::{Pacing, monotonic};
 
-use crate::{connection::Lane, dispatch::thread::Wait, error::Error};
+use crate::{
+    connection::Lane,
+    dispatch::{actions::Actions, thread::Wait},
+    error::Error,
+    interrupt::InterruptCheck,
+    state::State,
+    waiting::OnWaiting,
+};
+
+/// For a legacy server's reply to a reset, unless the builder sets it.
+const LEGACY_RESET_TIMEOUT: Duration = Duration::from_secs(60);
 
 /// What the builder sets. Options of one transport are ignored or refused by the other, as the builder
 /// documents.
@@ -18,16 +32,21 @@ use crate::{connection::Lane, dispatch::thread::Wait, error::Error};
 pub(crate) struct ConnectOptions {
     pub(crate) uri: String,
     pub(crate) identity: Identity,
-    /// Prints nothing while waiting for the server.
-    pub(crate) quiet: bool,
+    /// Called while `connect` and `reset` wait.
+    pub(crate) on_waiting: OnWaiting,
+    /// Asked while a call of the blocking client waits.
+    pub(crate) interrupt: Option<InterruptCheck>,
     /// For a server to appear; none means without limit.
     pub(crate) deadline: Option<Duration>,
     pub(crate) request_timeout: Duration,
+    pub(crate) step_timeout: Duration,
+    /// None stands for the default of the wire.
+    pub(crate) reset_timeout: Option<Duration>,
     pub(crate) idle_timeout: Duration,
-    /// For the reply of a legacy server to a reset or step.
-    pub(crate) reply_timeout: Duration,
     /// Rows that the action queue holds.
     pub(crate) queue_capacity: usize,
+    /// For how long the server may accept no action before that is an error.
+    pub(crate) late_limit: Duration,
     /// Of the caller's own.
     pub(crate) clock: Option<Clock>,
     pub(crate) dispatch_spin: Duration,
@@ -59,12 +78,15 @@ impl ConnectOptions {
         ConnectOptions {
             uri: uri.to_owned(),
             identity: Identity { name: default_name(), ..Identity::default() },
-            quiet: false,
+            on_waiting: OnWaiting::default(),
+            interrupt: None,
             deadline: None,
             request_timeout: Duration::from_secs(5),
+            step_timeout: Duration::from_secs(60),
+            reset_timeout: None,
             idle_timeout: Duration::from_secs(10),
-            reply_timeout: Duration::from_secs(60),
             queue_capacity: 256,
+            late_limit: Duration::from_secs(5),
             clock: None,
             dispatch_spin: Duration::from_micros(300),
             one_connection: false,
@@ -75,6 +97,18 @@ impl ConnectOptions {
             zenoh_config: None,
             shared_memory: true,
         }
+    }
+
+    /// The state of a session that begins now.
+    pub(crate) fn state(&self, welcome: &Welcome, first_round_trip: Duration) -> State {
+        let actions = Actions::new(welcome.session, welcome.episode, self.queue_capacity, self.late_limit);
+        State::new(welcome.episode, actions, first_round_trip)
+    }
+
+    /// How long a reset may take. A legacy server that drops one does not report it, so that there is always
+    /// a limit.
+    pub(crate) fn reset_timeout(&self, codec: Codec) -> Option<Duration> {
+        self.reset_timeout.or((codec == Codec::Msgpack).then_some(LEGACY_RESET_TIMEOUT))
     }
 
     pub(crate) fn clock(&self) -> Clock {

@@ -1,4 +1,4 @@
-//! Waits for a server to appear, and reports it on stderr.
+//! Waits for a server to appear, and reports it.
 
 use std::{
     future::Future,
@@ -8,7 +8,7 @@ use std::{
 use tokio::time::{sleep, timeout};
 
 use super::options::{ConnectError, ConnectOptions};
-use crate::error::Error;
+use crate::{error::Error, waiting::Waiting};
 
 /// Repeats an attempt to connect every `period`, until there is a server or trying again would not help.
 pub(crate) async fn wait_for_server<T, F: Future<Output = Result<T, ConnectError>>>(
@@ -25,10 +25,8 @@ pub(crate) async fn wait_for_server<T, F: Future<Output = Result<T, ConnectError
                 Err(ConnectError::Failed(error)) => return Err(error),
                 Err(ConnectError::Unavailable(reason)) => last = reason,
             }
-            if !options.quiet
-                && let Some(line) = progress.line(&options.uri, &last, Instant::now())
-            {
-                eprintln!("{line}");
+            if let Some(waiting) = progress.next(&options.uri, &last, Instant::now()) {
+                options.on_waiting.call(&waiting);
             }
             sleep(period).await;
         }
@@ -38,29 +36,29 @@ pub(crate) async fn wait_for_server<T, F: Future<Output = Result<T, ConnectError
     outcome.unwrap_or_else(|_| Err(Error::NoServer { uri: options.uri.clone(), deadline, last }))
 }
 
-/// What is printed while waiting: at once that it waits, after a while why, and then whenever the reason
+/// What is reported while waiting: at once that it waits, after a while why, and then whenever the reason
 /// changes.
 #[derive(Default)]
 struct Progress {
-    printed: Option<(Instant, String)>,
+    reported: Option<(Instant, String)>,
 }
 
 impl Progress {
-    /// A server that is just starting may take this long. A reason that keeps changing is printed no more
-    /// often.
+    /// A server that is just starting may take this long. A reason that keeps changing is reported no
+    /// more often.
     const PERIOD: Duration = Duration::from_secs(5);
 
-    /// The line to print now, if any.
-    fn line(&mut self, uri: &str, reason: &str, now: Instant) -> Option<String> {
-        let Some((printed_at, printed)) = &mut self.printed else {
-            self.printed = Some((now, String::new()));
-            return Some(format!("chiral: waiting for server at {uri} …"));
+    /// What to report now, if anything.
+    fn next<'a>(&mut self, uri: &'a str, reason: &'a str, now: Instant) -> Option<Waiting<'a>> {
+        let Some((reported_at, reported)) = &mut self.reported else {
+            self.reported = Some((now, String::new()));
+            return Some(Waiting::ForServer { uri, reason: None });
         };
-        if printed == reason || now - *printed_at < Self::PERIOD {
+        if reported == reason || now - *reported_at < Self::PERIOD {
             return None;
         }
-        (*printed_at, *printed) = (now, reason.to_owned());
-        Some(format!("chiral: still waiting for {uri}: {reason}"))
+        (*reported_at, *reported) = (now, reason.to_owned());
+        Some(Waiting::ForServer { uri, reason: Some(reason) })
     }
 }
 
@@ -69,20 +67,19 @@ mod tests {
     use super::*;
 
     #[test]
-    fn waiting_is_printed_at_once_and_its_reason_after_a_while() {
+    fn waiting_is_reported_at_once_and_its_reason_after_a_while() {
         let (mut progress, start) = (Progress::default(), Instant::now());
-        let mut line =
-            |ms, reason| progress.line("ws://robot:8765", reason, start + Duration::from_millis(ms));
-        assert_eq!(line(0, "refused").as_deref(), Some("chiral: waiting for server at ws://robot:8765 …"));
+        let mut line = |ms, reason| {
+            let waiting = progress.next("ws://robot:8765", reason, start + Duration::from_millis(ms));
+            waiting.map(|waiting| waiting.to_string())
+        };
+        assert_eq!(line(0, "refused").as_deref(), Some("waiting for server at ws://robot:8765 …"));
         assert_eq!(line(4999, "refused"), None, "it may just be starting");
-        assert_eq!(
-            line(5000, "refused").as_deref(),
-            Some("chiral: still waiting for ws://robot:8765: refused")
-        );
+        assert_eq!(line(5000, "refused").as_deref(), Some("still waiting for ws://robot:8765: refused"));
         assert_eq!(line(20_000, "refused"), None, "it is known");
         assert_eq!(
             line(20_100, "no answer").as_deref(),
-            Some("chiral: still waiting for ws://robot:8765: no answer")
+            Some("still waiting for ws://robot:8765: no answer")
         );
         assert_eq!(line(20_200, "refused"), None, "a reason that keeps changing");
     }

@@ -6,7 +6,7 @@ use chiral_proto::{Code, Fault, message::ActionMessage};
 use chiral_transport::Runtime;
 use tokio::time::sleep;
 
-use super::queue::Due;
+use super::actions::Due;
 use crate::{core::Core, error::Error, transport::BoxFuture};
 
 /// Where actions are sent: all that dispatch needs of a session's connections.
@@ -81,11 +81,11 @@ async fn run_on_timers(core: &Core, sink: &dyn ActionSink) {
 
 fn due(core: &Core) -> Due {
     let mut state = core.state();
-    let (episode, discarded) = (state.episode, state.actions.stats().discarded);
+    let (episode, queued) = (state.episode, state.actions.queued());
     let due = state.actions.due(episode, core.now());
-    let has_discarded = state.actions.stats().discarded > discarded;
+    let has_dropped = state.actions.queued() < queued && !matches!(due, Due::Now(_));
     drop(state);
-    if has_discarded {
+    if has_dropped {
         core.room.notify_waiters();
     }
     due

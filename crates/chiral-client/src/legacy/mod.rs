@@ -12,7 +12,7 @@ use std::{sync::Arc, time::Duration};
 
 use bytes::Bytes;
 use chiral_proto::{
-    ActionSpec, PROTOCOL_VERSION, Request,
+    ActionSpec, Codec, PROTOCOL_VERSION, Request,
     message::{RobotInfo, Role, Welcome},
 };
 #[cfg(any(feature = "websocket", feature = "zenoh"))]
@@ -28,7 +28,6 @@ use crate::{
     core::Core,
     error::Error,
     session::{Connections, Session},
-    state::State,
 };
 
 /// Finds legacy servers where a normal attempt to connect found none: on Zenoh networks.
@@ -72,12 +71,12 @@ pub(crate) async fn start(
     shared: Shared,
 ) -> Result<(Session, Welcome), Error> {
     let welcome = undeclared(&options.uri);
-    let state = State::new(welcome.session, welcome.episode, options.queue_capacity, Duration::ZERO);
-    let core = Arc::new(Core::new(state, options.clock()));
+    let core = Arc::new(Core::new(options.state(&welcome, Duration::ZERO), options.clock()));
     let expires = link.idle_timeout.limit() <= options.idle_timeout;
     let legacy_options = LegacyOptions {
         request_timeout: options.request_timeout,
-        reply_timeout: options.reply_timeout,
+        step_timeout: options.step_timeout,
+        reset_timeout: options.reset_timeout(Codec::Msgpack).unwrap_or(Duration::MAX),
         idle_timeout: expires.then_some(options.idle_timeout),
         is_lossy: probes > 0,
         is_observer: options.identity.role == Role::Observer,

@@ -18,7 +18,7 @@ use chiral_proto::{
     message::{ActionMessage, Subscribe},
 };
 use tokio::{
-    sync::{Mutex as AsyncMutex, oneshot},
+    sync::Mutex as AsyncMutex,
     time::{sleep, timeout},
 };
 
@@ -28,7 +28,7 @@ use super::{
 };
 use crate::{
     connection::Connection,
-    core::Core,
+    core::{Core, PendingReply},
     dispatch::thread::ActionSink,
     error::Error,
     native,
@@ -54,8 +54,10 @@ type Result<T, E = Error> = std::result::Result<T, E>;
 pub(crate) struct LegacyOptions {
     /// For replies that take the server no time.
     pub(crate) request_timeout: Duration,
-    /// For the reply to a reset or step.
-    pub(crate) reply_timeout: Duration,
+    /// For the reply to a step, and to what may have to wait for one.
+    pub(crate) step_timeout: Duration,
+    /// For the reply to a reset.
+    pub(crate) reset_timeout: Duration,
     /// The connection's idle timeout, if it has one that the server's pongs keep from expiring.
     pub(crate) idle_timeout: Option<Duration>,
     /// Whether what is sent may be lost, and nothing shows that the server has gone.
@@ -161,11 +163,12 @@ impl Wire for LegacyWire {
             return Ok(());
         }
         let Some(Matched { id, unanswered }) = matched else {
-            return Err(Error::UnexpectedReply { found: kind.name() });
+            let found = format!("a {} while no such request is pending", kind.name());
+            return Err(Error::UnexpectedReply { found });
         };
-        self.core.complete_request(id, outcome);
+        self.core.complete_request(id, outcome)?;
         for id in unanswered {
-            self.core.complete_request(id, Err(Error::Protocol { expected: UNANSWERED }));
+            self.core.complete_request(id, Err(Error::Protocol { expected: UNANSWERED }))?;
         }
         Ok(())
     }
@@ -234,15 +237,15 @@ impl LegacyWire {
             Request::Reset { .. } => {
                 self.check_controller()?;
                 let _one_request = self.request_lock.lock().await;
-                self.within_reply_timeout("a reply to the reset", self.exchange(request, None)).await
+                self.exchange(request, None).await
             }
             Request::GetObs => self.get_obs().await,
             Request::Step { actions, .. } => {
                 self.check_controller()?;
                 let seen = self.core.state().actions.seen();
-                let times = lock(&self.known).capture_times(seen.observation_seq);
+                let times = lock(&self.known).capture_times(seen.seq);
                 let _one_request = self.request_lock.lock().await;
-                self.within_reply_timeout("a reply to the step", self.step(actions, times)).await
+                self.step(actions, times).await
             }
             Request::Subscribe(wanted) => self.subscribe(wanted).await,
             Request::Unsubscribe => {
@@ -286,10 +289,9 @@ impl LegacyWire {
             lock(&self.known).steps = Some(true);
             return Ok(stepped);
         }
-        let message = self.core.state().actions.message(actions);
+        let message = self.core.state().actions.message(actions, self.core.now());
         self.apply(message).await?;
-        let observed =
-            within(self.options.request_timeout, "an observation after the actions", self.observe()).await?;
+        let observed = self.observe().await?;
         // A server that neither steps nor observes knows steps, but ignored this one, and the rest with it.
         let why = "it ignored the request, maybe because it found the actions invalid";
         let obs = observed.ok_or(Error::Unsupported { what: "apply this step", why })?;
@@ -333,7 +335,7 @@ impl LegacyWire {
         let times = lock(&self.known).capture_times(message.observation_seq);
         let step = Request::Step { session: 0, episode: 0, actions: message.actions };
         let stepped = self.exchange(step, times.as_deref());
-        self.within_reply_timeout("a reply to an action", stepped).await.map(drop)
+        within(self.options.step_timeout, "a reply to an action", stepped).await.map(drop)
     }
 
     /// Sends actions to a server of the streaming generation.
@@ -402,7 +404,8 @@ impl LegacyWire {
         if !lock(&self.stream).take_tick(number, self.core.now()) {
             return Ok(());
         }
-        let obs = within(self.options.request_timeout, "an observation", self.exchange_obs()).await?;
+        // The server may carry out an action first.
+        let obs = within(self.options.step_timeout, "an observation", self.exchange_obs()).await?;
         let selected = lock(&self.stream).select(number, obs);
         if let Some(obs) = selected {
             self.core.add_arrival(obs);
@@ -458,10 +461,10 @@ impl LegacyWire {
         self.settle_pending(&request).await?;
         let replied = self.send_request(request, times).await?;
         let metadata = self.send_request(Request::GetMetadata, None).await?;
-        match replied.await.unwrap_or(Err(Error::Closed)) {
+        match replied.wait().await {
             Ok(reply) => {
                 if self.options.is_lossy {
-                    let _ = timeout(HOLD_BACK_TIMEOUT, metadata).await;
+                    let _ = timeout(HOLD_BACK_TIMEOUT, metadata.wait()).await;
                 }
                 Ok(Some(reply))
             }
@@ -473,8 +476,7 @@ impl LegacyWire {
     /// Sends a request and returns its reply, with the request lock held.
     async fn exchange(&self, request: Request, times: Option<&ValueMap>) -> Result<Reply> {
         self.settle_pending(&request).await?;
-        let replied = self.send_request(request, times).await?;
-        replied.await.unwrap_or(Err(Error::Closed))
+        self.send_request(request, times).await?.wait().await
     }
 
     /// If an earlier caller gave up waiting for a reply that looks like this request's, first makes sure that
@@ -483,18 +485,13 @@ impl LegacyWire {
         let is_pending = Kind::of(request)
             .is_some_and(|kind| kind != Kind::Metadata && lock(&self.known).pending.contains(kind));
         if is_pending {
-            let replied = self.send_request(Request::GetMetadata, None).await?;
-            replied.await.unwrap_or(Err(Error::Closed))?;
+            self.send_request(Request::GetMetadata, None).await?.wait().await?;
         }
         Ok(())
     }
 
-    /// Sends a request. Its reply arrives at the receiver.
-    async fn send_request(
-        &self,
-        request: Request,
-        times: Option<&ValueMap>,
-    ) -> Result<oneshot::Receiver<Result<Reply>>> {
+    /// Sends a request, whose reply is yet to be waited for.
+    async fn send_request(&self, request: Request, times: Option<&ValueMap>) -> Result<PendingReply> {
         let kind = Kind::of(&request);
         let is_reset = kind == Some(Kind::Reset);
         let _in_order = self.send_lock.lock().await;
@@ -506,14 +503,17 @@ impl LegacyWire {
             if let Some(kind) = kind {
                 lock(&self.known).pending.push(id, kind);
             }
-            (frame, state.add_request(id, if is_reset { RequestKind::Reset } else { RequestKind::Other }))
+            let request_kind = if is_reset { RequestKind::Reset } else { RequestKind::Other };
+            (frame, PendingReply::new(&self.core, id, state.add_request(id, request_kind)))
         };
         // Some servers send no pongs while they reset or step. The caller's own timeout comes first.
-        if matches!(kind, Some(Kind::Reset | Kind::Step))
-            && let Some(idle_timeout) = self.options.idle_timeout
-        {
-            let busy_timeout = idle_timeout.saturating_add(self.options.reply_timeout);
-            self.connection.idle_timeout.set_limit(busy_timeout);
+        let busy_timeout = match kind {
+            Some(Kind::Reset) => Some(self.options.reset_timeout),
+            Some(Kind::Step) => Some(self.options.step_timeout),
+            _ => None,
+        };
+        if let (Some(idle_timeout), Some(busy_timeout)) = (self.options.idle_timeout, busy_timeout) {
+            self.connection.idle_timeout.set_limit(idle_timeout.saturating_add(busy_timeout));
         }
         if is_reset {
             // It has emptied the action queue.
@@ -521,15 +521,6 @@ impl LegacyWire {
         }
         self.connection.send(frame).await?;
         Ok(replied)
-    }
-
-    /// For what may take long but must end: a server that drops a request does not report it.
-    async fn within_reply_timeout(
-        &self,
-        what: &'static str,
-        exchange: impl Future<Output = Result<Reply>>,
-    ) -> Result<Reply> {
-        within(self.options.reply_timeout, what, exchange).await
     }
 
     /// This wire has no observers: the server would apply an observer's actions.
@@ -551,7 +542,7 @@ impl LegacyWire {
             drop(state.add_request(id, kind));
             id
         };
-        self.core.complete_request(id, Ok(reply.clone()));
+        self.core.complete_request(id, Ok(reply.clone()))?;
         Ok(reply)
     }
 }

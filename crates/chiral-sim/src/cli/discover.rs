@@ -33,7 +33,7 @@ no robot was found. A robot is found only if
 pub(crate) fn run(arguments: &Arguments) -> Result<ExitCode> {
     super::log("warn");
     let duration = Duration::try_from_secs_f64(arguments.seconds).context("--seconds")?;
-    let builder = PolicyClient::builder(PolicyClient::DEFAULT_URI);
+    let builder = PolicyClient::builder(PolicyClient::DEFAULT_ZENOH_URI);
     let builder = if let Some(file) = &arguments.zenoh_config { builder.zenoh_config(file) } else { builder };
     let robots = builder.discover_blocking(duration)?;
     if robots.is_empty() {

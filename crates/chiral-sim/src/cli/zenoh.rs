@@ -2,7 +2,7 @@
 
 use std::path::PathBuf;
 
-use chiral_client::PolicyClientBuilder;
+use chiral_client::{PolicyClient, PolicyClientBuilder};
 use chiral_server::PolicyServerBuilder;
 
 /// How a client reaches its robot over Zenoh.
@@ -21,7 +21,7 @@ impl ClientOptions {
     pub(crate) fn default_uri(&self) -> Option<&'static str> {
         match self {
             ClientOptions { zenoh_config: Some(_), .. } => Some("zenoh:"),
-            ClientOptions { robot: Some(_), .. } => Some("tcp/localhost:7447"),
+            ClientOptions { robot: Some(_), .. } => Some(PolicyClient::DEFAULT_ZENOH_URI),
             _ => None,
         }
     }

@@ -6,6 +6,7 @@
 #![allow(clippy::unwrap_used, reason = "helpers of tests, too, fail by panicking")]
 
 mod actions;
+mod client;
 mod failures;
 mod observations;
 mod sessions;

@@ -65,7 +65,9 @@ async fn a_late_reply_is_never_taken_for_the_reply_to_another_request() {
 
 #[tokio::test]
 async fn a_stream_ends_with_an_error_if_the_server_does_not_reply() {
-    let (env, mut server) = connect(|builder| builder.request_timeout(Duration::from_millis(1000))).await;
+    // Not the `request_timeout`: the server may carry out an action first.
+    let timeout = Duration::from_millis(1000);
+    let (env, mut server) = connect(|builder| builder.step_timeout(timeout)).await;
     let obs = server.next_observation();
     let replying = async {
         server.reply_to("obs_request", Reply::Observation(obs)).await;
@@ -115,7 +117,7 @@ async fn only_a_pending_reset_or_step_outlasts_the_idle_timeout_even_without_pon
 /// Some servers drop requests that they refuse, and keep answering pings.
 #[tokio::test]
 async fn a_request_without_a_reply_times_out_and_the_session_continues() {
-    let (env, mut server) = connect(|builder| builder.reply_timeout(Duration::from_millis(1000))).await;
+    let (env, mut server) = connect(|builder| builder.reset_timeout(Duration::from_millis(1000))).await;
     let dropping = async {
         for _ in 0..2 {
             server.expect("reset").await;

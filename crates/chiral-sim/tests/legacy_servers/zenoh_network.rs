@@ -22,7 +22,7 @@ use crate::{
 async fn over_zenoh_a_server_is_probed_and_late_replies_to_probes_are_ignored() {
     let server = FakeServer::streaming();
     let uri = serve_zenoh(&server);
-    let env = client_builder(&uri).reply_timeout(Duration::from_millis(2000)).connect().await.unwrap();
+    let env = client_builder(&uri).reset_timeout(Duration::from_millis(2000)).connect().await.unwrap();
     // On a busy machine the client may send one more probe before the reply arrives.
     assert!(env.codec() == Codec::Msgpack && server.count("metadata") >= 3, "{:?}", server.kinds());
     let error = env.get_obs().await.unwrap_err();

@@ -500,7 +500,7 @@ pub async fn connect_to_fake_server(
     (client, actions, control)
 }
 
-fn welcome() -> Welcome {
+pub fn welcome() -> Welcome {
     let robot = RobotInfo {
         name: "fake".to_owned(),
         cameras: vec![],
