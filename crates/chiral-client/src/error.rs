@@ -7,6 +7,7 @@ use chiral_proto::{
     Fault, PROTOCOL_VERSION, TransportError,
     action::InvalidAction,
     error::{DecodeError, EncodeError, UnknownName},
+    image::ImageError,
     tensor::TensorError,
 };
 
@@ -151,6 +152,9 @@ pub enum Error {
     /// A tensor has another type or shape than expected.
     #[error(transparent)]
     Tensor(#[from] TensorError),
+    /// An image has an encoding that this version cannot decode, or another type or shape than expected.
+    #[error(transparent)]
+    Image(#[from] ImageError),
     /// The server sent another message than the protocol allows here.
     #[error("expected {expected} from the server, found another message")]
     Protocol {

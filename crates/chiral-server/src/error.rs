@@ -76,6 +76,14 @@ pub enum SensorError {
         /// Whether it was declared with depth.
         declared: bool,
     },
+    /// Depth of another size than the image has no K.
+    #[error(
+        "camera {camera}: expected depth_intrinsics, since its depth is not of the image's size, found none"
+    )]
+    DepthIntrinsics {
+        /// The camera.
+        camera: String,
+    },
 }
 
 fn with(depth: bool) -> &'static str {

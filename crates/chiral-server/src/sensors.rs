@@ -10,7 +10,7 @@ use bytes::Bytes;
 #[cfg(feature = "zenoh")]
 use chiral_proto::pool::ALIGNMENT;
 use chiral_proto::{
-    Camera, CameraSpec, Clock, DType, Observation, Proprio, ProprioSpec, Tensor, Timestamp, ValueMap,
+    Camera, CameraSpec, Clock, DType, Image, Observation, Proprio, ProprioSpec, Tensor, Timestamp, ValueMap,
     error::UnknownName,
     lock,
     pool::{Buffer, Pool},
@@ -88,6 +88,7 @@ struct CameraState {
     image: Option<(Tensor, Timestamp)>,
     depth: Option<(Tensor, Timestamp)>,
     intrinsics: Matrix3<f64>,
+    depth_intrinsics: Option<Matrix3<f64>>,
     extrinsics: Matrix4<f64>,
     seq: u64,
     latest: Option<Arc<Camera>>,
@@ -148,9 +149,8 @@ impl Sensors {
     #[cfg(feature = "zenoh")]
     pub(crate) fn use_shared_memory(&self) -> Option<SharedMemory> {
         let aligned = |len: usize| len.next_multiple_of(ALIGNMENT);
-        let depth = |slot: &CameraSlot| if slot.spec.has_depth { aligned(slot.depth_len()) } else { 0 };
-        let observation: usize =
-            self.shared.cameras.iter().map(|slot| aligned(slot.image_len()) + depth(slot)).sum();
+        let of_camera = |slot: &CameraSlot| aligned(slot.image_len()) + aligned(slot.depth_len());
+        let observation: usize = self.shared.cameras.iter().map(of_camera).sum();
         if observation == 0 {
             return None;
         }
@@ -224,6 +224,15 @@ impl Sensors {
     /// [`SensorError::Unknown`] if there is no such camera.
     pub fn update_intrinsics(&self, camera: &str, intrinsics: Matrix3<f64>) -> Result<(), SensorError> {
         self.camera(camera)?.update(|state, _| state.intrinsics = intrinsics);
+        Ok(())
+    }
+
+    /// Sets the matrix K of a camera's depth, where it is not that of the image.
+    ///
+    /// # Errors
+    /// [`SensorError::Unknown`] if there is no such camera.
+    pub fn update_depth_intrinsics(&self, camera: &str, intrinsics: Matrix3<f64>) -> Result<(), SensorError> {
+        self.camera(camera)?.update(|state, _| state.depth_intrinsics = Some(intrinsics));
         Ok(())
     }
 
@@ -339,6 +348,9 @@ pub struct CameraFrame {
     pub depth: Option<Bytes>,
     /// The camera matrix K, in pixels.
     pub intrinsics: Matrix3<f64>,
+    /// The camera matrix K of the depth, in its own pixels; `None` if it is that of the image. Required where
+    /// the depth was declared with another size than the image.
+    pub depth_intrinsics: Option<Matrix3<f64>>,
     /// The pose T, camera to world, in metres.
     pub extrinsics: Matrix4<f64>,
     /// The capture time; by default the time of publishing.
@@ -352,6 +364,7 @@ impl Default for CameraFrame {
             image: Bytes::new(),
             depth: None,
             intrinsics: Matrix3::identity(),
+            depth_intrinsics: None,
             extrinsics: Matrix4::identity(),
             captured_at: None,
         }
@@ -377,7 +390,7 @@ impl CameraSensor {
     }
 
     /// Returns memory for one depth image, as [`CameraSensor::buffer`] does; write it through
-    /// `depth_buffer().values_mut::<f32>()`.
+    /// `depth_buffer().values_mut::<f32>()`. It is empty if the camera was declared without depth.
     pub fn depth_buffer(&self) -> Buffer {
         self.shared.pool.take(self.slot().depth_len())
     }
@@ -386,16 +399,18 @@ impl CameraSensor {
     /// the last reader has dropped it.
     ///
     /// # Errors
-    /// [`SensorError`] if the image or the depth does not have the declared size, or if depth is given but
-    /// not declared, or declared but not given.
+    /// [`SensorError`] if the image or the depth does not have the declared size, if depth is given but not
+    /// declared, or declared but not given, or if its K is missing although it has another size.
     pub fn publish(&self, frame: CameraFrame) -> Result<(), SensorError> {
         let image = self.slot().image(frame.image)?;
         let depth = self.slot().depth(frame.depth)?;
+        self.slot().check_depth_intrinsics(frame.depth_intrinsics.as_ref())?;
         self.update(|state, now| {
             let captured_at = frame.captured_at.unwrap_or(now);
             state.image = Some((image, captured_at));
             state.depth = depth.map(|depth| (depth, captured_at));
             state.intrinsics = frame.intrinsics;
+            state.depth_intrinsics = frame.depth_intrinsics;
             state.extrinsics = frame.extrinsics;
         });
         Ok(())
@@ -428,6 +443,7 @@ impl CameraSlot {
             image: None,
             depth: None,
             intrinsics: Matrix3::identity(),
+            depth_intrinsics: spec.has_own_depth_size().then(Matrix3::identity),
             extrinsics: Matrix4::identity(),
             seq: 0,
             latest: None,
@@ -440,8 +456,7 @@ impl CameraSlot {
     }
 
     fn depth_len(&self) -> usize {
-        let [height, width] = self.spec.depth_shape();
-        height * width * size_of::<f32>()
+        self.spec.depth_shape.map_or(0, |[height, width]| height * width * size_of::<f32>())
     }
 
     fn image(&self, data: Bytes) -> Result<Tensor, SensorError> {
@@ -450,11 +465,22 @@ impl CameraSlot {
     }
 
     fn depth(&self, data: Option<Bytes>) -> Result<Option<Tensor>, SensorError> {
-        if data.is_some() != self.spec.has_depth {
-            return Err(SensorError::Depth { camera: self.spec.name.clone(), declared: self.spec.has_depth });
+        match (data, self.spec.depth_shape) {
+            (None, None) => Ok(None),
+            (Some(data), Some(shape)) => Tensor::new(DType::F32, shape, data).map(Some).map_err(|source| {
+                SensorError::Shape { sensor: format!("camera {}, depth", self.name), source }
+            }),
+            (_, declared) => {
+                Err(SensorError::Depth { camera: self.spec.name.clone(), declared: declared.is_some() })
+            }
         }
-        let tensor = data.map(|data| Tensor::new(DType::F32, self.spec.depth_shape(), data)).transpose();
-        tensor.map_err(|source| SensorError::Shape { sensor: format!("camera {}, depth", self.name), source })
+    }
+
+    fn check_depth_intrinsics(&self, found: Option<&Matrix3<f64>>) -> Result<(), SensorError> {
+        match self.spec.has_own_depth_size() && found.is_none() {
+            true => Err(SensorError::DepthIntrinsics { camera: self.spec.name.clone() }),
+            false => Ok(()),
+        }
     }
 }
 
@@ -463,7 +489,7 @@ impl CameraState {
     fn assemble(&mut self, slot: &CameraSlot) {
         let Some((image, image_at)) = self.image.clone() else { return };
         let depth = self.depth.clone();
-        if slot.spec.has_depth && depth.is_none() {
+        if slot.spec.depth_shape.is_some() && depth.is_none() {
             return;
         }
         self.seq += 1;
@@ -471,10 +497,12 @@ impl CameraState {
             name: Arc::clone(&slot.name),
             seq: self.seq,
             captured_at: depth.as_ref().map_or(image_at, |(_, depth_at)| image_at.min(*depth_at)),
-            image,
-            depth: depth.map(|(depth, _)| depth),
+            image: Image::from(image),
+            depth: depth.map(|(depth, _)| Image::from(depth)),
             intrinsics: self.intrinsics,
+            depth_intrinsics: self.depth_intrinsics,
             extrinsics: self.extrinsics,
+            is_stale: false,
         }));
     }
 }

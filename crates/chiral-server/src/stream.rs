@@ -50,7 +50,7 @@ impl Stream {
         let wanted =
             |camera: &Arc<Camera>| wanted.is_empty() || wanted.iter().any(|name| **name == *camera.name);
         let strip = |camera: Arc<Camera>| match (depth, &camera.depth) {
-            (false, Some(_)) => Arc::new(Camera { depth: None, ..Camera::clone(&camera) }),
+            (false, Some(_)) => Arc::new(camera.without_depth()),
             _ => camera,
         };
         let cameras = observation.cameras.into_iter().filter(wanted).map(strip).collect();
