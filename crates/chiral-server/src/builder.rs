@@ -17,9 +17,11 @@ use crate::{
     core::{Options, ServerCore},
     error::{Error, panic_text},
     robot::Robot,
-    sampler::{Sampler, Source},
-    sensors::{ObservationSource, Sensors},
+    sampler::{Sampler, SamplerOptions, Source},
+    sensors::Sensors,
     server::PolicyServer,
+    source::{Declaration, ObservationSource},
+    staleness::{MaxAge, OnStale},
 };
 
 /// Builds a [`PolicyServer`].
@@ -28,7 +30,8 @@ pub struct PolicyServerBuilder {
     sensors: Sensors,
     source: Option<Arc<dyn ObservationSource>>,
     name: String,
-    observe_timeout: Duration,
+    sampling: SamplerOptions,
+    max_age: MaxAge,
     clock: Clock,
     options: Options,
 }
@@ -49,7 +52,8 @@ impl PolicyServer {
             sensors,
             source: None,
             name: keys::robot_of_host(&host_name()),
-            observe_timeout: Duration::from_secs(1),
+            sampling: SamplerOptions { timeout: Duration::from_secs(1), on_stale: OnStale::Mark },
+            max_age: MaxAge::Measured,
             clock: monotonic(),
             options: Options {
                 bind: None,
@@ -145,7 +149,22 @@ impl PolicyServerBuilder {
     /// step; 1 s by default.
     #[must_use]
     pub fn observe_timeout(mut self, timeout: Duration) -> Self {
-        self.observe_timeout = timeout;
+        self.sampling.timeout = timeout;
+        self
+    }
+
+    /// How old a camera's latest image may be before the camera counts as stale; [`MaxAge::Measured`] by
+    /// default. [`CameraSensor::set_max_age`](crate::CameraSensor::set_max_age) sets it for one camera.
+    #[must_use]
+    pub fn max_age(mut self, max_age: MaxAge) -> Self {
+        self.max_age = max_age;
+        self
+    }
+
+    /// What becomes of observations with a stale camera; [`OnStale::Mark`] by default.
+    #[must_use]
+    pub fn on_stale(mut self, on_stale: OnStale) -> Self {
+        self.sampling.on_stale = on_stale;
         self
     }
 
@@ -206,8 +225,21 @@ impl PolicyServerBuilder {
             proprios: self.sensors.proprio_specs().cloned().collect(),
             action_spec: spec,
         };
-        let source = self.source.map_or(Source::Sensors(self.sensors), Source::Custom);
-        let sampler = Arc::new(Sampler::new(source, self.observe_timeout));
+        // A panic is reported when the control thread asks again.
+        let is_lock_step = catch_unwind(AssertUnwindSafe(|| robot.is_lock_step())).unwrap_or(false);
+        self.sensors.set_max_age(match self.max_age {
+            MaxAge::Measured if is_lock_step => MaxAge::Unlimited,
+            max_age => max_age,
+        });
+        let source = match self.source {
+            None => Source::Sensors(self.sensors),
+            Some(source) => {
+                let declaration =
+                    Declaration { cameras: info.cameras.clone(), proprios: info.proprios.clone() };
+                Source::Custom { source, declaration }
+            }
+        };
+        let sampler = Arc::new(Sampler::new(source, self.sampling, self.clock.clone()));
         let core = ServerCore::start(
             robot,
             info,

@@ -49,6 +49,8 @@ mod send_queue;
 mod sensors;
 mod server;
 mod session;
+mod source;
+mod staleness;
 mod stream;
 #[cfg(feature = "websocket")]
 mod websocket;
@@ -63,8 +65,10 @@ pub use builder::PolicyServerBuilder;
 pub use chiral_transport::monotonic;
 pub use error::{Error, ObserveError, RobotError, SensorError};
 pub use robot::{ActionContext, Robot, StepOutcome};
-pub use sensors::{CameraFrame, CameraSensor, ObservationSource, Sensors};
+pub use sensors::{CameraFrame, CameraSensor, Sensors};
 pub use server::{PolicyServer, ServerHandle, ServerStats};
+pub use source::ObservationSource;
+pub use staleness::{MaxAge, OnStale};
 
 #[cfg(all(doctest, feature = "websocket", feature = "zenoh"))]
 #[doc = include_str!("../../../docs/server-guide.md")]
