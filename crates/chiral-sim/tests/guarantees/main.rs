@@ -8,6 +8,7 @@
 mod actions;
 mod failures;
 mod observations;
+mod sensors;
 mod sessions;
 #[path = "../support/mod.rs"]
 mod support;
