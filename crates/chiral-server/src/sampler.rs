@@ -83,7 +83,7 @@ impl Sampler {
     }
 
     /// Returns the newest observation with at least these cameras, none meaning all. If it has to wait for
-    /// them, it does so on a thread that may block. Fails where one of them is stale and the options demand it.
+    /// them, it does so on a thread that may block. Fails where one of them is stale and the options say so.
     pub(crate) async fn observe(self: &Arc<Sampler>, cameras: &[String]) -> Result<Observation, Fault> {
         let episode = self.episode();
         let observation = match &self.source {

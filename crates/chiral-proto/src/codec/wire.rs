@@ -249,7 +249,7 @@ pub struct Subscribe {
     /// skipped. It is never queued.
     #[prost(double, tag = "1")]
     pub hz: f64,
-    /// The names of the cameras to include; empty means all.
+    /// The names of the cameras to include; empty means all. The stream waits for these only.
     #[prost(string, repeated, tag = "2")]
     pub cameras: ::prost::alloc::vec::Vec<::prost::alloc::string::String>,
     /// Whether to include depth images.
@@ -611,7 +611,7 @@ pub enum Code {
     RobotFailed = 11,
     /// The robot's own code panicked. The robot is out of service until the server is restarted.
     OutOfService = 12,
-    /// A camera or proprio did not publish in time; `field` names it.
+    /// A camera or proprio did not publish in time, or a camera has stopped publishing; `field` names it.
     SensorTimeout = 13,
     /// The server is shutting down.
     ShuttingDown = 14,
