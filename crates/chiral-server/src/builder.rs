@@ -155,6 +155,7 @@ impl PolicyServerBuilder {
 
     /// How old a camera's latest image may be before the camera counts as stale; [`MaxAge::Measured`] by
     /// default. [`CameraSensor::set_max_age`](crate::CameraSensor::set_max_age) sets it for one camera.
+    /// Sensors that two servers share have the limit of the server that was built last.
     #[must_use]
     pub fn max_age(mut self, max_age: MaxAge) -> Self {
         self.max_age = max_age;

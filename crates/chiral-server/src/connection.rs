@@ -247,7 +247,13 @@ impl<T: Transport> Connection<'_, T> {
             let message = tokio::select! {
                 biased;
                 item = items.recv() => match item {
-                    Some(item) => self.prepare(item, &mut stream).await,
+                    Some(item) => {
+                        if matches!(item, SendItem::Subscribe { .. } | SendItem::Unsubscribe { .. }) {
+                            // It has the cameras of the stream that this one ends.
+                            observing = None;
+                        }
+                        self.prepare(item, &mut stream).await
+                    }
                     None => return End::Closed,
                 },
                 end = &mut ended => return end,
