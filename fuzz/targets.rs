@@ -4,7 +4,9 @@
 use bytes::Bytes;
 use chiral_proto::codec::msgpack::{self, TimedMessage};
 use chiral_proto::error::EncodeError;
-use chiral_proto::{Codec, DType, Frame, Message, Notice, Observation, Reply, Tensor, error::DecodeError};
+use chiral_proto::{
+    Codec, DType, Encoding, Frame, Message, Notice, Observation, Reply, Tensor, error::DecodeError,
+};
 
 /// Decodes the bytes as a frame.
 pub(crate) fn frame(data: &[u8]) {
@@ -109,8 +111,12 @@ fn view_tensors(message: &Message) {
         _ => return,
     };
     for camera in &obs.cameras {
-        view_tensor(&camera.image);
-        camera.depth.iter().for_each(view_tensor);
+        for image in [Some(&camera.image), camera.depth.as_ref()].into_iter().flatten() {
+            match image.pixels() {
+                Ok(pixels) => view_tensor(pixels),
+                Err(error) => assert_ne!(image.encoding(), Encoding::RAW, "{error}"),
+            }
+        }
     }
     for proprio in &obs.proprios {
         view_tensor(&proprio.data);

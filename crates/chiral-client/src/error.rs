@@ -7,6 +7,7 @@ use chiral_proto::{
     Fault, PROTOCOL_VERSION, TransportError,
     action::InvalidAction,
     error::{DecodeError, EncodeError, UnknownName},
+    image::ImageError,
     tensor::TensorError,
 };
 
@@ -172,6 +173,9 @@ pub enum Error {
     /// A tensor has another type or shape than expected.
     #[error(transparent)]
     Tensor(#[from] TensorError),
+    /// An image has an encoding that this version cannot decode, or another type or shape than expected.
+    #[error(transparent)]
+    Image(#[from] ImageError),
     /// The server sent another message than the protocol allows here.
     #[error("expected {expected} from the server, found another message")]
     Protocol {
@@ -256,7 +260,8 @@ impl Error {
             | Error::InvalidArgument { .. }
             | Error::Encode(_)
             | Error::UnknownName(_)
-            | Error::Tensor(_) => ErrorKind::InvalidArgument,
+            | Error::Tensor(_)
+            | Error::Image(_) => ErrorKind::InvalidArgument,
             Error::QueueFull { .. } => ErrorKind::QueueFull,
             Error::ActionRefused(_) | Error::ActionsLate { .. } => ErrorKind::ActionRefused,
             Error::Unsupported { .. } | Error::ClockUnknown => ErrorKind::Unsupported,

@@ -51,7 +51,7 @@ mod zenoh;
 /// The types and the protocol that both ends share.
 pub use chiral_proto as proto;
 pub use chiral_proto::{
-    ActionChunk, ActionSpec, Camera, CameraSpec, Code, Codec, Fault, Observation, Proprio, StepResult,
+    ActionChunk, ActionSpec, Camera, CameraSpec, Code, Codec, Fault, Image, Observation, Proprio, StepResult,
     Tensor, Timestamp, Value, ValueMap,
     action::{self, ActionMeaning},
     message::RobotInfo,

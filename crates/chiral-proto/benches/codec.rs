@@ -6,7 +6,6 @@ use std::sync::Arc;
 
 use chiral_proto::bytes::Bytes;
 use chiral_proto::message::ActionMessage;
-use chiral_proto::nalgebra::{Matrix3, Matrix4};
 use chiral_proto::pool::Pool;
 use chiral_proto::{
     ActionChunk, Camera, Codec, DType, Frame, Message, Notice, Observation, Proprio, Tensor, Timestamp,
@@ -20,13 +19,10 @@ fn camera(i: usize) -> Arc<Camera> {
         Tensor::new(dtype, shape, Bytes::from(vec![7; len])).expect("the length matches the shape")
     };
     Arc::new(Camera {
-        name: format!("cam_{i}").into(),
         seq: 1,
         captured_at: Timestamp(1),
-        image: tensor(DType::U8, &[height, width, 3]),
-        depth: Some(tensor(DType::F32, &[height, width])),
-        intrinsics: Matrix3::identity(),
-        extrinsics: Matrix4::identity(),
+        depth: Some(tensor(DType::F32, &[height, width]).into()),
+        ..Camera::new(format!("cam_{i}"), tensor(DType::U8, &[height, width, 3]))
     })
 }
 

@@ -139,7 +139,7 @@ pub enum Code {
     RobotFailed,
     /// The robot's own code panicked; the robot is out of service until the server is restarted.
     OutOfService,
-    /// A camera or proprio did not publish in time.
+    /// A camera or proprio did not publish in time, or a camera has stopped publishing.
     SensorTimeout,
     /// The server is shutting down.
     ShuttingDown,

@@ -8,6 +8,7 @@ use nalgebra::{Matrix3, Matrix4};
 use crate::{
     clock::Timestamp,
     error::UnknownName,
+    image::Image,
     tensor::{DType, Tensor},
     value::ValueMap,
 };
@@ -79,18 +80,55 @@ pub struct Camera {
     pub name: Arc<str>,
     /// Counts what this camera has published, from 1: if the number is unchanged, so is the image.
     pub seq: u64,
-    /// When it was captured, on the clock of the robot's host.
+    /// When it was captured, on the clock of the robot's host. Where the camera's own capture times cannot be
+    /// right, the server puts the time of publication here.
     pub captured_at: Timestamp,
     /// (H, W, C), usually `u8` in the order red, green, blue.
-    pub image: Tensor,
-    /// (H, W) `f32`: distance along the optical axis (z) in metres, 0 or NaN where unknown.
-    pub depth: Option<Tensor>,
+    pub image: Image,
+    /// (H, W) `f32`: distance along the optical axis (z) in metres, 0 or NaN where unknown. It may have
+    /// another size than the image, and then has `depth_intrinsics` of its own.
+    pub depth: Option<Image>,
     /// The camera matrix K of this image, in pixels. The centre of the first pixel is at (0, 0), as in
     /// OpenCV.
     pub intrinsics: Matrix3<f64>,
+    /// The camera matrix K of the depth image; `None` if it is that of the image.
+    /// [`Camera::intrinsics_of_depth`] returns the one that applies.
+    pub depth_intrinsics: Option<Matrix3<f64>>,
     /// The pose T for this image, camera to world: p_world = T p_camera, in metres. Camera axes: x right, y
     /// down, z forward.
     pub extrinsics: Matrix4<f64>,
+    /// Whether the camera has stopped publishing: it was captured longer ago than the server's limit for this
+    /// camera.
+    pub is_stale: bool,
+}
+
+impl Camera {
+    /// Creates a camera with this image, without depth, with time and number 0 and identity matrices. Set
+    /// the other fields as needed: `Camera { seq: 1, ..Camera::new("wrist_cam", image) }`.
+    pub fn new(name: impl Into<Arc<str>>, image: impl Into<Image>) -> Camera {
+        Camera {
+            name: name.into(),
+            seq: 0,
+            captured_at: Timestamp(0),
+            image: image.into(),
+            depth: None,
+            intrinsics: Matrix3::identity(),
+            depth_intrinsics: None,
+            extrinsics: Matrix4::identity(),
+            is_stale: false,
+        }
+    }
+
+    /// The camera matrix K of the depth image: its own, or that of the image.
+    pub fn intrinsics_of_depth(&self) -> &Matrix3<f64> {
+        self.depth_intrinsics.as_ref().unwrap_or(&self.intrinsics)
+    }
+
+    /// The same camera without its depth image.
+    #[must_use]
+    pub fn without_depth(&self) -> Camera {
+        Camera { depth: None, depth_intrinsics: None, ..self.clone() }
+    }
 }
 
 /// One stream of proprioception at one instant.
@@ -98,7 +136,7 @@ pub struct Camera {
 pub struct Proprio {
     /// Its name.
     pub name: Arc<str>,
-    /// When it was captured, on the clock of the robot's host.
+    /// When it was captured, on the clock of the robot's host; as in [`Camera::captured_at`].
     pub captured_at: Timestamp,
     /// (n) `f32`, in the unit of its [`ProprioSpec`].
     pub data: Tensor,
@@ -120,8 +158,8 @@ pub struct CameraSpec {
     pub image_shape: [usize; 3],
     /// The element type of the image.
     pub image_dtype: DType,
-    /// Whether there is a depth image, (H, W) `f32`.
-    pub has_depth: bool,
+    /// (H, W) of the depth image, which is `f32`; `None` if the camera has no depth.
+    pub depth_shape: Option<[usize; 2]>,
 }
 
 impl CameraSpec {
@@ -131,17 +169,30 @@ impl CameraSpec {
             name: name.into(),
             image_shape: [height, width, 3],
             image_dtype: DType::U8,
-            has_depth: false,
+            depth_shape: None,
         }
     }
 
-    /// Creates the spec of a camera with 8-bit red, green and blue, and depth.
+    /// Creates the spec of a camera with 8-bit red, green and blue, and depth of the same size.
     pub fn rgbd(name: impl Into<String>, height: usize, width: usize) -> CameraSpec {
-        CameraSpec { has_depth: true, ..CameraSpec::rgb(name, height, width) }
+        CameraSpec::rgb(name, height, width).with_depth(height, width)
     }
 
-    /// (H, W) of the depth image.
-    pub fn depth_shape(&self) -> [usize; 2] {
+    /// Adds depth, or changes its size. Depth of another size than the image needs a K of its own:
+    /// [`Camera::depth_intrinsics`].
+    #[must_use]
+    pub fn with_depth(mut self, height: usize, width: usize) -> CameraSpec {
+        self.depth_shape = Some([height, width]);
+        self
+    }
+
+    /// Whether there is depth of another size than the image, which then needs a K of its own.
+    pub fn has_own_depth_size(&self) -> bool {
+        self.depth_shape.is_some_and(|size| size != self.image_size())
+    }
+
+    /// (H, W) of the image.
+    pub fn image_size(&self) -> [usize; 2] {
         [self.image_shape[0], self.image_shape[1]]
     }
 }

@@ -153,6 +153,14 @@ def check_known_values(golden):
     }
     assert [item.WhichOneof("kind") for item in entries["list"].list.items] == ["null", "bool", "int", "list"]
 
+    small, own = golden["observation-stale"][0].observation.cameras
+    assert small.is_stale and own.is_stale and not wrist.is_stale
+    assert list(small.depth.shape) == [2, 3] and list(own.depth.shape) == [4, 6]
+    assert list(small.depth_intrinsics) == [0.5 + 0.25 * i for i in range(9)], "the depth's K is not row-major"
+    (camera,) = golden["welcome-small_depth"][0].welcome.cameras
+    assert list(camera.depth_shape) == [240, 320] and camera.has_depth
+    assert not golden["welcome"][0].welcome.cameras[0].depth_shape, "the image's size is left out"
+
     spec = golden["welcome"][0].welcome.action_spec
     assert (spec.dimension, list(spec.names), list(spec.low), spec.control_hz) == (
         2,
@@ -299,6 +307,7 @@ def known_frames(types):
     yield simple("ping", ping={"t1_ns": -123})
     yield simple("pong", pong={"t1_ns": -(2**63), "t2_ns": 0, "t3_ns": 456})
     yield simple("goodbye", goodbye={"reason": "bye"})
+    yield simple("actions_dropped", actions_dropped={"late": 3, "superseded": 4, "accepted": 5})
     refused = {
         "code": "CODE_QUEUE_FULL",
         "text": "16 rows wait",
@@ -334,16 +343,25 @@ def known_frames(types):
 
 
 def newer_frames(types):
-    """Yields frames that a later version may send: name, header bytes."""
+    """Yields frames that a later version may send: name, header bytes, payload."""
     # A field of Credit and a field of Header that do not exist yet.
     credit = types["Credit"](received=9, window=4).SerializeToString() + varint_field(99, 5)
     newer = types["Header"](credit=types["Credit"].FromString(credit)).SerializeToString()
-    yield "credit-unknown_fields", newer + varint_field(9, 2**63)
-    yield "error-unknown_code", types["Header"](error={"code": 4242, "text": "new"}).SerializeToString()
+    yield "credit-unknown_fields", newer + varint_field(9, 2**63), Payload()
+    error = types["Header"](error={"code": 4242, "text": "new"}).SerializeToString()
+    yield "error-unknown_code", error, Payload()
+    # An encoding of images that does not exist yet. Its data has a size of its own.
+    payload = Payload()
+    picture = payload.tensor("D_TYPE_U8", "B", [480, 640, 3], b"picture")
+    obs = observation(types, payload)
+    # The proprioception follows in the payload; the raw image and depth that precede it are not referred to.
+    obs.cameras[0].image.CopyFrom(types["Tensor"](encoding=4242, **picture))
+    obs.cameras[0].depth.CopyFrom(types["Tensor"](encoding=4242, dtype="D_TYPE_F32", shape=[480, 640]))
+    yield "observation-unknown_encoding", types["Header"](observation=obs).SerializeToString(), payload
     # A kind that does not exist yet: field 200 of Header, an empty message.
     kind = b"\xc2\x0c\x00"
-    yield "unknown_kind", types["Header"](id=77).SerializeToString() + kind
-    yield "unknown_kind-notice", kind
+    yield "unknown_kind", types["Header"](id=77).SerializeToString() + kind, Payload()
+    yield "unknown_kind-notice", kind, Payload()
 
 
 def main(schema, golden, frames):
@@ -366,8 +384,8 @@ def main(schema, golden, frames):
         written[name] = frame(header.SerializeToString(), payload)
     missing = kinds - {name.split("-")[0] for name in written}
     assert not missing, f"kinds that this script does not write: {missing}"
-    for name, header in newer_frames(types):
-        written[name] = frame(header, Payload())
+    for name, header, payload in newer_frames(types):
+        written[name] = frame(header, payload)
     for name, content in written.items():
         (frames / f"{name}.bin").write_bytes(content)
     print(

@@ -9,8 +9,8 @@ use std::{collections::BTreeSet, fs, path::Path, sync::Arc};
 
 use bytes::Bytes;
 use chiral_proto::{
-    ActionChunk, Camera, Codec, DType, Frame, Message, Notice, Observation, Proprio, Reply, Request,
-    StepResult, Tensor, Timestamp, Value, ValueMap,
+    ActionChunk, Camera, Codec, DType, Encoding, Frame, Image, Message, Notice, Observation, Proprio, Reply,
+    Request, StepResult, Tensor, Timestamp, Value, ValueMap,
     clock::Rate,
     codec::msgpack::{self, ID, TimedMessage},
     error::{EncodeError, Fault},
@@ -227,13 +227,13 @@ fn pixels_are_not_copied() {
     };
     let mut place = whole.len() - (18 + 24 + 75 + 8);
     for data in [
-        &obs.cameras[0].image,
-        obs.cameras[0].depth.as_ref().unwrap(),
-        &obs.cameras[1].image,
-        &obs.proprios[0].data,
+        obs.cameras[0].image.data(),
+        obs.cameras[0].depth.as_ref().unwrap().data(),
+        obs.cameras[1].image.data(),
+        obs.proprios[0].data.data(),
     ] {
-        assert_eq!(data.data().as_ptr(), whole[place..].as_ptr());
-        place += data.data().len();
+        assert_eq!(data.as_ptr(), whole[place..].as_ptr());
+        place += data.len();
     }
 }
 
@@ -395,6 +395,8 @@ fn a_header_with_too_many_values_is_refused() {
 #[test]
 fn messages_that_the_wire_cannot_carry_are_not_encoded() {
     let fault = || Fault::new(chiral_proto::Code::Busy, "held");
+    let encoded = Image::new(Encoding(1), DType::U8, [2, 3, 3], Bytes::from_static(b"png")).unwrap();
+    let encoded = Arc::new(Camera::new("a", encoded));
     let subscribe = Subscribe { rate: Rate::new(30.0).unwrap(), cameras: Vec::new(), depth: true, window: 1 };
     for message in [
         request(1, Request::Reset { seed: Some(0), options: ValueMap::new() }),
@@ -406,6 +408,7 @@ fn messages_that_the_wire_cannot_carry_are_not_encoded() {
         notice(Notice::Observation(Arc::default())),
         notice(Notice::Ping { t1: Timestamp(1) }),
         notice(Notice::Goodbye { reason: "done".to_owned() }),
+        reply(1, Reply::Observation(observed(vec![encoded]).into())),
     ] {
         let found = Codec::Msgpack.encode(&message);
         assert!(
@@ -414,6 +417,28 @@ fn messages_that_the_wire_cannot_carry_are_not_encoded() {
         );
     }
     assert_eq!(Codec::Msgpack.encode(&Message::Unknown { id: 0 }), Err(EncodeError::Unknown));
+}
+
+/// A legacy peer takes the image's K for that of the depth.
+#[test]
+fn depth_is_left_out_unless_its_size_and_k_are_those_of_the_image() {
+    let k = Matrix3::new(2.0, 0.0, 1.0, 0.0, 2.0, 1.0, 0.0, 0.0, 1.0);
+    let check = |shape: [usize; 2], depth_intrinsics, is_sent: bool| {
+        let depth = Some(counting(DType::F32, &shape, 0).into());
+        let image = counting(DType::U8, &[2, 3, 3], 1);
+        let camera = Camera { depth, intrinsics: k, depth_intrinsics, ..Camera::new("a", image) };
+        let sent = observed(vec![Arc::new(camera.clone())]);
+        let decoded = roundtrip(&reply(ID, Reply::Observation(sent.into())), &ValueMap::new(), &[]);
+        let Message::Reply { reply: Reply::Observation(found), .. } = decoded.message else {
+            panic!("expected a reply with an observation")
+        };
+        let depth = camera.depth.filter(|_| is_sent);
+        assert_eq!(*found.cameras[0], Camera { depth, depth_intrinsics: None, ..camera });
+    };
+    check([2, 3], None, true);
+    check([2, 3], Some(k), true);
+    check([2, 3], Some(2.0 * k), false);
+    check([1, 1], Some(k), false);
 }
 
 // ---- Round trips ------------------------------------------------------------------------------------------
@@ -521,7 +546,8 @@ fn cameras() -> impl Strategy<Value = Arc<Camera>> {
         |(name, captured_at, (image, depth), intrinsics, extrinsics)| {
             let (intrinsics, extrinsics) =
                 (Matrix3::from_row_slice(&intrinsics), Matrix4::from_row_slice(&extrinsics));
-            Arc::new(Camera { name: name.into(), seq: 0, captured_at, image, depth, intrinsics, extrinsics })
+            let depth = depth.map(Image::from);
+            Arc::new(Camera { captured_at, depth, intrinsics, extrinsics, ..Camera::new(name, image) })
         },
     )
 }

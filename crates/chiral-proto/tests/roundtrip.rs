@@ -5,8 +5,8 @@ use std::{sync::Arc, time::Duration};
 
 use bytes::Bytes;
 use chiral_proto::{
-    ActionChunk, ActionSpec, Camera, CameraSpec, Code, Codec, DType, Frame, Message, Notice, Observation,
-    Proprio, ProprioSpec, Reply, Request, StepResult, Tensor, Timestamp, Value, ValueMap,
+    ActionChunk, ActionSpec, Camera, CameraSpec, Code, Codec, DType, Encoding, Frame, Image, Message, Notice,
+    Observation, Proprio, ProprioSpec, Reply, Request, StepResult, Tensor, Timestamp, Value, ValueMap,
     action::ActionMeaning,
     clock::Rate,
     error::{EncodeError, Fault},
@@ -213,12 +213,13 @@ fn welcomes() -> impl Strategy<Value = Welcome> {
 }
 
 fn robots() -> impl Strategy<Value = RobotInfo> {
-    let cameras = (text(), any::<[usize; 3]>(), dtypes(), any::<bool>()).prop_map(
-        |(name, image_shape, image_dtype, has_depth)| CameraSpec {
-            name,
-            image_shape,
-            image_dtype,
-            has_depth,
+    let depth_sizes =
+        prop_oneof![Just(None), Just(Some(None)), any::<[usize; 2]>().prop_map(|size| Some(Some(size)))];
+    let cameras = (text(), any::<[usize; 3]>(), dtypes(), depth_sizes).prop_map(
+        |(name, image_shape, image_dtype, depth)| {
+            let spec = CameraSpec { name, image_shape, image_dtype, depth_shape: None };
+            let depth_shape = depth.map(|size| size.unwrap_or(spec.image_size()));
+            CameraSpec { depth_shape, ..spec }
         },
     );
     let proprios =
@@ -261,18 +262,19 @@ fn observations() -> impl Strategy<Value = Arc<Observation>> {
 }
 
 fn cameras() -> impl Strategy<Value = Arc<Camera>> {
-    let pictures = ([0_usize..5, 0..5, 0..4], dtypes(), any::<bool>()).prop_flat_map(
-        |([height, width, channels], dtype, has_depth)| {
-            let depth = if has_depth {
-                tensors(DType::F32, vec![height, width]).prop_map(Some).boxed()
-            } else {
-                Just(None).boxed()
-            };
-            (tensors(dtype, vec![height, width, channels]), depth)
-        },
-    );
-    (text(), any::<u64>(), times(), pictures, any::<[f64; 9]>(), any::<[f64; 16]>()).prop_map(
-        |(name, seq, captured_at, (image, depth), intrinsics, extrinsics)| {
+    let sizes = || [0_usize..5, 0..5];
+    let pictures =
+        (sizes(), 0_usize..4, dtypes()).prop_flat_map(move |([height, width], channels, dtype)| {
+            let image = images(dtype, vec![height, width, channels]);
+            let matrices = || any::<[f64; 9]>().prop_map(|values| Matrix3::from_row_slice(&values));
+            let same = (images(DType::F32, vec![height, width]), option::of(matrices()));
+            let other = sizes()
+                .prop_flat_map(move |size| (images(DType::F32, size.to_vec()), matrices().prop_map(Some)));
+            let depth = prop_oneof![same, other].prop_map(|(depth, intrinsics)| (Some(depth), intrinsics));
+            (image, prop_oneof![Just((None, None)), depth])
+        });
+    (text(), any::<u64>(), times(), pictures, any::<[f64; 9]>(), any::<[f64; 16]>(), any::<bool>()).prop_map(
+        |(name, seq, captured_at, (image, (depth, depth_intrinsics)), intrinsics, extrinsics, is_stale)| {
             Arc::new(Camera {
                 name: name.into(),
                 seq,
@@ -280,10 +282,19 @@ fn cameras() -> impl Strategy<Value = Arc<Camera>> {
                 image,
                 depth,
                 intrinsics: Matrix3::from_row_slice(&intrinsics),
+                depth_intrinsics,
                 extrinsics: Matrix4::from_row_slice(&extrinsics),
+                is_stale,
             })
         },
     )
+}
+
+/// Raw images, and some whose encoding nobody knows and whose size is free.
+fn images(dtype: DType, shape: Vec<usize>) -> impl Strategy<Value = Image> {
+    let encoded = (1..=i32::MAX, bytes(), Just(shape.clone()))
+        .prop_map(move |(encoding, data, shape)| Image::new(Encoding(encoding), dtype, shape, data).unwrap());
+    prop_oneof![4 => tensors(dtype, shape).prop_map(Image::from), 1 => encoded]
 }
 
 fn proprios() -> impl Strategy<Value = Arc<Proprio>> {

@@ -18,9 +18,11 @@ use crate::{
     core::{Options, ServerCore},
     error::{Error, panic_text},
     robot::Robot,
-    sampler::{Sampler, Source},
-    sensors::{ObservationSource, Sensors},
+    sampler::{Sampler, SamplerOptions, Source},
+    sensors::Sensors,
     server::PolicyServer,
+    source::{Declaration, ObservationSource},
+    staleness::{MaxAge, OnStale},
 };
 
 /// Builds a [`PolicyServer`].
@@ -29,7 +31,8 @@ pub struct PolicyServerBuilder {
     sensors: Sensors,
     source: Option<Arc<dyn ObservationSource>>,
     name: String,
-    observe_timeout: Duration,
+    sampling: SamplerOptions,
+    max_age: MaxAge,
     clock: Clock,
     limits: Limits,
     options: Options,
@@ -51,7 +54,8 @@ impl PolicyServer {
             sensors,
             source: None,
             name: keys::robot_of_host(&host_name()),
-            observe_timeout: Duration::from_secs(1),
+            sampling: SamplerOptions { timeout: Duration::from_secs(1), on_stale: OnStale::Mark },
+            max_age: MaxAge::Measured,
             clock: monotonic(),
             limits: Limits::default(),
             options: Options {
@@ -148,7 +152,23 @@ impl PolicyServerBuilder {
     /// step; 1 s by default.
     #[must_use]
     pub fn observe_timeout(mut self, timeout: Duration) -> Self {
-        self.observe_timeout = timeout;
+        self.sampling.timeout = timeout;
+        self
+    }
+
+    /// How old a camera's latest image may be before the camera counts as stale; [`MaxAge::Measured`] by
+    /// default. [`CameraSensor::set_max_age`](crate::CameraSensor::set_max_age) sets it for one camera.
+    /// Sensors that two servers share have the limit of the server that was built last.
+    #[must_use]
+    pub fn max_age(mut self, max_age: MaxAge) -> Self {
+        self.max_age = max_age;
+        self
+    }
+
+    /// What becomes of observations with a stale camera; [`OnStale::Mark`] by default.
+    #[must_use]
+    pub fn on_stale(mut self, on_stale: OnStale) -> Self {
+        self.sampling.on_stale = on_stale;
         self
     }
 
@@ -224,11 +244,9 @@ impl PolicyServerBuilder {
         let robot = self.robot;
         let spec = ask(&*robot, "action_spec", Robot::action_spec)?;
         check_spec(&spec)?;
-        let traits = Traits {
-            spec: spec.clone(),
-            execution: ask(&*robot, "execution", Robot::execution)?,
-            is_lock_step: ask(&*robot, "is_lock_step", Robot::is_lock_step)?,
-        };
+        let execution = ask(&*robot, "execution", Robot::execution)?;
+        let is_lock_step = ask(&*robot, "is_lock_step", Robot::is_lock_step)?;
+        let traits = Traits { spec: spec.clone(), execution, is_lock_step };
         let stopper = ask(&*robot, "stopper", Robot::stopper)?;
         let metadata = ask(&*robot, "metadata", Robot::metadata)?;
         let robot = ControlledRobot { robot, traits, stopper, metadata };
@@ -248,8 +266,19 @@ impl PolicyServerBuilder {
             proprios: self.sensors.proprio_specs().cloned().collect(),
             action_spec: spec,
         };
-        let source = self.source.map_or(Source::Sensors(self.sensors), Source::Custom);
-        let sampler = Arc::new(Sampler::new(source, self.observe_timeout));
+        self.sensors.set_max_age(match self.max_age {
+            MaxAge::Measured if is_lock_step => MaxAge::Unlimited,
+            max_age => max_age,
+        });
+        let source = match self.source {
+            None => Source::Sensors(self.sensors),
+            Some(source) => {
+                let declaration =
+                    Declaration { cameras: info.cameras.clone(), proprios: info.proprios.clone() };
+                Source::Custom { source, declaration }
+            }
+        };
+        let sampler = Arc::new(Sampler::new(source, self.sampling, self.clock.clone()));
         let core = ServerCore::start(
             robot,
             self.limits,

@@ -225,12 +225,12 @@ impl<T: Transport> Connection<'_, T> {
     }
 
     fn get_obs(&self, id: u64, permit: SendPermit) {
-        if self.core.sampler.is_ready() {
+        if self.core.sampler.is_ready(&[]) {
             return enqueue(permit, SendItem::Observation { id });
         }
         let (sampler, session) = (Arc::clone(&self.core.sampler), self.session.id);
         tokio::spawn(async move {
-            let observed = sampler.observe().await;
+            let observed = sampler.observe(&[]).await;
             reply(
                 permit,
                 id,
@@ -255,12 +255,12 @@ impl<T: Transport> Connection<'_, T> {
             subscribe.cameras = known.iter().map(|camera| camera.name.clone()).collect();
         }
         // Confirmed once there is an observation, so that a stream that cannot start is reported as an error.
-        if self.core.sampler.is_ready() {
+        if self.core.sampler.is_ready(&subscribe.cameras) {
             return enqueue(permit, SendItem::Subscribe { id, subscribe });
         }
         let sampler = Arc::clone(&self.core.sampler);
         tokio::spawn(async move {
-            match sampler.observe().await {
+            match sampler.observe(&subscribe.cameras).await {
                 Ok(_) => enqueue(permit, SendItem::Subscribe { id, subscribe }),
                 Err(fault) => reply(permit, id, Err(fault)),
             }
@@ -291,7 +291,13 @@ impl<T: Transport> Connection<'_, T> {
             let message = tokio::select! {
                 biased;
                 item = items.recv() => match item {
-                    Some(item) => self.prepare(item, &mut stream).await,
+                    Some(item) => {
+                        if matches!(item, SendItem::Subscribe { .. } | SendItem::Unsubscribe { .. }) {
+                            // It has the cameras of the stream that this one ends.
+                            observing = None;
+                        }
+                        self.prepare(item, &mut stream).await
+                    }
                     None => return End::Closed,
                 },
                 end = &mut ended => return end,
@@ -302,7 +308,8 @@ impl<T: Transport> Connection<'_, T> {
                     self.stream_message(observed, &mut stream)
                 }
                 () = self.stream_due(stream.as_ref()), if observing.is_none() => {
-                    observing = Some(Box::pin(self.observe()));
+                    let cameras = stream.as_ref().map(Stream::cameras).unwrap_or_default();
+                    observing = Some(Box::pin(async move { self.observe(&cameras).await }));
                     None
                 }
                 _ = pings.tick(), if self.is_control => {
@@ -320,7 +327,7 @@ impl<T: Transport> Connection<'_, T> {
     async fn prepare(&self, item: SendItem, stream: &mut Option<Stream>) -> Option<Message> {
         match item {
             SendItem::Message(message) => Some(message),
-            SendItem::Observation { id } => Some(match self.observe().await {
+            SendItem::Observation { id } => Some(match self.observe(&[]).await {
                 Ok(observation) => Message::Reply { id, reply: Reply::Observation(Arc::new(observation)) },
                 Err(fault) => error_message(id, fault),
             }),
@@ -372,8 +379,8 @@ impl<T: Transport> Connection<'_, T> {
         }
     }
 
-    async fn observe(&self) -> Result<Observation, Fault> {
-        Ok(Observation { session: self.session.id, ..self.core.sampler.observe().await? })
+    async fn observe(&self, cameras: &[String]) -> Result<Observation, Fault> {
+        Ok(Observation { session: self.session.id, ..self.core.sampler.observe(cameras).await? })
     }
 }
 

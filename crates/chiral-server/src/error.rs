@@ -76,6 +76,14 @@ pub enum SensorError {
         /// Whether it was declared with depth.
         declared: bool,
     },
+    /// Depth of another size than the image has no K.
+    #[error(
+        "camera {camera}: expected depth_intrinsics, since its depth is not of the image's size, found none"
+    )]
+    DepthIntrinsics {
+        /// The camera.
+        camera: String,
+    },
 }
 
 fn with(depth: bool) -> &'static str {
@@ -94,16 +102,38 @@ pub enum ObserveError {
         /// How long the observation waited.
         waited: Duration,
     },
+    /// A sensor published in time, but by its capture time, what it published is older.
+    #[error(
+        "{sensor} published {published} times, but its captured_at is {:.3} s old", age.as_secs_f64()
+    )]
+    Old {
+        /// The first sensor of which this is true, such as `camera wrist_cam`.
+        sensor: String,
+        /// How often it has published, ever.
+        published: u64,
+        /// How long ago the latest was captured, as far as its driver states.
+        age: Duration,
+    },
     /// The host's own observation source failed.
     #[error("{0}")]
     Failed(RobotError),
+}
+
+impl ObserveError {
+    /// States how long the observation waited.
+    pub(crate) fn after_waiting(self, waited: Duration) -> ObserveError {
+        match self {
+            ObserveError::Late { sensor, .. } => ObserveError::Late { sensor, waited },
+            other => other,
+        }
+    }
 }
 
 impl From<ObserveError> for Fault {
     fn from(error: ObserveError) -> Fault {
         let text = error.to_string();
         match error {
-            ObserveError::Late { sensor, .. } => {
+            ObserveError::Late { sensor, .. } | ObserveError::Old { sensor, .. } => {
                 Fault::new(Code::SensorTimeout, text).field(sensor).retryable()
             }
             ObserveError::Failed(_) => Fault::new(Code::RobotFailed, text),

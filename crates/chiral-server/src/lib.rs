@@ -49,6 +49,8 @@ mod send_queue;
 mod sensors;
 mod server;
 mod session;
+mod source;
+mod staleness;
 mod stream;
 #[cfg(feature = "websocket")]
 mod websocket;
@@ -64,8 +66,10 @@ pub use chiral_transport::monotonic;
 pub use control::{ActionId, ControlEvent, ControlEvents, HoldReason, NextEvent, OnTimeout};
 pub use error::{Error, ObserveError, RobotError, SensorError};
 pub use robot::{ActionContext, Execution, ResetOutcome, ResetRequest, Robot, StepOutcome, Stopper};
-pub use sensors::{CameraFrame, CameraSensor, ObservationSource, Sensors};
+pub use sensors::{CameraFrame, CameraSensor, Sensors};
 pub use server::{PolicyServer, ServerHandle, ServerStats};
+pub use source::ObservationSource;
+pub use staleness::{MaxAge, OnStale};
 
 #[cfg(all(doctest, feature = "websocket", feature = "zenoh"))]
 #[doc = include_str!("../../../docs/server-guide.md")]

@@ -7,7 +7,8 @@ use chiral_proto::{Camera, Observation, Timestamp, clock::Ticker, message::Subsc
 /// One client's observation stream.
 #[derive(Debug)]
 pub(crate) struct Stream {
-    subscribe: Subscribe,
+    cameras: Arc<[String]>,
+    depth: bool,
     ticker: Ticker,
     sent: u64,
     received: u64,
@@ -21,8 +22,14 @@ impl Stream {
             sent: 0,
             received: 0,
             window: subscribe.window,
-            subscribe,
+            cameras: subscribe.cameras.into(),
+            depth: subscribe.depth,
         }
+    }
+
+    /// The cameras that were subscribed to; none means all.
+    pub(crate) fn cameras(&self) -> Arc<[String]> {
+        Arc::clone(&self.cameras)
     }
 
     /// Records how many observations the client has received, and how many may be unacknowledged.
@@ -46,11 +53,11 @@ impl Stream {
 
     /// Removes the cameras and the depth that were not subscribed to.
     pub(crate) fn select(&self, observation: Observation) -> Observation {
-        let Subscribe { cameras: wanted, depth, .. } = &self.subscribe;
-        let wanted =
-            |camera: &Arc<Camera>| wanted.is_empty() || wanted.iter().any(|name| **name == *camera.name);
-        let strip = |camera: Arc<Camera>| match (depth, &camera.depth) {
-            (false, Some(_)) => Arc::new(Camera { depth: None, ..Camera::clone(&camera) }),
+        let wanted = |camera: &Arc<Camera>| {
+            self.cameras.is_empty() || self.cameras.iter().any(|name| **name == *camera.name)
+        };
+        let strip = |camera: Arc<Camera>| match (self.depth, &camera.depth) {
+            (false, Some(_)) => Arc::new(camera.without_depth()),
             _ => camera,
         };
         let cameras = observation.cameras.into_iter().filter(wanted).map(strip).collect();

@@ -65,7 +65,7 @@ impl Camera {
     }
 
     fn draw(&self, instant: &Instant, links: &Links) -> CameraFrame {
-        let [height, width] = self.sensor.spec().depth_shape();
+        let [height, width] = self.sensor.spec().image_size();
         let (mut image, mut depth) = (self.sensor.buffer(), self.sensor.depth_buffer());
         let camera = self.mount.camera(links, width, height);
         instant.render(&camera, &mut image, depth.values_mut());
@@ -74,7 +74,7 @@ impl Camera {
             depth: Some(depth.freeze()),
             intrinsics: camera.intrinsics,
             extrinsics: camera.extrinsics,
-            captured_at: None,
+            ..CameraFrame::default()
         }
     }
 }

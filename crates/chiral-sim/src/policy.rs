@@ -231,13 +231,12 @@ mod tests {
             let (mut image, mut depth) = (vec![0; SIZE[0] * SIZE[1] * 3], vec![0.0; SIZE[0] * SIZE[1]]);
             instant.render(&pinhole, &mut image, &mut depth);
             Arc::new(Camera {
-                name: mount.name().into(),
                 seq: 1,
                 captured_at: Timestamp(1),
-                image: Tensor::from_vec([SIZE[0], SIZE[1], 3], image).unwrap(),
-                depth: Some(Tensor::from_vec(SIZE, depth).unwrap()),
+                depth: Some(Tensor::from_vec(SIZE, depth).unwrap().into()),
                 intrinsics: pinhole.intrinsics,
                 extrinsics: pinhole.extrinsics,
+                ..Camera::new(mount.name(), Tensor::from_vec([SIZE[0], SIZE[1], 3], image).unwrap())
             })
         };
         let joints = Tensor::from_vec([7], scene.start.map(|joint| joint as f32).to_vec()).unwrap();

@@ -62,7 +62,7 @@ impl PolledStream {
         let is_wanted = |name: &str| cameras.is_empty() || cameras.iter().any(|wanted| wanted == name);
         selected.cameras.retain(|camera| is_wanted(&camera.name));
         if !*depth {
-            selected.cameras.iter_mut().for_each(|camera| Arc::make_mut(camera).depth = None);
+            selected.cameras.iter_mut().for_each(|camera| *camera = Arc::new(camera.without_depth()));
         }
         Some(Arc::new(selected))
     }

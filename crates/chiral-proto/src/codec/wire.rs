@@ -129,6 +129,9 @@ pub struct CameraInfo {
     /// Whether observations contain a depth image of this camera: (H, W) float32, in metres.
     #[prost(bool, tag = "4")]
     pub has_depth: bool,
+    /// (H, W) of the depth image; empty if it is that of the image.
+    #[prost(uint64, repeated, tag = "5")]
+    pub depth_shape: ::prost::alloc::vec::Vec<u64>,
 }
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct ProprioInfo {
@@ -246,7 +249,7 @@ pub struct Subscribe {
     /// skipped. It is never queued.
     #[prost(double, tag = "1")]
     pub hz: f64,
-    /// The names of the cameras to include; empty means all.
+    /// The names of the cameras to include; empty means all. The stream waits for these only.
     #[prost(string, repeated, tag = "2")]
     pub cameras: ::prost::alloc::vec::Vec<::prost::alloc::string::String>,
     /// Whether to include depth images.
@@ -314,14 +317,15 @@ pub struct Camera {
     /// Counts what this camera has published, from 1: if the number is unchanged, so is the image.
     #[prost(uint64, tag = "2")]
     pub seq: u64,
-    /// Capture time, nanoseconds of the monotonic clock of the server's host.
+    /// Capture time, nanoseconds of the monotonic clock of the server's host; the time of publication, where the
+    /// camera's own capture times cannot be right.
     #[prost(sint64, tag = "3")]
     pub captured_at_ns: i64,
-    /// (H, W, C), as in CameraInfo.
+    /// (H, W, C), as in CameraInfo. It may have any encoding.
     #[prost(message, optional, tag = "4")]
     pub image: ::core::option::Option<Tensor>,
     /// (H, W) float32: distance along the optical axis (z) in metres, 0 or NaN where unknown. Absent if the
-    /// camera has no depth or it was not requested.
+    /// camera has no depth or it was not requested. It may have any encoding, and another size than the image.
     #[prost(message, optional, tag = "5")]
     pub depth: ::core::option::Option<Tensor>,
     /// The camera matrix K of this image, 9 values, row-major, in pixels. The centre of the first pixel is at
@@ -332,12 +336,19 @@ pub struct Camera {
     /// metres. Camera axes: x right, y down, z forward.
     #[prost(double, repeated, tag = "7")]
     pub extrinsics: ::prost::alloc::vec::Vec<f64>,
+    /// Whether the camera has stopped publishing: it was captured longer ago than the server's limit for it.
+    #[prost(bool, tag = "8")]
+    pub is_stale: bool,
+    /// The camera matrix K of `depth`, as `intrinsics`; empty if it is that of the image. Required if the depth has
+    /// another size than the image.
+    #[prost(double, repeated, tag = "9")]
+    pub depth_intrinsics: ::prost::alloc::vec::Vec<f64>,
 }
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct Proprio {
     #[prost(string, tag = "1")]
     pub name: ::prost::alloc::string::String,
-    /// Capture time, nanoseconds of the monotonic clock of the server's host.
+    /// As Camera.captured_at_ns.
     #[prost(sint64, tag = "2")]
     pub captured_at_ns: i64,
     /// (n) float32.
@@ -446,7 +457,7 @@ pub struct Error {
     #[prost(uint64, tag = "5")]
     pub action_seq: u64,
 }
-/// The type and shape of an array, and where its data lies in the payload.
+/// The type and shape of an array (once it is decoded), and where its data lies in the payload.
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct Tensor {
     #[prost(enumeration = "DType", tag = "1")]
@@ -458,7 +469,7 @@ pub struct Tensor {
     /// Where the data begins, counted from the payload's first byte; a multiple of 64. 0 if the array is empty.
     #[prost(uint64, tag = "4")]
     pub offset: u64,
-    /// In bytes. For ENCODING_RAW: the product of the shape and the element size.
+    /// Of the data, in bytes. For ENCODING_RAW: the product of the shape and the element size.
     #[prost(uint64, tag = "5")]
     pub size: u64,
 }
@@ -600,7 +611,7 @@ pub enum Code {
     RobotFailed = 11,
     /// The robot's own code panicked. The robot is out of service until the server is restarted.
     OutOfService = 12,
-    /// A camera or proprio did not publish in time; `field` names it.
+    /// A camera or proprio did not publish in time, or a camera has stopped publishing; `field` names it.
     SensorTimeout = 13,
     /// The server is shutting down.
     ShuttingDown = 14,
@@ -714,6 +725,9 @@ impl DType {
         }
     }
 }
+/// How the data of a Tensor represents its elements. Only the images and depth images of cameras may have an
+/// encoding other than raw. A receiver that does not know an encoding cannot read that image, but everything
+/// else in the message.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, ::prost::Enumeration)]
 #[repr(i32)]
 pub enum Encoding {

@@ -5,8 +5,8 @@ use std::{sync::Arc, time::Duration};
 
 use bytes::Bytes;
 use chiral_proto::{
-    ActionChunk, ActionSpec, CameraSpec, Code, DType, Notice, Observation, ProprioSpec, Reply, Request,
-    StepResult, Timestamp, Value, ValueMap,
+    ActionChunk, ActionSpec, Camera, CameraSpec, Code, DType, Notice, Observation, ProprioSpec, Reply,
+    Request, StepResult, Timestamp, Value, ValueMap,
     action::ActionMeaning,
     clock::Rate,
     error::Fault,
@@ -97,6 +97,7 @@ fn replies() -> Vec<Named> {
                 Reply::Welcome(welcome(arm(), Bytes::from_static(b"0123456789abcdef"), "night shift").into()),
             ),
         ),
+        ("welcome-small_depth", reply(3, Reply::Welcome(welcome(small_depth(), Bytes::new(), "").into()))),
         ("welcome-bare", reply(2, Reply::Welcome(welcome(bare(), Bytes::new(), "").into()))),
         ("metadata", reply(3, Reply::Metadata(every_value()))),
         ("reset_result", reply(4, Reply::Reset { obs: with_depth(), info: map([("seed", Value::Int(0))]) })),
@@ -132,6 +133,7 @@ fn notices() -> Vec<Named> {
     let [t1, t2, t3] = [-1, 2_000_000_000, i64::MAX].map(Timestamp);
     vec![
         ("observation", notice(Notice::Observation(with_depth()))),
+        ("observation-stale", notice(Notice::Observation(stale()))),
         ("stream_end", notice(Notice::StreamEnd { reason: "the robot is out of service".to_owned() })),
         ("action", notice(Notice::Action(action))),
         ("action-timed", notice(Notice::Action(timed))),
@@ -159,6 +161,20 @@ fn with_depth() -> Arc<Observation> {
         proprios: vec![proprio("joint_pos", 1_000_000_009, &[0.25, -0.5]), proprio("nothing", 0, &[])],
         extra: map([("phase", Value::Str("approach".to_owned()))]),
     })
+}
+
+/// Cameras that have stopped. One has depth of another size than its image and with a K of its own, the other
+/// depth of the same size with a K of its own.
+fn stale() -> Arc<Observation> {
+    let of = |name, depth_shape: [usize; 2], scale: f64| {
+        let image = counting(DType::U8, &[4, 6, 3], 1);
+        let depth = counting(DType::F32, &depth_shape, 7);
+        let camera = Camera::clone(&camera(name, 3, 4, 0.5, image, Some(depth)));
+        let depth_intrinsics = Some(camera.intrinsics * scale);
+        Arc::new(Camera { depth_intrinsics, is_stale: true, ..camera })
+    };
+    let cameras = vec![of("small_depth", [2, 3], 0.5), of("own_depth", [4, 6], 2.0)];
+    Arc::new(Observation { seq: 43, timestamp: 0.0, cameras, ..Observation::default() })
 }
 
 /// A camera for every element type, and one without pixels.
@@ -197,7 +213,7 @@ fn arm() -> RobotInfo {
         name: "grey_cam".to_owned(),
         image_shape: [480, 640, 1],
         image_dtype: DType::U16,
-        has_depth: false,
+        depth_shape: None,
     };
     let action_spec = ActionSpec {
         names: strings(["shoulder", "elbow"]),
@@ -211,6 +227,11 @@ fn arm() -> RobotInfo {
         proprios: vec![ProprioSpec::new("joint_pos", 2, "rad"), ProprioSpec::new("weight", 1, "")],
         action_spec,
     }
+}
+
+fn small_depth() -> RobotInfo {
+    let cameras = vec![CameraSpec::rgb("head_cam", 480, 640).with_depth(240, 320)];
+    RobotInfo { cameras, ..bare() }
 }
 
 fn bare() -> RobotInfo {

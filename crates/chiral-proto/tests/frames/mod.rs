@@ -8,7 +8,7 @@ pub(crate) mod python;
 use std::sync::Arc;
 
 use chiral_proto::{
-    Camera, DType, Message, Notice, Proprio, Reply, Request, Tensor, Timestamp, tensor::Element,
+    Camera, DType, Image, Message, Notice, Proprio, Reply, Request, Tensor, Timestamp, tensor::Element,
 };
 use nalgebra::{Matrix3, Matrix4};
 
@@ -51,13 +51,12 @@ pub(crate) fn camera(
     depth: Option<Tensor>,
 ) -> Arc<Camera> {
     Arc::new(Camera {
-        name: name.into(),
         seq,
         captured_at: Timestamp(captured_at),
-        image,
-        depth,
+        depth: depth.map(Image::from),
         intrinsics: Matrix3::from_fn(|row, column| 1.0 + step * (3 * row + column) as f64),
         extrinsics: Matrix4::from_fn(|row, column| 101.0 + step * (4 * row + column) as f64),
+        ..Camera::new(name, image)
     })
 }
 

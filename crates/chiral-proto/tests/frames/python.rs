@@ -4,12 +4,12 @@ use std::sync::Arc;
 
 use bytes::Bytes;
 use chiral_proto::{
-    ActionChunk, ActionSpec, CameraSpec, Code, DType, Message, Notice, Observation, ProprioSpec, Reply,
-    Request, StepResult, Timestamp, Value, ValueMap,
+    ActionChunk, ActionSpec, Camera, CameraSpec, Code, DType, Encoding, Image, Message, Notice, Observation,
+    ProprioSpec, Reply, Request, StepResult, Timestamp, Value, ValueMap,
     action::ActionMeaning,
     clock::Rate,
     error::Fault,
-    message::{ActionMessage, Hello, RobotInfo, Role, Subscribe, Welcome},
+    message::{ActionMessage, ActionsDropped, Hello, RobotInfo, Role, Subscribe, Welcome},
     value::map,
 };
 
@@ -73,7 +73,7 @@ fn replies() -> Vec<Named> {
                 name: "a".to_owned(),
                 image_shape: [4, 5, 6],
                 image_dtype: DType::I16,
-                has_depth: true,
+                depth_shape: Some([4, 5]),
             }],
             proprios: vec![ProprioSpec::new("coil", 3, "N m")],
             action_spec,
@@ -135,6 +135,10 @@ fn notices() -> Vec<Named> {
         ("pong", notice(Notice::Pong { t1: Timestamp(i64::MIN), t2: Timestamp(0), t3: Timestamp(456) })),
         ("goodbye", notice(Notice::Goodbye { reason: "bye".to_owned() })),
         ("error", notice(Notice::Error(refused))),
+        (
+            "actions_dropped",
+            notice(Notice::ActionsDropped(ActionsDropped { late: 3, superseded: 4, accepted: 5 })),
+        ),
     ]
 }
 
@@ -143,9 +147,24 @@ fn newer() -> Vec<Named> {
     vec![
         ("credit-unknown_fields", notice(Notice::Credit { received: 9, window: 4 })),
         ("error-unknown_code", notice(Notice::Error(Fault::new(Code::Unspecified, "new")))),
+        ("observation-unknown_encoding", notice(Notice::Observation(unknown_encoding()))),
         ("unknown_kind", Message::Unknown { id: 77 }),
         ("unknown_kind-notice", Message::Unknown { id: 0 }),
     ]
+}
+
+/// One camera, whose image and depth are encoded.
+fn unknown_encoding() -> Arc<Observation> {
+    let encoded = |dtype, shape: &[usize], data: &'static [u8]| {
+        Image::new(Encoding(4242), dtype, shape, Bytes::from_static(data)).unwrap()
+    };
+    let plain = observation();
+    let camera = Camera {
+        image: encoded(DType::U8, &[480, 640, 3], b"picture"),
+        depth: Some(encoded(DType::F32, &[480, 640], b"")),
+        ..Camera::clone(&plain.cameras[0])
+    };
+    Arc::new(Observation { cameras: vec![Arc::new(camera)], ..Observation::clone(&plain) })
 }
 
 fn observation() -> Arc<Observation> {

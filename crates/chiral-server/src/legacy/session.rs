@@ -273,7 +273,7 @@ impl<'a, T: Transport> LegacySession<'a, T> {
         let (control, session) = (&self.core.control, self.session.id);
         match request {
             Request::GetMetadata => control.metadata().map(Reply::Metadata),
-            Request::GetObs => Ok(Reply::Observation(Arc::new(self.core.sampler.observe().await?))),
+            Request::GetObs => Ok(Reply::Observation(Arc::new(self.core.sampler.observe(&[]).await?))),
             Request::Reset { seed, options } => {
                 let (obs, info) = call_control(|on_reply| {
                     control.reset(self.session.reset_request(seed, options), on_reply);

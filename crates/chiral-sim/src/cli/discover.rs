@@ -49,7 +49,11 @@ pub(crate) fn run(arguments: &Arguments) -> Result<ExitCode> {
 fn row(robot: &DiscoveredRobot) -> [String; 4] {
     let cameras = robot.cameras.iter().map(|camera| {
         let [height, width, _] = camera.image_shape;
-        format!("{} {width}x{height}{}", camera.name, if camera.has_depth { " + depth" } else { "" })
+        format!(
+            "{} {width}x{height}{}",
+            camera.name,
+            if camera.depth_shape.is_some() { " + depth" } else { "" }
+        )
     });
     let cameras = cameras.collect::<Vec<_>>().join(", ");
     [

@@ -9,6 +9,7 @@ mod actions;
 mod client;
 mod failures;
 mod observations;
+mod sensors;
 mod sessions;
 #[path = "../support/mod.rs"]
 mod support;

@@ -9,13 +9,12 @@ use std::{
 use chiral_client::{
     Camera, Codec, Observation, PolicyClient, PolicyClientBuilder, Timestamp, ValueMap,
     proto::{
-        Message, Notice, Proprio, Reply, Request, StepResult, Tensor,
+        Image, Message, Notice, Proprio, Reply, Request, StepResult, Tensor,
         codec::msgpack::{self, ID, TimedMessage},
         value,
     },
 };
 use futures_util::{SinkExt, StreamExt};
-use nalgebra::{Matrix3, Matrix4};
 use tokio::{
     net::{TcpListener, TcpStream},
     task::JoinHandle,
@@ -236,16 +235,12 @@ pub(crate) fn step_result(obs: Arc<Observation>) -> StepResult {
 pub(crate) fn observation(n: u64) -> Arc<Observation> {
     let camera = |name: &str, depth| {
         Arc::new(Camera {
-            name: name.into(),
-            seq: 0,
             captured_at: Timestamp(1_000_000_000 * n as i64 + 1),
-            image: Tensor::from_vec([2, 2, 3], vec![n as u8; 12]).unwrap(),
             depth,
-            intrinsics: Matrix3::identity(),
-            extrinsics: Matrix4::identity(),
+            ..Camera::new(name, Tensor::from_vec([2, 2, 3], vec![n as u8; 12]).unwrap())
         })
     };
-    let depth = Tensor::from_vec([2, 2], vec![n as f32; 4]).unwrap();
+    let depth = Image::from(Tensor::from_vec([2, 2], vec![n as f32; 4]).unwrap());
     let joints = Proprio {
         name: "joint_pos".into(),
         captured_at: Timestamp(0),

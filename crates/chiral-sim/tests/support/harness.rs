@@ -368,7 +368,7 @@ pub fn publish(sensors: &Sensors, n: u64) {
         depth: Some(depth.into()),
         intrinsics: Matrix3::from_element(n as f64),
         extrinsics: Matrix4::from_element(n as f64),
-        captured_at: None,
+        ..CameraFrame::default()
     };
     camera.publish(frame).unwrap();
     sensors.update_proprio("joint_pos", &[n as f32; DIMENSION]).unwrap();

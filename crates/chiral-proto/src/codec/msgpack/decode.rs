@@ -15,6 +15,7 @@ use crate::{
     clock::Timestamp,
     error::DecodeError,
     frame::{self, Frame, Payload},
+    image::Image,
     message::{ActionMessage, Message, Notice, Reply, Request, StepResult},
     observation::{Camera, Observation, Proprio},
     tensor::{DType, Tensor, byte_len},
@@ -126,13 +127,11 @@ fn camera(fields: &mut Fields, payload: &Payload, times: &mut ValueMap) -> Resul
         }
     }
     let camera = Camera {
-        name: name.as_str().into(),
-        seq: 0,
         captured_at,
-        image,
-        depth,
+        depth: depth.map(Image::from),
         intrinsics: Matrix3::from_row_slice(&fields.numbers::<9>("intrinsics")?),
         extrinsics: Matrix4::from_row_slice(&fields.numbers::<16>("extrinsics")?),
+        ..Camera::new(name.as_str(), image)
     };
     times.insert(name, time);
     Ok(Arc::new(camera))

@@ -13,6 +13,7 @@ use crate::{
     action::ActionChunk,
     error::EncodeError,
     frame::{Frame, PayloadWriter},
+    image::Image,
     message::{Message, Notice, Reply, Request},
     observation::{Camera, Observation, Proprio},
     tensor::{DType, Tensor},
@@ -122,23 +123,25 @@ impl Writer {
         self.text("timestamp").float(obs.timestamp);
         self.map_field("extra", &obs.extra)?;
         self.text("cameras").list(obs.cameras.len());
-        obs.cameras.iter().for_each(|camera| self.camera(camera));
+        obs.cameras.iter().try_for_each(|camera| self.camera(camera))?;
         self.text("proprios").list(obs.proprios.len());
         obs.proprios.iter().for_each(|proprio| self.proprio(proprio));
         Ok(())
     }
 
-    fn camera(&mut self, camera: &Camera) {
-        self.map(if camera.depth.is_some() { 12 } else { 8 });
+    fn camera(&mut self, camera: &Camera) -> Result<()> {
+        let (image, depth) = (pixels(&camera.image)?, depth(camera)?);
+        self.map(if depth.is_some() { 12 } else { 8 });
         self.text("name").text(&camera.name);
         self.text("timestamp").float(seconds(camera.captured_at));
         // nalgebra stores matrices column-major, the wire row-major.
         self.text("intrinsics").numbers(camera.intrinsics.transpose().as_slice());
         self.text("extrinsics").numbers(camera.extrinsics.transpose().as_slice());
-        self.array(["image_shape", "image_dtype", "image_offset", "image_size"], &camera.image);
-        if let Some(depth) = &camera.depth {
+        self.array(["image_shape", "image_dtype", "image_offset", "image_size"], image);
+        if let Some(depth) = depth {
             self.array(["depth_shape", "depth_dtype", "depth_offset", "depth_size"], depth);
         }
+        Ok(())
     }
 
     fn array(&mut self, [shape_key, dtype_key, offset_key, size_key]: [&str; 4], tensor: &Tensor) {
@@ -235,6 +238,17 @@ impl Writer {
 
 /// The number of fields that an observation adds to a header.
 const OBSERVATION_FIELDS: usize = 4;
+
+fn pixels(image: &Image) -> Result<&Tensor> {
+    image.pixels().map_err(|_| EncodeError::Unsupported { wire: NAME, what: "an encoded image" })
+}
+
+/// The camera's depth, unless it has a K of its own: a peer would take the image's for it.
+fn depth(camera: &Camera) -> Result<Option<&Tensor>> {
+    let has_same_k = camera.depth_intrinsics.is_none_or(|intrinsics| intrinsics == camera.intrinsics);
+    let is_same_size = |depth: &&Image| camera.image.shape().starts_with(depth.shape());
+    camera.depth.as_ref().filter(|depth| has_same_k && is_same_size(depth)).map(pixels).transpose()
+}
 
 fn unsupported(what: &'static str) -> Result<()> {
     Err(EncodeError::Unsupported { wire: NAME, what })

@@ -20,7 +20,10 @@
 //! - **Errors** and everything else that is not in the table cannot be encoded: [`EncodeError::Unsupported`].
 //!   To refuse a request, a session closes the connection.
 //! - **Observations** have no session, episode or `seq`, cameras no `seq`, proprioception no `captured_at`:
-//!   all 0.
+//!   all 0. Cameras have no `is_stale`, which decodes as false.
+//! - **Depth** shares the image's size and K. Depth that has another size or K is left out, since a peer would
+//!   place its points wrongly.
+//! - **Images** are raw. An encoded one is an [`EncodeError`].
 //! - **Capture times** are f64 seconds, or nanoseconds if greater than [`MAX_SECONDS`]. `captured_at` is in
 //!   nanoseconds. The value on the wire is preserved bit for bit in [`TimedMessage::capture_times`], both for
 //!   the cameras of an observation and for the `obs_timestamps` of an action. A client's session stores those

@@ -13,6 +13,7 @@ use crate::{
     codec::wire::{self, header::Kind},
     error::{Code, DecodeError, Fault},
     frame::{self, Frame, Payload},
+    image::{Encoding, Image},
     message::{
         ActionMessage, ActionsDropped, Hello, Message, Notice, Reply, Request, RobotInfo, Role, StepResult,
         Subscribe, Welcome,
@@ -150,12 +151,15 @@ fn welcome(welcome: wire::Welcome) -> Result<Welcome> {
 }
 
 fn camera_spec(info: wire::CameraInfo) -> Result<CameraSpec> {
-    Ok(CameraSpec {
-        name: info.name,
-        image_shape: fixed_array("image_shape", &shape("image_shape", &info.image_shape)?)?,
-        image_dtype: dtype("image_dtype", info.image_dtype)?,
-        has_depth: info.has_depth,
-    })
+    let image_shape = fixed_array("image_shape", &shape("image_shape", &info.image_shape)?)?;
+    let [height, width, _] = image_shape;
+    let depth_shape = match (info.has_depth, &info.depth_shape[..]) {
+        (false, _) => None,
+        (true, []) => Some([height, width]),
+        (true, axes) => Some(fixed_array("depth_shape", &shape("depth_shape", axes)?)?),
+    };
+    let image_dtype = dtype("image_dtype", info.image_dtype)?;
+    Ok(CameraSpec { name: info.name, image_shape, image_dtype, depth_shape })
 }
 
 fn convert_action_spec(spec: wire::ActionSpec) -> Result<ActionSpec> {
@@ -209,16 +213,24 @@ fn observation(observation: Option<wire::Observation>, payload: &Payload) -> Res
 }
 
 fn camera(camera: wire::Camera, payload: &Payload) -> Result<Arc<Camera>> {
-    let image = tensor("image", camera.image, payload)?;
+    let image = image("image", camera.image, payload)?;
     let [height, width, _] = fixed_array("image.shape", image.shape())?;
-    let depth = match camera.depth {
-        None => None,
-        Some(depth) => Some(f32_tensor("depth", Some(depth), payload)?),
+    let depth = camera.depth.map(|depth| depth_image(depth, payload)).transpose()?;
+    let depth_intrinsics = match &camera.depth_intrinsics[..] {
+        [] => None,
+        values => Some(Matrix3::from_row_slice(&fixed_array::<f64, 9>("depth_intrinsics", values)?)),
     };
     if let Some(depth) = &depth
         && depth.shape() != [height, width]
+        && depth_intrinsics.is_none()
     {
-        return Err(DecodeError::new("depth.shape", debug(&[height, width]), debug(&depth.shape())));
+        let expected = format_args!(
+            "9 values, since depth of {:?} is not of the image's size {:?}",
+            depth.shape(),
+            [height, width]
+        )
+        .to_string();
+        return Err(DecodeError::new("depth_intrinsics", expected, "none"));
     }
     Ok(Arc::new(Camera {
         name: camera.name.into(),
@@ -227,7 +239,9 @@ fn camera(camera: wire::Camera, payload: &Payload) -> Result<Arc<Camera>> {
         image,
         depth,
         intrinsics: Matrix3::from_row_slice(&fixed_array::<f64, 9>("intrinsics", &camera.intrinsics)?),
+        depth_intrinsics,
         extrinsics: Matrix4::from_row_slice(&fixed_array::<f64, 16>("extrinsics", &camera.extrinsics)?),
+        is_stale: camera.is_stale,
     }))
 }
 
@@ -253,32 +267,44 @@ fn chunk(tensor: Option<wire::Tensor>, rank: u32, payload: &Payload) -> Result<A
     }
 }
 
+fn depth_image(descriptor: wire::Tensor, payload: &Payload) -> Result<Image> {
+    let depth = image("depth", Some(descriptor), payload)?;
+    let [_, _] = fixed_array("depth.shape", depth.shape())?;
+    match depth.dtype() {
+        DType::F32 => Ok(depth),
+        other => Err(DecodeError::new("depth.dtype", DType::F32, other)),
+    }
+}
+
 fn f32_tensor(field: &str, descriptor: Option<wire::Tensor>, payload: &Payload) -> Result<Tensor> {
-    let tensor = tensor(field, descriptor, payload)?;
+    let image = image(field, descriptor, payload)?;
+    let encoding = image.encoding();
+    let tensor =
+        image.into_pixels().map_err(|_| DecodeError::new(format!("{field}.encoding"), "raw", encoding))?;
     match tensor.dtype() {
         DType::F32 => Ok(tensor),
         other => Err(DecodeError::new(format!("{field}.dtype"), DType::F32, other)),
     }
 }
 
-fn tensor(field: &str, descriptor: Option<wire::Tensor>, payload: &Payload) -> Result<Tensor> {
+/// Decodes a tensor, which for an image may have an encoding that only newer peers know: reading its pixels
+/// is then an error, and everything else in the observation is usable.
+fn image(field: &str, descriptor: Option<wire::Tensor>, payload: &Payload) -> Result<Image> {
     let read = |descriptor: wire::Tensor| {
+        let encoding = Encoding(descriptor.encoding);
         let dtype = dtype("dtype", descriptor.dtype)?;
-        if descriptor.encoding != i32::from(wire::Encoding::Raw) {
-            return Err(DecodeError::new("encoding", "raw", descriptor.encoding));
-        }
         let shape = shape("shape", &descriptor.shape)?;
         let len = byte_len(dtype, &shape)
             .ok_or_else(|| DecodeError::new("shape", "an array that fits in memory", debug(&shape)))?;
-        if descriptor.size != len as u64 {
+        if encoding == Encoding::RAW && descriptor.size != len as u64 {
             return Err(DecodeError::new(
                 "size",
                 format_args!("{len} bytes for {dtype} of shape {shape:?}"),
                 descriptor.size,
             ));
         }
-        let data = payload.take(size("offset", descriptor.offset)?, len)?;
-        Ok(Tensor::new(dtype, shape, data).expect("the length was checked against the shape"))
+        let data = payload.take(size("offset", descriptor.offset)?, size("size", descriptor.size)?)?;
+        Ok(Image::new(encoding, dtype, shape, data).expect("the length was checked against the shape"))
     };
     read(descriptor.ok_or_else(|| missing_field(field))?).map_err(|error| error.in_field(field))
 }

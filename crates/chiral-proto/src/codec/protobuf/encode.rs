@@ -2,6 +2,7 @@
 
 use std::time::Duration;
 
+use bytes::Bytes;
 use prost::Message as _;
 
 use super::tables::{CODES, DTYPES};
@@ -10,6 +11,7 @@ use crate::{
     codec::wire::{self, header::Kind},
     error::{EncodeError, Fault},
     frame::{Frame, PayloadWriter},
+    image::{Encoding, Image},
     message::{ActionsDropped, Hello, Message, Notice, Reply, Request, Role, StepResult, Welcome},
     observation::{Camera, CameraSpec, Observation, Proprio, ProprioSpec},
     pool::ALIGNMENT,
@@ -141,7 +143,12 @@ fn camera_info(spec: &CameraSpec) -> wire::CameraInfo {
         name: spec.name.clone(),
         image_shape: shape(&spec.image_shape),
         image_dtype: dtype(spec.image_dtype),
-        has_depth: spec.has_depth,
+        has_depth: spec.depth_shape.is_some(),
+        // Left out where it is the image's.
+        depth_shape: spec
+            .depth_shape
+            .filter(|_| spec.has_own_depth_size())
+            .map_or_else(Vec::new, |size| shape(&size)),
     }
 }
 
@@ -195,11 +202,15 @@ fn camera(camera: &Camera, payload: &mut PayloadWriter) -> wire::Camera {
         name: camera.name.to_string(),
         seq: camera.seq,
         captured_at_ns: camera.captured_at.0,
-        image: Some(tensor(&camera.image, payload)),
-        depth: camera.depth.as_ref().map(|depth| tensor(depth, payload)),
+        image: Some(image(&camera.image, payload)),
+        depth: camera.depth.as_ref().map(|depth| image(depth, payload)),
         // nalgebra stores matrices column-major, the wire row-major.
         intrinsics: camera.intrinsics.transpose().as_slice().to_vec(),
         extrinsics: camera.extrinsics.transpose().as_slice().to_vec(),
+        is_stale: camera.is_stale,
+        depth_intrinsics: camera
+            .depth_intrinsics
+            .map_or_else(Vec::new, |intrinsics| intrinsics.transpose().as_slice().to_vec()),
     }
 }
 
@@ -228,12 +239,26 @@ fn nanoseconds(duration: Duration) -> u64 {
 }
 
 fn tensor(tensor: &Tensor, payload: &mut PayloadWriter) -> wire::Tensor {
+    descriptor(Encoding::RAW, tensor.dtype(), tensor.shape(), tensor.data(), payload)
+}
+
+fn image(image: &Image, payload: &mut PayloadWriter) -> wire::Tensor {
+    descriptor(image.encoding(), image.dtype(), image.shape(), image.data(), payload)
+}
+
+fn descriptor(
+    Encoding(encoding): Encoding,
+    elements: DType,
+    axes: &[usize],
+    data: &Bytes,
+    payload: &mut PayloadWriter,
+) -> wire::Tensor {
     wire::Tensor {
-        dtype: dtype(tensor.dtype()),
-        encoding: wire::Encoding::Raw.into(),
-        shape: shape(tensor.shape()),
-        offset: payload.push(tensor.data()) as u64,
-        size: tensor.data().len() as u64,
+        dtype: dtype(elements),
+        encoding,
+        shape: shape(axes),
+        offset: payload.push(data) as u64,
+        size: data.len() as u64,
     }
 }
 

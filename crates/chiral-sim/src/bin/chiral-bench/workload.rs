@@ -120,19 +120,17 @@ impl Prepared {
     /// Bytes of all tensors in an observation.
     pub(crate) fn observed_bytes(&self) -> Result<usize> {
         let obs = self.sensors.snapshot().context("a sensor has not published yet")?;
-        let cameras =
+        let images =
             obs.cameras.iter().flat_map(|camera| std::iter::once(&camera.image).chain(&camera.depth));
-        Ok(cameras
-            .chain(obs.proprios.iter().map(|proprio| &proprio.data))
-            .map(|tensor| tensor.data().len())
-            .sum())
+        let proprios = obs.proprios.iter().map(|proprio| proprio.data.data());
+        Ok(images.map(|image| image.data()).chain(proprios).map(|data| data.len()).sum())
     }
 }
 
 fn drawn(camera: &CameraSensor, level: u8) -> CameraFrame {
     let mut image = camera.buffer();
     image.fill(level);
-    let depth = camera.spec().has_depth.then(|| {
+    let depth = camera.spec().depth_shape.map(|_| {
         let mut depth = camera.depth_buffer();
         depth.fill(level);
         depth.freeze()
