@@ -93,10 +93,13 @@ impl<'a> Runner<'a> {
         interrupted: &'a AtomicBool,
     ) -> Result<Runner<'a>, Error> {
         let mut control_hz = client.robot().action_spec.control_hz;
-        if client.codec() == Codec::Msgpack {
-            // Legacy servers declare no rate and may not observe before their first reset.
+        if control_hz == 0.0 {
+            // The robot declares none.
             control_hz =
                 client.get_metadata().await?.get("control_hz").and_then(Value::as_f64).unwrap_or(DEFAULT_HZ);
+        }
+        if client.codec() == Codec::Msgpack {
+            // Legacy servers may not observe before their first reset.
             client.reset_with(None, ValueMap::new()).await?;
         }
         if coupling == Coupling::Stream {

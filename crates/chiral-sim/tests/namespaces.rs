@@ -22,7 +22,7 @@ use std::{
 
 use chiral_client::{Timestamp, ValueMap};
 use chiral_proto::{Message, Notice, Request, codec::msgpack, message::ActionMessage};
-use chiral_server::{Error, ServerHandle, monotonic};
+use chiral_server::{Error, PolicyServerBuilder, ServerHandle, monotonic};
 use chiral_sim::{episode::percentile, robot::SimConfig};
 use serde_json::{Value, json};
 use support::{
@@ -91,7 +91,8 @@ fn actions_arrive_fast_while_observations_fill_the_robots_link() {
 }
 
 async fn check_cut(link: Link) {
-    let lab = Lab::new(SimConfig { width: 64, height: 48, ..SimConfig::default() });
+    let config = SimConfig { width: 64, height: 48, ..SimConfig::default() };
+    let lab = Lab::new(RecordingRobot::start(config));
     let lost_controllers = || lab.log().lost_controllers();
     let mut policy = lab.policy(&["--episodes", "1000"]);
     wait_until("the policy drives", || lab.handle.stats().rows_applied > 5).await;
@@ -165,13 +166,9 @@ fn legacy_client() {
 }
 
 async fn check_slow(link: Link) {
-    let lab = Lab::new(SimConfig {
-        width: 1280,
-        height: 720,
-        cameras: 1,
-        prerender: Some(2),
-        ..SimConfig::default()
-    });
+    let config =
+        SimConfig { width: 1280, height: 720, cameras: 1, prerender: Some(2), ..SimConfig::default() };
+    let lab = Lab::new(RecordingRobot::start_unpaced(config));
     for (host, interface) in lab.ends(link) {
         run(host.command("tc").args(["qdisc", "add", "dev", interface, "root"]).args(SLOW.split(' ')));
     }
@@ -357,7 +354,7 @@ struct Lab {
 const ROUTER: &str = "tcp/10.0.2.2:7447";
 
 impl Lab {
-    fn new(config: SimConfig) -> Lab {
+    fn new((server, log): (PolicyServerBuilder, SharedLog)) -> Lab {
         let (robot, router, policy) = (Host(None), Host::new(), Host::new());
         for host in [&robot, &router, &policy] {
             host.ip("link set lo up");
@@ -369,7 +366,6 @@ impl Lab {
             Process::spawn(router.command(program).args(["router", "--listen", "tcp/0.0.0.0:7447"]));
         wait_until_listening("10.0.1.2:7447");
 
-        let (server, log) = RecordingRobot::start(config);
         let server = server.name("arm").join_zenoh("tcp/10.0.1.2:7447").build().unwrap();
         let handle = server.handle();
         let serving = tokio::spawn(server.serve());

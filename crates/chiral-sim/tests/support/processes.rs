@@ -96,20 +96,31 @@ impl RobotLog {
 /// A [`RobotLog`] that the test reads while the robot writes it.
 pub type SharedLog = Arc<Mutex<RobotLog>>;
 
-/// A simulated robot that records the calls it receives. It declares no rate, and its server drops nothing as
-/// late, so that every action that is sent is recorded when it arrives.
+/// A simulated robot that records the calls it receives.
 pub struct RecordingRobot {
     robot: SimRobot,
     log: SharedLog,
+    is_paced: bool,
 }
 
 impl RecordingRobot {
     /// Starts the robot; returns a builder of its server and its log.
     pub fn start(config: SimConfig) -> (PolicyServerBuilder, SharedLog) {
+        RecordingRobot::build(config, true)
+    }
+
+    /// Starts a robot that declares no rate, and whose server drops nothing as late: every action that is sent
+    /// is recorded when it arrives.
+    pub fn start_unpaced(config: SimConfig) -> (PolicyServerBuilder, SharedLog) {
+        let (builder, log) = RecordingRobot::build(config, false);
+        (builder.max_action_lateness(None), log)
+    }
+
+    fn build(config: SimConfig, is_paced: bool) -> (PolicyServerBuilder, SharedLog) {
         let (robot, sensors) = start(config).unwrap();
         let log = SharedLog::default();
-        let builder = PolicyServer::builder(RecordingRobot { robot, log: Arc::clone(&log) }, sensors);
-        (builder.max_action_lateness(None), log)
+        let robot = RecordingRobot { robot, log: Arc::clone(&log), is_paced };
+        (PolicyServer::builder(robot, sensors), log)
     }
 
     fn log(&self) -> MutexGuard<'_, RobotLog> {
@@ -119,7 +130,8 @@ impl RecordingRobot {
 
 impl Robot for RecordingRobot {
     fn action_spec(&self) -> ActionSpec {
-        ActionSpec { control_hz: 0.0, ..self.robot.action_spec() }
+        let spec = self.robot.action_spec();
+        if self.is_paced { spec } else { ActionSpec { control_hz: 0.0, ..spec } }
     }
 
     fn reset(&mut self, request: &ResetRequest) -> Result<ResetOutcome, RobotError> {
