@@ -13,7 +13,8 @@ use std::{
 use chiral_proto::{Codec, error::chain, keys, lock};
 use chiral_transport::IdleTimeout;
 use chiral_transport::zenoh::{
-    LaneKind, Scout, ZenohError, ZenohOptions, ZenohSession, ZenohSessionOptions, ZenohTransport,
+    LaneKind, Neighbour, NeighbourKind, Scout, ZenohError, ZenohOptions, ZenohSession, ZenohSessionOptions,
+    ZenohTransport,
 };
 
 use crate::{
@@ -183,6 +184,14 @@ impl Endpoint {
         // Measured before the query for robots, which may itself take that long.
         let had_time = since.elapsed() >= ROBOT_TIMEOUT;
         let robots = session.robots().await.map_err(|error| self.judge(error))?;
+        // Who is named is meant, wherever it is.
+        let robots = match self.robot {
+            Some(_) => robots,
+            None => {
+                let neighbours = session.neighbours().await.map_err(|error| self.judge(error))?;
+                led_to(robots, &neighbours)
+            }
+        };
         let mut names: Vec<String> = robots.into_iter().map(|(robot, _)| robot).collect();
         names.dedup();
         match choose(names, self.robot.as_deref(), &self.uri) {
@@ -258,6 +267,16 @@ pub(crate) fn failed(error: ZenohError) -> Error {
     }
 }
 
+/// Returns the robots to which the address leads: it must be a router's or a robot's. Any other process there,
+/// such as a legacy server, may have found robots by itself, and they are not meant. Robots are given with
+/// their servers, `<Zenoh id>@<host>`.
+fn led_to(robots: Vec<(String, String)>, neighbours: &[Neighbour]) -> Vec<(String, String)> {
+    let is_robot =
+        |id: &str| robots.iter().any(|(_, server)| server.split('@').next().is_some_and(|of| of == id));
+    let leads = |neighbour: &Neighbour| neighbour.kind == NeighbourKind::Router || is_robot(&neighbour.id);
+    if neighbours.iter().any(leads) { robots } else { Vec::new() }
+}
+
 /// Chooses among the robots that are alive.
 fn choose(mut alive: Vec<String>, wanted: Option<&str>, uri: &str) -> Result<String, ConnectError> {
     match wanted {
@@ -280,7 +299,10 @@ fn choose(mut alive: Vec<String>, wanted: Option<&str>, uri: &str) -> Result<Str
 
 #[cfg(test)]
 mod tests {
+    use chiral_proto::pool::Pool;
+
     use super::*;
+    use crate::connect::options::Shared;
 
     #[test]
     fn the_only_robot_is_chosen_and_of_several_the_one_that_was_named() {
@@ -304,6 +326,57 @@ mod tests {
             choose(&["arm", "leg"], None),
             "failed: expected one robot at tcp/a:1, found several: arm, leg; ask for one by its name"
         );
+    }
+
+    #[tokio::test]
+    async fn both_lanes_share_one_idle_timeout() {
+        let free = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
+        let uri = format!("tcp/{free}");
+        let listening =
+            ZenohSessionOptions { listen: vec![uri.clone()], shared_memory: false, ..Default::default() };
+        let network = ZenohSession::open(&listening).await.unwrap();
+        let mut listener = network.announce("arm").await.unwrap();
+        let accepting = async {
+            let options = ZenohOptions {
+                max_frame: 1000,
+                pool: Pool::new(0),
+                codec: Codec::Protobuf,
+                shared_memory: None,
+                idle_timeout: IdleTimeout::never(),
+            };
+            let mut lanes = Vec::new();
+            while let Some(lane) = listener.accept(&options, Vec::new).await {
+                lanes.push(lane);
+            }
+        };
+        let connecting = async {
+            let endpoint = Endpoint::parse(&ConnectOptions::new(&uri)).unwrap();
+            let mut lanes = Vec::new();
+            for lane in [Lane::Control, Lane::Observations] {
+                let options = LinkOptions { lane, max_frame: 1000, shared: Shared::new() };
+                lanes.push(endpoint.connect(options).await.ok().expect("a robot is there"));
+            }
+            lanes[0].idle_timeout().set_limit(Duration::from_secs(1234));
+            assert_eq!(lanes[1].idle_timeout().limit(), Duration::from_secs(1234));
+        };
+        tokio::select! {
+            () = accepting => panic!("the network was closed"),
+            () = connecting => {}
+        }
+    }
+
+    #[test]
+    fn an_address_leads_to_robots_only_if_a_router_or_a_robot_is_there() {
+        let robots =
+            vec![("arm".to_owned(), "a1@bench".to_owned()), ("leg".to_owned(), "b2@floor".to_owned())];
+        let led_to = |neighbours: &[(&str, NeighbourKind)]| {
+            let neighbours: Vec<_> = neighbours.iter().map(|(id, kind)| Neighbour::new(*id, *kind)).collect();
+            led_to(robots.clone(), &neighbours).len()
+        };
+        assert_eq!(led_to(&[("a1", NeighbourKind::Peer)]), 2, "a robot, which leg has joined");
+        assert_eq!(led_to(&[("c3", NeighbourKind::Router)]), 2);
+        assert_eq!(led_to(&[("a", NeighbourKind::Peer)]), 0, "a legacy server that has found robots");
+        assert_eq!(led_to(&[]), 0, "it has left");
     }
 
     #[test]

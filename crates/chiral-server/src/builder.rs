@@ -140,6 +140,17 @@ impl PolicyServerBuilder {
         self
     }
 
+    /// Whether legacy clients are served on Zenoh: those that are given the locator of
+    /// [`PolicyServerBuilder::listen_zenoh`]; false by default. Their messages name no robot, so nothing but
+    /// its address may lead to such a server: it is not found by multicast, and while it is connected to a
+    /// router or another robot, legacy clients get no reply, and the log gives the reason.
+    #[cfg(feature = "zenoh")]
+    #[must_use]
+    pub fn legacy_zenoh(mut self, enabled: bool) -> Self {
+        self.options.network.legacy = enabled;
+        self
+    }
+
     /// The source of observations, in place of the sensors' snapshot. The sensors still declare the cameras
     /// and proprioception.
     #[must_use]

@@ -1,7 +1,7 @@
 //! A robot on a Zenoh network: announcing it, and a thread for each connection. How peers find each other and
 //! how frames travel is `chiral-transport`'s.
 
-use std::sync::Arc;
+use std::{net::IpAddr, sync::Arc};
 
 use bytes::Bytes;
 use chiral_proto::{Codec, Message, Reply, error::chain, pool::Pool};
@@ -86,7 +86,11 @@ fn serve_connection(acceptor: &Arc<Acceptor>, transport: ZenohTransport) {
 /// Joins the network. If only multicast discovery fails, joins without it.
 async fn join(options: &ZenohSessionOptions) -> Result<ZenohSession, ZenohError> {
     let multicast_error = match ZenohSession::open(options).await {
-        Err(error @ ZenohError::Open { .. }) if options.discovery => error,
+        Err(error @ (ZenohError::Listen { .. } | ZenohError::Open { .. }))
+            if options.discovery && !options.legacy =>
+        {
+            error
+        }
         joined => return joined,
     };
     let network = ZenohSession::open(&ZenohSessionOptions { discovery: false, ..options.clone() }).await?;
@@ -116,16 +120,51 @@ fn log_serving(name: &str, options: &ZenohSessionOptions) {
             tracing::info!(
                 "serving robot {name:?} on Zenoh, listening at {listen:?}, connecting to {connect:?}"
             );
-            tracing::warn!(
-                "any host on this network can move the robot, unless a configuration file restricts access"
-            );
+            if !(connect.is_empty() && listen.iter().all(|locator| is_local(locator))) {
+                tracing::warn!(
+                    "any host on this network can move the robot, unless a configuration file restricts \
+                     access"
+                );
+            }
         }
     }
+}
+
+/// Whether only this host reaches a listener at this locator.
+fn is_local(locator: &str) -> bool {
+    let (protocol, rest) = locator.split_once('/').unwrap_or_default();
+    let address = rest.split(['?', '#']).next().unwrap_or_default();
+    let host = address.rsplit_once(':').map_or(address, |(host, _)| host);
+    let host = host.trim_start_matches('[').trim_end_matches(']');
+    protocol == "unixsock-stream"
+        || host == "localhost"
+        || host.parse::<IpAddr>().is_ok_and(|address| address.is_loopback())
 }
 
 fn error(error: ZenohError) -> Error {
     match error {
         ZenohError::NameTaken { robot, server } => Error::NameTaken { name: robot, holder: server },
         error => Error::Zenoh(Box::new(error)),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_loopback_and_sockets_in_the_file_system_are_local() {
+        for local in [
+            "tcp/127.0.0.1:7447",
+            "tcp/[::1]:7447",
+            "quic/localhost:7447",
+            "tcp/127.0.0.2:1#so_sndbuf=65536",
+            "unixsock-stream//run/robot.sock",
+        ] {
+            assert!(is_local(local), "{local}");
+        }
+        for open in ["tcp/0.0.0.0:7447", "tcp/[::]:7447", "tcp/10.0.0.1:7447", "quic/robot:7447", "tcp/"] {
+            assert!(!is_local(open), "{open}");
+        }
     }
 }

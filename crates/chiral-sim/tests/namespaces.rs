@@ -21,7 +21,7 @@ use std::{
 };
 
 use chiral_client::{Timestamp, ValueMap};
-use chiral_proto::{Message, Notice, Request, codec::msgpack, message::ActionMessage};
+use chiral_proto::{Message, Notice, Reply, Request, codec::msgpack, message::ActionMessage};
 use chiral_server::{Error, PolicyServerBuilder, ServerHandle, monotonic};
 use chiral_sim::{episode::percentile, robot::SimConfig};
 use serde_json::{Value, json};
@@ -32,6 +32,7 @@ use support::{
 };
 use tokio::task::JoinHandle;
 use tokio_tungstenite::tungstenite;
+use zenoh::Wait;
 
 /// Set while a test runs in its namespace; on the policy's host it is the robot's address.
 const INSIDE: &str = "CHIRAL_TEST_NAMESPACE";
@@ -44,6 +45,8 @@ const ACTIONS_PER_ROUND: usize = 200;
 const ACTION_PERIOD: Duration = Duration::from_millis(10);
 /// The most that the 99th percentile of the actions may take.
 const MAX_P99_MS: f64 = 20.0;
+/// Shorter than an observation takes on a very slow link.
+const SHORT_IDLE_TIMEOUT: Duration = Duration::from_secs(2);
 /// A round in which the machine wakes a thread this late is not counted.
 const NOISY_MS: f64 = 5.0;
 /// Zenoh's lease plus an allowance.
@@ -88,6 +91,21 @@ fn actions_arrive_fast_while_observations_fill_the_policys_link() {
 #[test]
 fn actions_arrive_fast_while_observations_fill_the_robots_link() {
     in_namespace("actions_arrive_fast_while_observations_fill_the_robots_link", check_slow(Link::Robot));
+}
+
+#[test]
+fn a_legacy_client_moves_the_arm_that_it_addresses_or_none() {
+    in_namespace("a_legacy_client_moves_the_arm_that_it_addresses_or_none", check_who_is_meant());
+}
+
+#[test]
+fn a_client_that_addresses_a_legacy_robot_moves_no_other() {
+    in_namespace("a_client_that_addresses_a_legacy_robot_moves_no_other", check_addressed_legacy_robot());
+}
+
+#[test]
+fn an_observation_that_takes_longer_than_the_idle_timeout_arrives() {
+    in_namespace("an_observation_that_takes_longer_than_the_idle_timeout_arrives", check_long_transfer());
 }
 
 async fn check_cut(link: Link) {
@@ -165,6 +183,157 @@ fn legacy_client() {
     while client.read().is_ok() {}
 }
 
+/// A LAN with multicast, all of whose hosts are this one.
+const LAN: &str = "10.0.9.1";
+
+fn make_lan() {
+    let host = Host(None);
+    host.ip("link set lo up");
+    host.ip("link add lan type veth peer name port");
+    host.ip(&format!("addr add {LAN}/24 dev lan"));
+    host.ip("link set port up");
+    host.ip("link set lan up");
+    let started = Instant::now();
+    let is_up = || Command::new("ip").args(["link", "show", "lan"]).output().unwrap().stdout;
+    while !String::from_utf8_lossy(&is_up()).contains("state UP") {
+        assert!(started.elapsed() < TEST_TIMEOUT, "the LAN is not up");
+        thread::sleep(Duration::from_millis(10));
+    }
+}
+
+/// A robot on the LAN, which clients can find by multicast unless it serves legacy clients.
+struct LanRobot {
+    handle: ServerHandle,
+    log: SharedLog,
+    serving: JoinHandle<Result<(), Error>>,
+}
+
+impl LanRobot {
+    fn start(name: &str, locator: &str, serves_legacy: bool) -> LanRobot {
+        let (server, log) =
+            RecordingRobot::start(SimConfig { width: 64, height: 48, ..SimConfig::default() });
+        let server = server.name(name).listen_zenoh(locator).legacy_zenoh(serves_legacy).build().unwrap();
+        LanRobot { handle: server.handle(), log, serving: tokio::spawn(server.serve()) }
+    }
+
+    fn rows(&self) -> usize {
+        self.log.lock().unwrap().rows.len()
+    }
+
+    async fn shut_down(self) {
+        self.handle.shutdown();
+        self.serving.await.unwrap().unwrap();
+    }
+}
+
+/// A Zenoh session as legacy peers have it: Zenoh's defaults, so that it connects to every peer that it finds.
+fn legacy_session(end: &str, locator: &str) -> zenoh::Session {
+    let mut config = zenoh::Config::default();
+    config.insert_json5("mode", "\"peer\"").unwrap();
+    config.insert_json5(&format!("{end}/endpoints"), &format!("[{locator:?}]")).unwrap();
+    thread::spawn(|| zenoh::open(config).wait().unwrap()).join().unwrap()
+}
+
+/// Closes a session, which must not happen within a runtime.
+fn close(session: zenoh::Session) {
+    thread::spawn(move || session.close().wait().unwrap()).join().unwrap();
+}
+
+fn frame(message: Message) -> Vec<u8> {
+    msgpack::encode(&message, &ValueMap::new()).unwrap().into_bytes().to_vec()
+}
+
+fn legacy_action() -> Vec<u8> {
+    let action = ActionMessage { actions: [0.0; 7].into(), ..ActionMessage::default() };
+    frame(Message::Notice(Notice::Action(action)))
+}
+
+/// Two robots on a LAN, and a legacy client that is given the first one's address and finds others itself.
+async fn check_who_is_meant() {
+    make_lan();
+    let [first_at, second_at] = [7451, 7452].map(|port| format!("tcp/{LAN}:{port}"));
+    for (first_serves, second_serves) in [(true, false), (true, true), (false, false), (false, true)] {
+        for client_is_first in [false, true] {
+            let case = format!("{first_serves} {second_serves}, the client first: {client_is_first}");
+            let early_client = client_is_first.then(|| legacy_session("connect", &first_at));
+            let second = LanRobot::start("second", &second_at, second_serves);
+            wait_until_listening(&second_at[4..]);
+            let first = LanRobot::start("first", &first_at, first_serves);
+            wait_until_listening(&first_at[4..]);
+            let client = early_client.unwrap_or_else(|| legacy_session("connect", &first_at));
+            let expected = if second_serves { 1 } else { 2 };
+            wait_until(&format!("the client is connected ({case})"), || {
+                client.info().peers_zid().wait().count() >= expected
+            })
+            .await;
+            let reset = Request::Reset { seed: None, options: ValueMap::new() };
+            for _ in 0..40 {
+                for request in [Request::GetMetadata, reset.clone()] {
+                    let request = frame(Message::Request { id: msgpack::ID, request });
+                    client.put("chiral/c2s", request).await.unwrap();
+                }
+                tokio::time::sleep(Duration::from_millis(25)).await;
+                client.put("chiral/c2s", legacy_action()).await.unwrap();
+            }
+            if first_serves {
+                wait_until(&format!("the first moves ({case})"), || first.rows() > 0).await;
+            }
+            let moved = (first.rows() > 0, second.rows() > 0);
+            assert_eq!(moved, (first_serves, false), "{case}");
+            close(client);
+            first.shut_down().await;
+            second.shut_down().await;
+        }
+    }
+}
+
+/// A client of ours is given the address of a legacy robot, which has found a robot of ours by multicast.
+async fn check_addressed_legacy_robot() {
+    make_lan();
+    let ours = LanRobot::start("ours", &format!("tcp/{LAN}:7451"), false);
+    wait_until_listening(&format!("{LAN}:7451"));
+    let locator = format!("tcp/{LAN}:17901");
+    let legacy = legacy_session("listen", &locator);
+    let (sender, mut received) = tokio::sync::mpsc::unbounded_channel();
+    let subscriber = legacy.declare_subscriber("chiral/c2s").callback(move |sample| {
+        let frame = bytes::Bytes::from(sample.payload().to_bytes().into_owned());
+        drop(sender.send(msgpack::decode(frame.into()).unwrap().message));
+    });
+    subscriber.background().await.unwrap();
+    wait_until("the legacy robot has found ours", || legacy.info().peers_zid().wait().count() == 1).await;
+    // It answers requests for metadata, as either generation does, until it is told to move.
+    let moving = async {
+        loop {
+            match received.recv().await.unwrap() {
+                Message::Request { request: Request::GetMetadata, .. } => {
+                    let reply = Reply::Metadata(ValueMap::new());
+                    let reply = frame(Message::Reply { id: msgpack::ID, reply });
+                    legacy.put("chiral/s2c", reply).await.unwrap();
+                }
+                Message::Notice(Notice::Action(_))
+                | Message::Request { request: Request::Step { .. }, .. } => break,
+                _ => {}
+            }
+        }
+    };
+    let driving = async {
+        let env = client_builder(&locator).connect().await.unwrap();
+        assert_eq!(env.codec(), chiral_client::Codec::Msgpack);
+        env.send_action([0.0; 7]).await.unwrap();
+        std::future::pending::<()>().await;
+    };
+    let moved = async {
+        tokio::select! {
+            () = moving => {}
+            () = driving => {}
+        }
+    };
+    tokio::time::timeout(TEST_TIMEOUT, moved).await.expect("the addressed robot moves");
+    assert_eq!(ours.rows(), 0);
+    close(legacy);
+    ours.shut_down().await;
+}
+
 async fn check_slow(link: Link) {
     let config =
         SimConfig { width: 1280, height: 720, cameras: 1, prerender: Some(2), ..SimConfig::default() };
@@ -172,7 +341,7 @@ async fn check_slow(link: Link) {
     for (host, interface) in lab.ends(link) {
         run(host.command("tc").args(["qdisc", "add", "dev", interface, "root"]).args(SLOW.split(' ')));
     }
-    let mut policy = lab.start_policy_on_a_slow_link();
+    let mut policy = lab.start_on_the_policys_host("policy_on_a_slow_link");
     assert!(policy.wait().await.success());
     let mut output = String::new();
     policy.0.stdout.take().unwrap().read_to_string(&mut output).unwrap();
@@ -217,6 +386,36 @@ async fn check_slow(link: Link) {
          {wakeup_delay_ms:.2?} ms, images at most {oldest_ms:.0} ms old, {arrived} of {captured} arrived"
     );
     lab.shut_down().await;
+}
+
+/// 6.5 MB at 10 Mbit/s take 5 s, and the idle timeouts are 2 s.
+async fn check_long_transfer() {
+    let config =
+        SimConfig { width: 1280, height: 720, cameras: 1, prerender: Some(2), ..SimConfig::default() };
+    let (server, log) = RecordingRobot::start(config);
+    let lab = Lab::new((server.idle_timeout(SHORT_IDLE_TIMEOUT), log));
+    for (host, interface) in lab.ends(Link::Policy) {
+        let limit = "tbf rate 10mbit burst 64kb latency 200ms";
+        run(host.command("tc").args(["qdisc", "add", "dev", interface, "root"]).args(limit.split(' ')));
+    }
+    let mut policy = lab.start_on_the_policys_host("policy_on_a_very_slow_link");
+    assert!(policy.wait().await.success());
+    lab.shut_down().await;
+}
+
+/// Receives observations each of which takes longer than its idle timeout.
+#[test]
+#[ignore = "started by other tests, in a namespace"]
+fn policy_on_a_very_slow_link() {
+    let Ok(uri) = env::var(INSIDE) else { return };
+    let env = client_builder(&uri).idle_timeout(SHORT_IDLE_TIMEOUT).connect_blocking().unwrap();
+    env.start_obs_stream(30.0).unwrap();
+    for _ in 0..2 {
+        let started = Instant::now();
+        env.next_obs(TEST_TIMEOUT).unwrap();
+        assert!(started.elapsed() > SHORT_IDLE_TIMEOUT, "the link is not slow");
+    }
+    env.close().unwrap();
 }
 
 /// The policy on a slow link: receives a stream at 30 Hz while it sends actions, and prints what it measured.
@@ -403,11 +602,11 @@ impl Lab {
         Process::spawn(command.stdout(Stdio::null()).stderr(Stdio::piped()))
     }
 
-    /// Starts [`policy_on_a_slow_link`].
-    fn start_policy_on_a_slow_link(&self) -> Process {
+    /// Starts one of the tests of this file on the policy's host.
+    fn start_on_the_policys_host(&self, test: &str) -> Process {
         let this_test = env::current_exe().unwrap();
         let mut command = self.policy.command(this_test.to_str().unwrap());
-        command.args(["--exact", "policy_on_a_slow_link", "--ignored", "--nocapture"]).env(INSIDE, ROUTER);
+        command.args(["--exact", test, "--ignored", "--nocapture"]).env(INSIDE, ROUTER);
         Process::spawn(command.stdout(Stdio::piped()))
     }
 }

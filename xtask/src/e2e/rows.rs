@@ -124,7 +124,7 @@ const ZENOH_TCP: Link = Link {
         vec![
             "--zenoh".to_owned(),
             format!("tcp/{address}"),
-            "--no-discovery".to_owned(),
+            "--legacy-zenoh".to_owned(),
             "--no-shared-memory".to_owned(),
         ]
     },

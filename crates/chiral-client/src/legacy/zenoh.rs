@@ -10,7 +10,7 @@ use std::{
 };
 
 use chiral_proto::{
-    Codec, Message, Reply, Request, Transport, TransportError, codec::msgpack, error::chain, keys, lock,
+    Codec, Message, Reply, Request, Transport, TransportError, codec::msgpack, error::chain, lock,
 };
 use chiral_transport::{IdleTimeout, Runtime, zenoh::LegacyTransport};
 use tokio::time::timeout;
@@ -52,8 +52,7 @@ impl Prober {
         let transport = match listening {
             Some((_, transport)) => transport,
             None => {
-                let declared =
-                    session.legacy(keys::End::Client, options.max_frame, shared.pool.clone()).await;
+                let declared = session.legacy_client(options.max_frame, shared.pool.clone()).await;
                 declared.map_err(|error| ConnectError::Failed(failed(error)))?
             }
         };

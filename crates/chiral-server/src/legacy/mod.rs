@@ -3,6 +3,8 @@
 //! module, the WebSocket handshake knows that a client without a subprotocol speaks it, and pings such a
 //! client.
 
+#[cfg(feature = "zenoh")]
+mod neighbours;
 #[cfg_attr(not(feature = "zenoh"), allow(dead_code, reason = "only on Zenoh do clients share keys"))]
 mod requests;
 mod session;

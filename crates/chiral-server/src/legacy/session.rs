@@ -20,13 +20,13 @@ use chiral_proto::{
 use chiral_transport::IdleTimeout;
 use tokio::{
     sync::{Notify, oneshot},
-    time::{sleep, timeout},
+    time::timeout,
 };
 
 use crate::{
     control::{OnReply, StepRequest},
     core::ServerCore,
-    legacy::requests::{CheckedRequest, Next, RequestQueue},
+    legacy::requests::{CheckedRequest, RequestQueue},
     log_throttle::LogThrottle,
     session::{CLOSE_TIMEOUT, End, Session},
 };
@@ -171,7 +171,7 @@ impl<'a, T: Transport> LegacySession<'a, T> {
             Err(error) => Err(error.into()),
         };
         // An invalid request, too, is refused in its turn, after the requests before it.
-        let pushed = lock(&self.requests).push(request, self.core.clock.now());
+        let pushed = lock(&self.requests).push(request);
         self.request_arrived.notify_one();
         pushed
     }
@@ -186,16 +186,8 @@ impl<'a, T: Transport> LegacySession<'a, T> {
 
     fn handle_actions(&self, message: ActionMessage) {
         let session = self.session.id;
-        let has_pending_reset = {
-            let mut requests = lock(&self.requests);
-            requests.note_actions(self.core.clock.now());
-            requests.has_pending_reset()
-        };
-        if has_pending_reset {
-            return self.note_refused(&Fault::new(
-                Code::Resetting,
-                "expected actions after the reset's reply, found a pending reset",
-            ));
+        if let Err(fault) = lock(&self.requests).check_actions() {
+            return self.note_refused(&fault);
         }
         self.core.pacing.note_action();
         let message = ActionMessage { session, episode: self.core.sampler.episode(), ..message };
@@ -229,19 +221,14 @@ impl<'a, T: Transport> LegacySession<'a, T> {
     async fn send(&self) -> End {
         let mut ended = pin!(self.session.ended());
         loop {
-            let next = lock(&self.requests).next(self.core.clock.now());
-            let request = match next {
-                Next::Serve(request) => request,
-                Next::Idle => return End::Idle(self.core.options.idle_timeout),
-                Next::Wait(limit) => {
-                    tokio::select! {
-                        biased;
-                        end = &mut ended => return end,
-                        () = self.request_arrived.notified() => {}
-                        () = sleep(limit.unwrap_or_default()), if limit.is_some() => {}
-                    }
-                    continue;
+            let next = lock(&self.requests).pop();
+            let Some(request) = next else {
+                tokio::select! {
+                    biased;
+                    end = &mut ended => return end,
+                    () = self.request_arrived.notified() => {}
                 }
+                continue;
             };
             // The session's end interrupts the wait for a reply, but not the sending.
             let reply = tokio::select! {
@@ -249,7 +236,6 @@ impl<'a, T: Transport> LegacySession<'a, T> {
                 end = &mut ended => return end,
                 reply = self.reply_to(request) => reply,
             };
-            lock(&self.requests).begin_reply();
             let end = match reply {
                 Ok(frame) => self.transport.send(frame).await.err().map(End::Lost),
                 Err(fault) => self.handle_refusal(fault),
@@ -257,7 +243,6 @@ impl<'a, T: Transport> LegacySession<'a, T> {
             if let Some(end) = end {
                 return end;
             }
-            lock(&self.requests).reply_sent(self.core.clock.now());
         }
     }
 
@@ -279,6 +264,7 @@ impl<'a, T: Transport> LegacySession<'a, T> {
                     control.reset(self.session.reset_request(seed, options), on_reply);
                 })
                 .await?;
+                lock(&self.requests).note_reset();
                 Ok(Reply::Reset { obs, info })
             }
             Request::Step { actions: chunk, .. } => {

@@ -57,11 +57,16 @@ pub(crate) struct ServerOptions {
     /// Do not answer clients that search the Zenoh network for robots
     #[arg(long)]
     no_discovery: bool,
+    /// Serve legacy clients that are given the address of --zenoh. They name no robot, so this robot is then
+    /// not found without its address
+    #[arg(long, requires = "zenoh")]
+    legacy_zenoh: bool,
 }
 
 impl ServerOptions {
     pub(crate) fn apply(&self, builder: PolicyServerBuilder) -> PolicyServerBuilder {
         let mut builder = builder.shared_memory(!self.no_shared_memory).discovery(!self.no_discovery);
+        builder = builder.legacy_zenoh(self.legacy_zenoh);
         if let Some(file) = &self.zenoh_config {
             builder = builder.zenoh_config(file);
         }

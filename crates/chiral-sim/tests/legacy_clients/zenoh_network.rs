@@ -1,6 +1,12 @@
 //! Legacy clients on a Zenoh network, where all of them share two keys.
 
-use std::{sync::Arc, thread, time::Duration};
+use std::{
+    env,
+    process::{Command, Stdio},
+    sync::Arc,
+    thread,
+    time::Duration,
+};
 
 use bytes::Bytes;
 use chiral_client::Error;
@@ -10,7 +16,12 @@ use chiral_proto::{
 };
 use chiral_server::PolicyServerBuilder;
 use futures_util::SinkExt;
-use tokio::{net::TcpStream, sync::mpsc, time::timeout};
+use rustix::process::Signal;
+use tokio::{
+    net::TcpStream,
+    sync::{Barrier, mpsc},
+    time::timeout,
+};
 use tokio_tungstenite::tungstenite;
 use zenoh::Wait;
 
@@ -19,6 +30,7 @@ use crate::{
     support::{
         TEST_TIMEOUT, client_builder, free_locator,
         harness::{CAMERA, DIMENSION, Harness, wait_until_alive, zenoh_session},
+        processes::Process,
     },
     truncated_apply_action,
     websocket::{Peer, serve},
@@ -39,7 +51,7 @@ async fn both_generations_over_zenoh() {
     assert!(matches!(peer.reply().await, Reply::Step(result) if result.reward == 2.0));
     let error = client_builder(&uri).connect().await.unwrap_err();
     assert!(
-        matches!(&error, Error::Busy(fault) if fault.text.contains("a legacy client at chiral/c2s")),
+        matches!(&error, Error::Busy(fault) if fault.text.contains("a legacy client at tcp/127.0.0.1:")),
         "{error}"
     );
 
@@ -64,7 +76,7 @@ async fn both_generations_over_zenoh() {
 async fn an_observation_of_17_mb_arrives_unchanged() {
     let uri = free_locator();
     let harness = Harness::with(Arc::default(), 1228, 2000, |builder| {
-        builder.name("arm").listen_zenoh(&uri).discovery(false)
+        builder.name("arm").listen_zenoh(&uri).legacy_zenoh(true)
     });
     let mut peer = Peer::connect(serve(&harness).await).await;
     for _ in 0..3 {
@@ -103,45 +115,216 @@ fn check_pixels(reply: &Reply) {
 }
 
 #[tokio::test]
-async fn over_zenoh_requests_of_a_second_client_get_no_reply() {
-    let (harness, uri) = serve_zenoh(|builder| builder);
+async fn a_second_client_is_refused_until_the_first_has_left() {
+    // Much shorter than the first client thinks.
+    let (harness, uri) = serve_zenoh(|builder| builder.idle_timeout(Duration::from_millis(500)));
+    let mut first = ZenohPeer::join(&uri).await;
+    first.probe().await;
+    harness.script.reset_gate.close();
+    first.send_request(reset());
+    harness.wait_until("the reset runs", |harness| harness.script.reset_gate.is_blocking()).await;
+    let mut second = ZenohPeer::join(&uri).await;
+    let drive = |peer: &ZenohPeer| {
+        for request in [Request::GetMetadata, reset(), step(1), Request::GetObs] {
+            peer.send_request(request);
+        }
+        peer.send(apply_action([0.5; DIMENSION]));
+    };
+    drive(&second);
+    harness.script.reset_gate.open();
+    assert_eq!(first.kind().await, "reset_response");
+    for _ in 0..4 {
+        drive(&second);
+        tokio::time::sleep(Duration::from_millis(500)).await;
+    }
+    assert_eq!(harness.handle.stats().sessions, 1, "the first client thinks, and is not gone");
+    first.send(apply_action([0.25; DIMENSION]));
+    harness.wait_until("the action is applied", |harness| !harness.script.applied().is_empty()).await;
+    first.send_request(step(1));
+    assert_eq!(first.kind().await, "step_response", "there was no reply to the second client");
+    assert_eq!(harness.script.applied(), [[0.25; DIMENSION], [0.5; DIMENSION]]);
+    assert_eq!(reset_count(&harness), 1);
+
+    // The second client waits, and the first one leaves.
+    drop(first);
+    harness.wait_until("the robot holds", has_held).await;
+    while second.received.try_recv().is_ok() {}
+    second.probe().await;
+    second.send_request(reset());
+    assert_eq!(second.kind().await, "reset_response");
+    assert_eq!(reset_count(&harness), 2);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn of_two_clients_that_wait_for_the_server_one_drives() {
+    let uri = free_locator();
+    let connected = Arc::new(Barrier::new(2));
+    let peers = [0.25, 0.75].map(|value| {
+        let (mut peer, connected) = (ZenohPeer::open(&uri), Arc::clone(&connected));
+        tokio::spawn(async move {
+            while peer.session.as_ref().unwrap().info().peers_zid().await.count() == 0 {
+                tokio::time::sleep(Duration::from_millis(5)).await;
+            }
+            connected.wait().await;
+            loop {
+                peer.send_request(Request::GetMetadata);
+                if timeout(Duration::from_millis(100), peer.received.recv()).await.is_ok() {
+                    break;
+                }
+            }
+            peer.send_request(reset());
+            for _ in 0..100 {
+                peer.send(apply_action([value; DIMENSION]));
+                tokio::time::sleep(Duration::from_millis(20)).await;
+            }
+            peer
+        })
+    });
+    let harness = Harness::configured(|builder| builder.name("arm").listen_zenoh(&uri).legacy_zenoh(true));
+    tokio::spawn(harness.server.clone().serve());
+    let mut joined = Vec::new();
+    for peer in peers {
+        joined.push(timeout(TEST_TIMEOUT, peer).await.expect("both have received a reply").unwrap());
+    }
+    let applied = harness.script.applied();
+    assert!(applied.len() > 10 && applied.iter().all(|row| *row == applied[0]), "{applied:?}");
+    assert_eq!(reset_count(&harness), 1);
+}
+
+/// A robot that appears while a legacy client drives ends its session; the client goes on, and moves nothing
+/// until it resets.
+#[tokio::test]
+async fn a_session_ends_when_a_second_robot_appears_and_the_client_must_reset() {
+    let (arm, uri) = serve_zenoh(|builder| builder);
     let mut peer = ZenohPeer::join(&uri).await;
     peer.probe().await;
-    // Requests that arrive while another is pending.
-    harness.script.reset_gate.close();
-    peer.send_request(reset());
-    harness.wait_until("the reset runs", |harness| harness.script.reset_gate.is_blocking()).await;
-    for request in [reset(), Request::GetObs, step(1), Request::GetMetadata, Request::GetMetadata] {
-        peer.send_request(request);
+    peer.send(apply_action([0.25; DIMENSION]));
+    arm.wait_until("the action is applied", |arm| arm.script.applied() == [[0.25; DIMENSION]]).await;
+    let leg = Harness::configured(|builder| builder.name("leg").join_zenoh(&uri));
+    let serving = tokio::spawn(leg.server.clone().serve());
+    arm.wait_until("the robot holds", has_held).await;
+    let drive = |peer: &ZenohPeer| {
+        peer.send(apply_action([0.5; DIMENSION]));
+        peer.send_request(step(1));
+    };
+    drive(&peer);
+    peer.send_request(Request::GetMetadata);
+    leg.handle.shutdown();
+    serving.await.unwrap().unwrap();
+    // Without a session, then in one that began without a reset.
+    for begins in [false, true] {
+        if begins {
+            peer.probe().await;
+        }
+        for _ in 0..10 {
+            drive(&peer);
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+        assert_eq!(arm.handle.stats().sessions, usize::from(begins));
     }
-    // The action arrives after these requests and is counted, since a reset runs.
-    peer.send(apply_action([0.5; DIMENSION]));
-    harness
-        .wait_until("all requests have arrived", |harness| harness.handle.stats().actions_refused == 1)
-        .await;
-    harness.script.reset_gate.open();
+    while peer.received.try_recv().is_ok() {}
+    peer.send_request(reset());
     assert_eq!(peer.kind().await, "reset_response");
-    peer.send_request(step(1));
-    assert_eq!(peer.kind().await, "step_response", "nothing else gets a reply");
-    assert_eq!((reset_count(&harness), harness.script.applied().len()), (1, 1));
+    peer.send(apply_action([0.75; DIMENSION]));
+    arm.wait_until("the client drives again", |arm| arm.script.applied().len() == 2).await;
+    assert_eq!(arm.script.applied(), [[0.25; DIMENSION], [0.75; DIMENSION]]);
+    assert!(leg.script.events().is_empty());
+}
 
-    // A probe during a session. The next request shows that the controller did not send it.
-    peer.send_request(Request::GetMetadata);
-    peer.send_request(step(1));
-    assert_eq!(peer.kind().await, "step_response");
-    // The controller's own metadata request, not sent soon after a probe, gets a reply.
-    tokio::time::sleep(Duration::from_millis(1100)).await;
-    peer.send_request(Request::GetMetadata);
-    assert_eq!(peer.kind().await, "metadata_response");
-    peer.send_request(step(1));
-    assert_eq!(peer.kind().await, "step_response");
+#[tokio::test]
+async fn a_client_that_was_stopped_moves_nothing_when_it_wakes_up() {
+    let (harness, uri) = serve_zenoh(|builder| builder);
+    wait_until_open(&uri).await;
+    let mut command = Command::new(env::current_exe().unwrap());
+    command.args(["--exact", "zenoh_network::client_that_is_stopped", "--ignored"]).env(LOCATOR, &uri);
+    let client = Process::spawn(command.stdout(Stdio::null()));
+    harness.wait_until("the client drives", |harness| harness.script.applied().len() > 3).await;
+    client.signal(Signal::STOP);
+    harness.wait_until("the robot holds", has_held).await;
+    let applied = harness.script.applied().len();
+    client.signal(Signal::CONT);
+    // It connects again, and goes on sending actions and requests for metadata, which begin a session.
+    harness
+        .wait_until("its actions are refused", |harness| harness.handle.stats().actions_refused > 20)
+        .await;
+    assert_eq!(harness.script.applied().len(), applied);
+}
+
+/// The locator of the server of [`client_that_is_stopped`].
+const LOCATOR: &str = "CHIRAL_TEST_LOCATOR";
+
+/// A client that drives without end. It is lost after a second without a sign of life.
+#[tokio::test]
+#[ignore = "started by another test"]
+async fn client_that_is_stopped() {
+    let Ok(uri) = env::var(LOCATOR) else { return };
+    let mut config = zenoh::Config::default();
+    for (key, json) in [
+        ("mode", "\"peer\"".to_owned()),
+        ("scouting/multicast/enabled", "false".to_owned()),
+        ("connect/endpoints", format!("[{uri:?}]")),
+        ("transport/link/tx/lease", "1000".to_owned()),
+    ] {
+        config.insert_json5(key, &json).unwrap();
+    }
+    let mut peer = ZenohPeer::over(thread::spawn(|| zenoh::open(config).wait().unwrap()).join().unwrap());
+    peer.probe().await;
+    peer.send_request(reset());
+    loop {
+        peer.send_request(Request::GetMetadata);
+        for _ in 0..10 {
+            peer.send(apply_action([0.25; DIMENSION]));
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+    }
+}
+
+#[tokio::test]
+async fn without_the_operators_word_or_with_a_router_no_legacy_client_is_served() {
+    let (ours, router_uri, arm_uri) = (free_locator(), free_locator(), free_locator());
+    let not_told = Harness::configured(|builder| builder.name("ours").listen_zenoh(&ours).discovery(false));
+    tokio::spawn(not_told.server.clone().serve());
+    let router = zenoh_session("router", &router_uri);
+    // One that connects to the router, and one to which the router connects.
+    let joined = Harness::configured(|builder| {
+        builder.name("joined").listen_zenoh(free_locator()).join_zenoh(&router_uri).legacy_zenoh(true)
+    });
+    tokio::spawn(joined.server.clone().serve());
+    let arm = Harness::configured(|builder| builder.name("arm").listen_zenoh(&arm_uri).legacy_zenoh(true));
+    tokio::spawn(arm.server.clone().serve());
+    wait_until_alive(&router_uri, &["joined"]).await;
+    let mut config = zenoh::Config::default();
+    for (key, json) in [
+        ("mode", "\"router\"".to_owned()),
+        ("scouting/multicast/enabled", "false".to_owned()),
+        ("listen/endpoints", "[]".to_owned()),
+        ("connect/endpoints", format!("[{arm_uri:?}]")),
+    ] {
+        config.insert_json5(key, &json).unwrap();
+    }
+    wait_until_open(&arm_uri).await;
+    let second = thread::spawn(|| zenoh::open(config).wait().unwrap()).join().unwrap();
+    for uri in [&ours, &router_uri, &arm_uri] {
+        let mut peer = ZenohPeer::join(uri).await;
+        for _ in 0..10 {
+            peer.send_request(Request::GetMetadata);
+            peer.send_request(reset());
+            peer.send(apply_action([0.5; DIMENSION]));
+            assert!(timeout(Duration::from_millis(50), peer.received.recv()).await.is_err(), "{uri}");
+        }
+    }
+    assert!([&not_told, &joined, &arm].iter().all(|harness| harness.script.events().is_empty()));
+    // Without the router, the client that addresses the robot is served.
+    close(second);
+    ZenohPeer::join(&arm_uri).await.probe().await;
+    close(router);
 }
 
 #[tokio::test]
 async fn a_request_sent_right_after_a_reply_gets_its_reply() {
     let uri = free_locator();
     let harness = Harness::with(Arc::default(), 128, 96, |builder| {
-        builder.name("arm").listen_zenoh(&uri).discovery(false)
+        builder.name("arm").listen_zenoh(&uri).legacy_zenoh(true)
     });
     tokio::spawn(harness.server.clone().serve());
     let mut peer = ZenohPeer::join(&uri).await;
@@ -159,20 +342,15 @@ async fn a_request_sent_right_after_a_reply_gets_its_reply() {
 }
 
 #[tokio::test]
-async fn a_client_that_goes_silent_on_zenoh_releases_the_robot() {
-    let (harness, uri) = serve_zenoh(|builder| builder.idle_timeout(Duration::from_millis(2500)));
+async fn a_legacy_client_moves_nothing_while_another_client_controls_the_robot() {
+    let (harness, uri) = serve_zenoh(|builder| builder);
     let mut peer = ZenohPeer::join(&uri).await;
-    peer.probe().await;
-    peer.send_request(reset());
-    assert_eq!(peer.kind().await, "reset_response");
-    harness.wait_until("the robot holds", has_held).await;
     let client = client_builder(&uri).name("the night shift").connect().await.unwrap();
-    assert_eq!(client.reset().await.unwrap().0.episode, 2);
-
-    // While another client controls the robot, the legacy client gets no reply and moves nothing. The pings
-    // of our client keep its session alive beyond the idle timeout.
-    peer.send(apply_action([0.5; DIMENSION]));
-    peer.send_request(step(1));
+    client.reset().await.unwrap();
+    for request in [Request::GetMetadata, reset(), step(1)] {
+        peer.send_request(request);
+        peer.send(apply_action([0.5; DIMENSION]));
+    }
     assert!(timeout(Duration::from_millis(500), peer.received.recv()).await.is_err());
     assert_eq!(client.step([0.25; DIMENSION]).await.unwrap().reward, 1.0);
     assert_eq!(harness.script.applied(), [[0.25; DIMENSION]]);
@@ -215,12 +393,12 @@ async fn with_two_robots_on_the_network_neither_serves_a_legacy_client() {
 fn serve_zenoh(configure: impl FnOnce(PolicyServerBuilder) -> PolicyServerBuilder) -> (Harness, String) {
     let uri = free_locator();
     let harness =
-        Harness::configured(|builder| configure(builder.name("arm").listen_zenoh(&uri).discovery(false)));
+        Harness::configured(|builder| configure(builder.name("arm").listen_zenoh(&uri).legacy_zenoh(true)));
     tokio::spawn(harness.server.clone().serve());
     (harness, uri)
 }
 
-/// A peer on the shared keys: one client, or two that do not know of each other.
+/// A client on the shared keys.
 struct ZenohPeer {
     session: Option<zenoh::Session>,
     received: mpsc::UnboundedReceiver<Bytes>,
@@ -230,7 +408,15 @@ impl ZenohPeer {
     /// Joins the network at `uri` once a server listens there.
     async fn join(uri: &str) -> ZenohPeer {
         wait_until_open(uri).await;
-        let session = zenoh_session("peer", uri);
+        ZenohPeer::open(uri)
+    }
+
+    /// Joins the network at `uri` once there is one.
+    fn open(uri: &str) -> ZenohPeer {
+        ZenohPeer::over(zenoh_session("peer", uri))
+    }
+
+    fn over(session: zenoh::Session) -> ZenohPeer {
         let (sender, received) = mpsc::unbounded_channel();
         let receive = move |sample: zenoh::sample::Sample| {
             drop(sender.send(sample.payload().to_bytes().into_owned().into()))
@@ -277,9 +463,13 @@ impl ZenohPeer {
 
 impl Drop for ZenohPeer {
     fn drop(&mut self) {
-        let session = self.session.take();
-        thread::spawn(move || drop(session)).join().unwrap();
+        self.session.take().into_iter().for_each(close);
     }
+}
+
+/// Closes a session, which must not happen within a runtime.
+fn close(session: zenoh::Session) {
+    thread::spawn(move || session.close().wait().unwrap()).join().unwrap();
 }
 
 /// Waits until a server listens at `uri`.

@@ -39,7 +39,7 @@ async fn our_server_serves_our_client_as_a_legacy_client_if_it_is_set_to_msgpack
 #[tokio::test]
 async fn our_server_serves_our_client_over_zenoh_if_it_is_set_to_msgpack() {
     let uri = free_locator();
-    let harness = Harness::configured(|builder| builder.name("arm").listen_zenoh(&uri).discovery(false));
+    let harness = Harness::configured(|builder| builder.name("arm").listen_zenoh(&uri).legacy_zenoh(true));
     let _serving = tokio::spawn(harness.server.clone().serve());
     let env = client_builder(&uri).codec(Codec::Msgpack).connect().await.unwrap();
     check_all_calls(&harness, &env).await;

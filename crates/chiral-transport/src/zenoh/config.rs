@@ -38,6 +38,7 @@ pub(super) const OPEN_TIMEOUT_MS: u32 = 3_000;
 const LISTEN: &str = "listen/endpoints";
 const CONNECT: &str = "connect/endpoints";
 const MULTICAST: &str = "scouting/multicast/enabled";
+const GOSSIP: &str = "scouting/gossip/enabled";
 
 /// How a network is joined. Locators are Zenoh's, such as `tcp/0.0.0.0:7447`.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -54,10 +55,13 @@ pub struct ZenohSessionOptions {
     pub discovery: bool,
     /// Whether to share memory with other processes of this host, unless the file disables it.
     pub shared_memory: bool,
+    /// Whether legacy clients are served, which name no robot: nothing but the address may lead here, so that
+    /// a session that listens does not answer multicast scouting.
+    pub legacy: bool,
 }
 
 impl Default for ZenohSessionOptions {
-    /// No locators, no discovery, with shared memory.
+    /// No locators, no discovery, no legacy clients, with shared memory.
     fn default() -> ZenohSessionOptions {
         ZenohSessionOptions {
             listen: Vec::new(),
@@ -65,6 +69,7 @@ impl Default for ZenohSessionOptions {
             config: None,
             discovery: false,
             shared_memory: true,
+            legacy: false,
         }
     }
 }
@@ -85,6 +90,9 @@ pub(super) struct Configured {
     pub(super) config: Config,
     pub(super) listen: Vec<String>,
     pub(super) connect: Vec<String>,
+    /// What but its address leads to a session with this configuration, or connects it to others; `None` if
+    /// nothing does.
+    pub(super) other_way_in: Option<String>,
 }
 
 /// Returns the configuration for this purpose. Settings of the file take precedence; locators are added to
@@ -112,7 +120,9 @@ pub(super) fn configure(
         Purpose::Scout => draft.set(MULTICAST, true)?,
         Purpose::Lookup(_) => draft.set(MULTICAST, false)?,
         // A client cannot be found, since it does not listen. Found peers are not connected to automatically.
-        Purpose::Member if options.discovery && mode != "client" && !draft.is_set(MULTICAST) => {
+        Purpose::Member
+            if options.discovery && !options.legacy && mode != "client" && !draft.is_set(MULTICAST) =>
+        {
             draft.set(MULTICAST, true)?;
             draft.default("scouting/multicast/listen", true)?;
             draft.default("scouting/multicast/autoconnect", "[]")?;
@@ -126,7 +136,7 @@ pub(super) fn configure(
     // One attempt: callers that wait for a peer retry, and log it.
     draft.default("connect/timeout_ms", 0)?;
     draft.default("connect/exit_on_failure", true)?;
-    draft.default("scouting/gossip/enabled", false)?;
+    draft.default(GOSSIP, false)?;
     draft.default("transport/unicast/open_timeout", OPEN_TIMEOUT_MS)?;
     draft.default("transport/unicast/accept_timeout", OPEN_TIMEOUT_MS)?;
     draft.default("transport/link/tx/lease", LEASE_MS)?;
@@ -143,7 +153,8 @@ pub(super) fn configure(
         draft.set(WAIT_BEFORE_CLOSE, WAIT_BEFORE_CLOSE_US)?;
     }
     draft.default(WAIT_BEFORE_CLOSE, WAIT_BEFORE_CLOSE_US)?;
-    Ok(Configured { config: draft.config, listen, connect })
+    let other_way_in = draft.other_way_in(&mode, &connect)?;
+    Ok(Configured { config: draft.config, listen, connect, other_way_in })
 }
 
 /// A configuration that is being built.
@@ -190,6 +201,22 @@ impl<'a> Draft<'a> {
         }
         endpoints.extend(added.iter().map(|locator| Value::from(locator.as_str())));
         Ok(endpoints)
+    }
+
+    /// What but its address leads to the session, or connects it to others.
+    fn other_way_in(&self, mode: &str, connect: &[String]) -> Result<Option<String>, ZenohError> {
+        if mode != "peer" {
+            return Ok(Some(format!("its Zenoh mode is {mode:?}")));
+        }
+        if let Some(locator) = connect.first() {
+            return Ok(Some(format!("it connects to {locator}")));
+        }
+        for (key, what) in [(MULTICAST, "it uses multicast"), (GOSSIP, "it takes part in gossip")] {
+            if self.get(key)?.as_bool() != Some(false) {
+                return Ok(Some(format!("{what} ({key})")));
+            }
+        }
+        Ok(None)
     }
 
     /// Whether the file sets this key.
@@ -298,6 +325,36 @@ mod tests {
                 configure(&ZenohSessionOptions { discovery: false, ..options }, Purpose::Member).unwrap();
             assert_eq!(json(&configured, MULTICAST), "false");
         }
+    }
+
+    #[test]
+    fn nothing_but_its_address_leads_to_a_server_of_legacy_clients() {
+        let way_in = |name: &str, text: &str, listen: &[&str], connect: &[&str]| {
+            let path = file(name, text);
+            let config = Some(path.clone());
+            let options =
+                ZenohSessionOptions { discovery: true, legacy: true, config, ..options(listen, connect) };
+            let configured = configure(&options, Purpose::Member).unwrap();
+            fs::remove_file(path).unwrap();
+            configured.other_way_in
+        };
+        let listen = &["tcp/127.0.0.1:0"];
+        assert_eq!(way_in("plain.json5", "{}", listen, &[]), None);
+        let found = [
+            way_in("connects.json5", "{}", listen, &["tcp/router:7447"]),
+            way_in("client.json5", "{}", &[], &["tcp/router:7447"]),
+            way_in("router.json5", "{ mode: \"router\" }", listen, &[]),
+            way_in("multicast.json5", "{ scouting: { multicast: { enabled: true } } }", listen, &[]),
+        ];
+        assert_eq!(
+            found.map(Option::unwrap),
+            [
+                "it connects to tcp/router:7447",
+                "its Zenoh mode is \"client\"",
+                "its Zenoh mode is \"router\"",
+                "it uses multicast (scouting/multicast/enabled)",
+            ]
+        );
     }
 
     #[test]

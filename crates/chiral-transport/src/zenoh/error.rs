@@ -35,7 +35,16 @@ pub enum ZenohError {
         /// All locators, those to listen at and those to connect to.
         locators: Vec<String>,
     },
-    /// Nothing listens at the locators to connect to, or those to listen at cannot be bound.
+    /// The locators to listen at cannot be bound.
+    #[error("cannot listen at {locators:?}")]
+    Listen {
+        /// The locators to listen at.
+        locators: Vec<String>,
+        /// Zenoh's error.
+        #[source]
+        source: Cause,
+    },
+    /// Nothing listens at the locators to connect to; or those to listen at, if there are both, cannot be bound.
     #[error("no Zenoh network at {locators:?}")]
     Open {
         /// All locators, those to listen at and those to connect to.

@@ -16,14 +16,16 @@ mod scout;
 mod send_queue;
 mod session;
 mod shm;
+mod surroundings;
 mod thread;
 mod transport;
 
 pub use config::ZenohSessionOptions;
 pub use error::ZenohError;
-pub use legacy::LegacyTransport;
+pub use legacy::{LegacyEvent, LegacySender, LegacyTransport};
 pub use listener::ZenohListener;
 pub use scout::{Scout, ScoutedRobot};
 pub use session::ZenohSession;
 pub use shm::SharedMemory;
+pub use surroundings::{Neighbour, NeighbourKind, NetworkEvent};
 pub use transport::{LaneKind, ZenohOptions, ZenohTransport};

@@ -130,8 +130,8 @@ impl LanePublisher {
         change(&mut self.lock().queue);
     }
 
-    /// Puts small packets on the calling thread, which saves waking another. Large ones are left to the
-    /// sending thread, since putting them waits for the network.
+    /// Puts packets on the calling thread, which saves waking another, unless that may wait for the network:
+    /// those are left to the sending thread.
     pub(super) fn flush(&self) {
         loop {
             let put = {
@@ -139,7 +139,7 @@ impl LanePublisher {
                 if state.is_putting || state.is_stopped {
                     return;
                 }
-                let put = state.queue.next(SMALL);
+                let put = state.queue.next_unhindered();
                 state.is_putting = put.is_some();
                 if put.is_none() && state.queue.has_work() {
                     self.changed.notify_one();

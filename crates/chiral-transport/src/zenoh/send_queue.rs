@@ -7,11 +7,17 @@ use chiral_proto::Frame;
 
 use super::{
     packet::Packet,
-    reassembly::{CHUNK, WINDOW, cost},
+    reassembly::{CHUNK, SMALL, WINDOW, cost},
 };
 
 /// The most answers to probes that are queued. A peer has at most two regions at a time.
 const MAX_PENDING_ANSWERS: usize = 4;
+
+/// A packet is put without waiting for the network while no more bytes than this are put and not acknowledged:
+/// less than one of Zenoh's batches of 64 KiB, which takes packets up while the network is busy.
+const UNHINDERED_BYTES: u64 = 48 * 1024;
+/// What Zenoh writes beside the payload of a packet: keys, lengths, the attachment.
+const PACKET_OVERHEAD: u64 = 64;
 
 /// After this many references that did not arrive, none is sent any more: each has blocked the lane.
 pub(super) const MAX_LOST: u32 = 3;
@@ -32,6 +38,9 @@ pub(super) struct SendQueue {
     /// The cost of all puts that count in the window, and how much of it the peer has acknowledged.
     sent_cost: u64,
     acknowledged: u64,
+    /// The puts that are not acknowledged, oldest first: up to which cost, and the bytes that they take.
+    unacknowledged: VecDeque<(u64, u64)>,
+    unacknowledged_bytes: u64,
     regions: PeerRegions,
     // Packets to put before any frame, and the close packet after them.
     pending_ready: bool,
@@ -118,6 +127,12 @@ impl SendQueue {
     pub(super) fn on_acknowledge(&mut self, cost: u64) {
         if cost <= self.sent_cost {
             self.acknowledged = self.acknowledged.max(cost);
+        }
+        while let Some(&(end, bytes)) = self.unacknowledged.front()
+            && end <= self.acknowledged
+        {
+            self.unacknowledged.pop_front();
+            self.unacknowledged_bytes -= bytes;
         }
     }
 
@@ -208,6 +223,12 @@ impl SendQueue {
         self.awaits_mapped = false;
     }
 
+    /// Returns the next packet to put, if that cannot wait for the network.
+    pub(super) fn next_unhindered(&mut self) -> Option<Put> {
+        let free = UNHINDERED_BYTES.saturating_sub(self.unacknowledged_bytes + PACKET_OVERHEAD);
+        self.next(SMALL.min(free as usize))
+    }
+
     /// Returns the next packet to put, if the window permits one; of no more than `max_len` bytes for the
     /// network to carry.
     pub(super) fn next(&mut self, max_len: usize) -> Option<Put> {
@@ -257,6 +278,9 @@ impl SendQueue {
         };
         let payload = slice_segments(frame.segments(), self.offset, len);
         self.sent_cost += cost(len);
+        let bytes = len as u64 + PACKET_OVERHEAD;
+        self.unacknowledged.push_back((self.sent_cost, bytes));
+        self.unacknowledged_bytes += bytes;
         self.offset += len;
         let completes_frame = self.offset == total;
         if completes_frame {
@@ -352,6 +376,36 @@ mod tests {
         assert_eq!(packets(&mut queue), [Packet::Chunk { number: 1, offset, total: 20 * CHUNK as u64 }]);
         queue.queue_close();
         assert_eq!(packets(&mut queue), [Packet::Close], "a partly put frame is not finished");
+    }
+
+    #[test]
+    fn a_put_that_may_wait_for_the_network_is_left_to_the_sending_thread() {
+        // The reassembly acknowledges after half of the window.
+        let unacknowledged_frames = WINDOW / 2 / cost(0);
+        for (len, expected) in [(100, unacknowledged_frames), (SMALL, 11), (SMALL + 1, 0)] {
+            let mut queue = SendQueue::default();
+            let mut put = 0;
+            while put < unacknowledged_frames {
+                queue.push(frame(&[len]), Vec::new());
+                if queue.next_unhindered().is_none() {
+                    break;
+                }
+                put += 1;
+            }
+            assert_eq!(put, expected, "frames of {len} bytes");
+            while queue.next(usize::MAX).is_some() {}
+            queue.on_acknowledge(queue.sent_cost);
+            assert_eq!((queue.unacknowledged_bytes, queue.unacknowledged.len()), (0, 0));
+            queue.push(frame(&[100]), Vec::new());
+            assert!(queue.next_unhindered().is_some());
+        }
+        let mut queue = SendQueue::default();
+        queue.push(frame(&[2 * CHUNK]), Vec::new());
+        while queue.next(usize::MAX).is_some() {}
+        queue.push(frame(&[1]), Vec::new());
+        queue.queue_acknowledge(5);
+        assert_eq!(queue.next_unhindered().map(|put| put.packet), Some(Packet::Acknowledge { cost: 5 }));
+        assert_eq!(queue.next_unhindered(), None);
     }
 
     #[test]

@@ -39,6 +39,7 @@ static WARNED: Once = Once::new();
 #[derive(Clone, Debug)]
 pub struct ZenohSession {
     owned: Arc<OwnedSession>,
+    other_way_in: Option<Arc<str>>,
 }
 
 /// Owns Zenoh's session, and drops it on a plain thread. `Some` until this is dropped.
@@ -63,7 +64,7 @@ impl ZenohSession {
     ///
     /// # Errors
     /// [`ZenohError::Config`], [`ZenohError::Locator`], [`ZenohError::NoLocator`];
-    /// [`ZenohError::Open`] if nothing listens there, [`ZenohError::HandshakeFailed`] if something does;
+    /// [`ZenohError::Listen`] if it cannot listen, [`ZenohError::Open`] if nothing listens there, [`ZenohError::HandshakeFailed`] if something does;
     /// [`ZenohError::Thread`].
     pub async fn open(options: &ZenohSessionOptions) -> Result<ZenohSession, ZenohError> {
         let mut options = options.clone();
@@ -94,7 +95,7 @@ impl ZenohSession {
 
     /// Opens a session with this configuration.
     pub(super) async fn open_configured(
-        Configured { config, listen, connect }: Configured,
+        Configured { config, listen, connect, other_way_in }: Configured,
     ) -> Result<ZenohSession, ZenohError> {
         let started = Instant::now();
         // Wrapped on its own thread, so that a caller that stops waiting drops no bare session.
@@ -103,7 +104,8 @@ impl ZenohSession {
             // ends, not when the process does.
             let shm_clients = Arc::new(ShmClientStorage::builder().with_default_client_set().build());
             let session = zenoh::open(config).with_shm_clients(shm_clients).wait()?;
-            zenoh::Result::Ok(ZenohSession { owned: Arc::new(OwnedSession(Some(session))) })
+            let owned = Arc::new(OwnedSession(Some(session)));
+            zenoh::Result::Ok(ZenohSession { owned, other_way_in: other_way_in.map(Arc::from) })
         })?;
         let source: Cause = match timeout(OPEN_TIMEOUT, opening).await {
             Ok(Ok(Ok(network))) => return Ok(network),
@@ -111,6 +113,9 @@ impl ZenohSession {
             Ok(Err(_)) => "the thread that opens it ended".into(),
             Err(_) => format!("no handshake within {} s", OPEN_TIMEOUT.as_secs()).into(),
         };
+        if connect.is_empty() && !listen.is_empty() {
+            return Err(ZenohError::Listen { locators: listen, source });
+        }
         let locators = [&listen[..], &connect[..]].concat();
         // Zenoh reports a refused handshake like an absent listener. Only the time differs, and not even that
         // from a closed port.
@@ -148,6 +153,12 @@ impl ZenohSession {
         robots.sort();
         robots.dedup();
         Ok(robots)
+    }
+
+    /// Returns what, by its configuration, leads to this session besides the addresses at which it listens, or
+    /// connects it to others: multicast, gossip, a router. `None` if nothing does.
+    pub fn other_way_in(&self) -> Option<&str> {
+        self.other_way_in.as_deref()
     }
 
     /// Closes the session, for all clones. Returns when that is done, or after a second.

@@ -31,7 +31,7 @@ pub(crate) fn run(workload: Workload) -> Result<()> {
         .build()?;
     let on_zenoh =
         PolicyServer::builder(RecordingRobot(Arc::default()), shared.sensors.clone()).name("bench");
-    let on_zenoh = on_zenoh.listen_zenoh(format!("tcp/{zenoh}")).discovery(false).build()?;
+    let on_zenoh = on_zenoh.listen_zenoh(format!("tcp/{zenoh}")).legacy_zenoh(true).build()?;
     // Only after `build`, which sets up the shared memory that pictures are drawn into.
     heap.prepare()?;
     shared.prepare()?;
