@@ -153,5 +153,5 @@ pub(crate) enum StopDue {
 
 /// Why rows were not applied, or not all of them.
 pub(crate) fn episode_ended() -> Fault {
-    Fault::new(Code::Stale, "the episode ended before all rows were applied")
+    Fault::new(Code::Stale, "the action was over before all its rows were applied")
 }

@@ -180,7 +180,7 @@ pub enum NextEvent {
 
 impl ControlEvents {
     /// How many events a subscriber may lag behind before it loses any.
-    pub const CAPACITY: usize = 4096;
+    pub const CAPACITY: usize = 1024;
 
     /// Waits for the next event. `None` after the server is gone.
     pub async fn next(&mut self) -> Option<NextEvent> {

@@ -653,6 +653,27 @@ fn a_steps_rows_run_at_the_control_rate_and_its_reply_arms_the_watchdog() {
 }
 
 #[test]
+fn a_reset_or_step_that_fails_leaves_no_robot_moving_unwatched() {
+    for is_reset in [true, false] {
+        let mut rig = Rig::new(20.0);
+        rig.arrive([0.0], 0.0).unwrap();
+        rig.run(10.0);
+        if is_reset {
+            rig.reset()
+        } else {
+            rig.step(1)
+        }
+        match rig.core.poll(at(10.0)) {
+            Work::Reset { .. } | Work::Step { .. } => {}
+            other => panic!("{other:?}"),
+        }
+        rig.core.done(Err(Fault::new(Code::RobotFailed, "no power")), at(10.0));
+        rig.run(5000.0);
+        assert_eq!(rig.holds(), [(510.0, HoldReason::CommandTimeout)], "reset: {is_reset}");
+    }
+}
+
+#[test]
 fn a_reset_overtakes_a_steps_rows() {
     let mut rig = Rig::new(20.0);
     rig.step(100);

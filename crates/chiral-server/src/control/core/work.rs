@@ -77,7 +77,9 @@ impl<R> ControlCore<R> {
             step.fault = Some(episode_ended());
         }
         if let Some(fault) = self.out_of_service.clone().or_else(|| step.fault.clone()) {
-            return self.step.take().map(|StepByRows { reply, .. }| Work::Refuse { reply, fault });
+            let refused = self.step.take().map(|StepByRows { reply, .. }| Work::Refuse { reply, fault });
+            self.rearm(now);
+            return refused;
         }
         let period = self.traits.spec.control_period().unwrap_or_default();
         let due_at = step.started_at + period * step.next_row as u32;
@@ -161,10 +163,11 @@ impl<R> ControlCore<R> {
     ) -> Work<R> {
         let context = self.context(&origin, now);
         let period = self.traits.spec.control_period().unwrap_or_default();
-        if !self.is_lent() {
+        let is_of_action = on_failure.is_some();
+        if is_of_action && self.requests.is_empty() {
             self.watchdog.arm(now, period * rows.rows() as u32);
         }
-        self.is_moving = true;
+        self.is_moving = is_of_action || !self.traits.is_lock_step;
         self.rows.note_applied(now);
         self.start(Running::Apply(Rows { origin, rows: rows.clone(), started_at: now }));
         Work::Apply(Application { rows, context, on_failure })
@@ -197,13 +200,17 @@ impl<R> ControlCore<R> {
             None | Some(Running::Hold) => {}
             Some(Running::Reset) => match outcome {
                 Ok(()) => self.awaited = Some(RequestKind::Reset),
-                Err(_) => self.begin_episode(now),
+                Err(_) => {
+                    self.begin_episode(now);
+                    self.rearm(now);
+                }
             },
             Some(Running::Step(rows)) => {
-                if outcome.is_ok() {
-                    self.rows.note_applied(now);
-                    self.is_moving = !self.traits.is_lock_step;
-                    self.awaited = Some(RequestKind::Step);
+                self.rows.note_applied(now);
+                self.is_moving = !self.traits.is_lock_step;
+                match &outcome {
+                    Ok(()) => self.awaited = Some(RequestKind::Step),
+                    Err(_) => self.rearm(now),
                 }
                 self.note_applied(rows, outcome, now);
             }
@@ -245,12 +252,17 @@ impl<R> ControlCore<R> {
                 self.is_moving = false;
                 self.begin_episode(now);
             }
-            Some(RequestKind::Step) if !self.traits.is_lock_step && self.controller.is_some() => {
-                self.watchdog.arm(now, Duration::ZERO);
-            }
-            Some(RequestKind::Step) | None => {}
+            Some(RequestKind::Step) => self.rearm(now),
+            None => {}
         }
         self.episode
+    }
+
+    /// A reset or step has ended. If the robot may be moving, the watchdog counts again.
+    fn rearm(&mut self, now: Timestamp) {
+        if self.is_moving && !self.is_lent() && self.controller.is_some() {
+            self.watchdog.arm(now, Duration::ZERO);
+        }
     }
 
     /// Every reset that reached the robot begins an episode, also one that failed.
