@@ -226,15 +226,11 @@ async fn the_host_can_end_a_session_and_follow_what_happens() {
     let (harness, _script) = timed(50, |builder| builder);
     let mut events = harness.handle.events();
     let env = harness.connect().await;
-    let session = loop {
-        match events.next().await.unwrap() {
-            NextEvent::Event(ControlEvent::SessionBegan { session, name, .. }) => {
-                assert_eq!(name, "tester");
-                break session;
-            }
-            other => panic!("{other:?}"),
-        }
+    let began = events.next().await.unwrap();
+    let NextEvent::Event(ControlEvent::SessionBegan { session, name, .. }) = began else {
+        panic!("{began:?}")
     };
+    assert_eq!(name, "tester");
     assert!(harness.handle.end_session(session, "the shift is over"));
     let error = loop {
         if let Err(error) = env.get_obs().await {

@@ -1,5 +1,6 @@
 //! What the two-peer tests share: waiting for something without measuring time with it, loopback addresses,
-//! clients with the tests' settings. `harness` has the scripted server, `processes` the child processes.
+//! clients with the tests' settings. `harness` has the scripted server, `processes` the child
+//! processes, `hosts` the network namespaces.
 
 #![allow(
     dead_code,
@@ -10,6 +11,7 @@
 #![allow(clippy::unwrap_used, reason = "helpers of tests, too, fail by panicking")]
 
 pub mod harness;
+pub mod hosts;
 pub mod processes;
 
 use std::time::{Duration, Instant};

@@ -114,7 +114,9 @@ fn interrupt(uri: &str, interruption: Interruption, count: u32, calls: &Receiver
         // At another phase of the control period each time.
         sleep(Duration::from_micros(u64::from(i) * 7919 % 20_000));
         policy.interrupt(interruption)?;
+        let interrupted_at = Instant::now();
         let (held_at, last_row) = loop {
+            ensure!(interrupted_at.elapsed() < TIMEOUT, "the policy goes on although it was interrupted");
             match calls.recv_timeout(TIMEOUT).context("waiting for the robot to hold")? {
                 Call::Row(at) => last_row = Some(at),
                 Call::Hold(at) => break (at, last_row.context("the robot held without a row")?),
