@@ -10,8 +10,7 @@
 mod support;
 
 use std::{
-    env, fs,
-    future::Future,
+    env,
     io::Read,
     net::SocketAddr,
     process::{Command, Stdio},
@@ -20,7 +19,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use chiral_client::{Timestamp, ValueMap};
+use chiral_client::ValueMap;
 use chiral_proto::{Message, Notice, Reply, Request, codec::msgpack, message::ActionMessage};
 use chiral_server::{Error, PolicyServerBuilder, ServerHandle, monotonic};
 use chiral_sim::{episode::percentile, robot::SimConfig};
