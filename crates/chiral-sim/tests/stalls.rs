@@ -161,8 +161,14 @@ fn drive_legacy_zenoh(uri: &str, hz: f64, length: Duration) {
     }
     let session = zenoh::open(config).wait().unwrap();
     let (sender, replies) = std::sync::mpsc::channel();
-    let subscriber =
-        session.declare_subscriber("chiral/s2c").callback(move |_| drop(sender.send(()))).wait().unwrap();
+    let subscriber = session
+        .declare_subscriber("chiral/s2c")
+        .callback(move |_| {
+            // Fails once the policy drives and waits for no reply.
+            let _ = sender.send(());
+        })
+        .wait()
+        .unwrap();
     let probe = msgpack::encode(
         &Message::Request { id: msgpack::ID, request: Request::GetMetadata },
         &ValueMap::new(),
