@@ -7,7 +7,7 @@ use std::sync::mpsc::{Receiver, Sender, TryRecvError, channel};
 use std::thread::{self, sleep};
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result, bail, ensure};
+use anyhow::{Context, Result, ensure};
 use chiral_client::blocking::PolicyClient;
 use chiral_proto::action::Action;
 use chiral_server::{
@@ -207,11 +207,10 @@ pub(crate) fn policy(uri: &str) -> Result<()> {
         }
         // One row at a time, so that nothing is queued when the policy hangs.
         while client.stats().actions_queued > 0 {
+            // Fails once the session has ended.
+            client.latest_obs()?;
             sleep(Duration::from_millis(1));
         }
-        match client.put_action([0.0; JOINTS]) {
-            Ok(()) => {}
-            Err(error) => bail!("a row was refused: {error}"),
-        }
+        client.put_action([0.0; JOINTS]).context("queueing a row")?;
     }
 }
