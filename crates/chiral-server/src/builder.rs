@@ -327,21 +327,45 @@ fn check_spec(spec: &ActionSpec) -> Result<(), Error> {
             )));
         }
     }
-    for (i, limits) in spec.low.iter().zip(&spec.high).enumerate() {
-        // NaN fails the comparison.
-        if !matches!(limits, (low, high) if low <= high) {
-            return Err(Error::Declaration(format!(
-                "expected limits with low at most high in the action spec, found {} and {} at value {i}",
-                limits.0, limits.1
-            )));
-        }
-    }
-    if let Some((i, limit)) = spec.low.iter().chain(&spec.high).enumerate().find(|(_, limit)| limit.is_nan())
-    {
-        let i = i % spec.low.len().max(1);
+    if spec.low.iter().chain(&spec.high).any(|limit| limit.is_nan()) {
+        let found = (&spec.low, &spec.high);
         return Err(Error::Declaration(format!(
-            "expected limits that are numbers in the action spec, found {limit} at value {i}"
+            "expected limits that are numbers in the action spec, found {found:?}"
+        )));
+    }
+    if let Some((low, high)) = spec.low.iter().zip(&spec.high).find(|(low, high)| low > high) {
+        return Err(Error::Declaration(format!(
+            "expected limits with low at most high in the action spec, found {low} and {high}"
         )));
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn limits_that_no_action_can_keep_are_refused() {
+        let spec = |low: &[f32], high: &[f32]| ActionSpec {
+            low: low.to_vec(),
+            high: high.to_vec(),
+            ..ActionSpec::joint_positions(2, 20.0)
+        };
+        for (low, high) in [(&[][..], &[][..]), (&[-1.0, 2.0], &[1.0, 2.0]), (&[], &[1.0, f32::INFINITY])] {
+            assert!(check_spec(&spec(low, high)).is_ok(), "{low:?} {high:?}");
+        }
+        for (low, high) in [
+            (&[0.0, 3.0][..], &[1.0, 2.0][..]),
+            (&[f32::NAN, 0.0], &[]),
+            (&[0.0, 0.0], &[1.0, f32::NAN]),
+            (&[0.0], &[1.0]),
+        ] {
+            assert!(check_spec(&spec(low, high)).is_err(), "{low:?} {high:?}");
+        }
+        for control_hz in [-1.0, f64::NAN, f64::INFINITY] {
+            assert!(check_spec(&ActionSpec::joint_positions(2, control_hz)).is_err(), "{control_hz} Hz");
+        }
+        assert!(check_spec(&ActionSpec::undeclared()).is_ok());
+    }
 }

@@ -83,9 +83,14 @@ impl Shared {
     pub(super) fn update<T>(&self, change: impl FnOnce(&mut ControlCore<OnDone>, Timestamp) -> T) -> T {
         let now = self.clock.now();
         let mut core = self.core();
+        let was_armed = core.is_armed();
         let outcome = change(&mut core, now);
         let dropped = self.publish(&mut core);
+        let is_armed = core.is_armed();
         drop(core);
+        if is_armed && !was_armed {
+            self.wake_supervisor();
+        }
         self.log_dropped(dropped);
         outcome
     }

@@ -49,7 +49,9 @@ impl ControlThread {
                 Work::Reset { request, reply } => self.reset(&request, reply),
                 Work::Step { chunk, context, reply } => self.step(chunk, &context, reply),
                 Work::Apply(application) => self.apply(application),
-                Work::Observe { session, reply } => self.finish(session, reply, Outcome::default()),
+                Work::Observe { session, reply } => {
+                    self.finish_since(session, reply, Outcome::default(), self.shared.clock.now());
+                }
                 Work::Refuse { reply, fault } => reply.refuse(fault),
                 Work::SleepUntil(_) | Work::Idle => {}
                 Work::End => return,
@@ -182,10 +184,6 @@ impl ControlThread {
         if let Err(mpsc::SendError(Finished { reply, .. })) = self.replies.send(finished) {
             reply.refuse(Fault::new(Code::ShuttingDown, "the server is shutting down"));
         }
-    }
-
-    fn finish(&self, session: u64, reply: OnDone, outcome: Outcome) {
-        self.finish_since(session, reply, outcome, self.shared.clock.now());
     }
 
     /// Calls the robot. After a panic, holds it if possible and takes it out of service.

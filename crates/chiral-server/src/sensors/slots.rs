@@ -220,7 +220,7 @@ impl ProprioSlot {
     }
 }
 
-/// The error of a sensor that is late. Whoever waits adds for how long.
+/// The error for a sensor that has nothing new. The caller fills in `waited`.
 fn late(sensor: String, reason: NotNew) -> ObserveError {
     match reason {
         NotNew::Unpublished => ObserveError::Late { sensor, waited: Duration::ZERO },

@@ -182,6 +182,18 @@ async fn a_robot_that_blocks_is_stopped_when_a_hold_is_due() {
     assert!(resetting.await.unwrap().is_err());
 }
 
+#[tokio::test]
+async fn a_robot_that_blocks_right_after_a_steps_reply_is_stopped_too() {
+    let (harness, script) = timed(50, |builder| builder);
+    let env = harness.connect().await;
+    // Its reply arms the watchdog, before the action that blocks.
+    env.step(ROW).await.unwrap();
+    script.apply_gate.close();
+    env.send_action(ROW).await.unwrap();
+    harness.wait_until("the robot is stopped", |_| script.events().contains(&Event::Stopped)).await;
+    harness.wait_until("the robot holds", |_| script.events().last() == Some(&Event::Held)).await;
+}
+
 /// A source of observations that waits as long as the test likes.
 struct GatedSource(Arc<Gate>, Sensors);
 
