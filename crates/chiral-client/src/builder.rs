@@ -179,7 +179,9 @@ impl PolicyClientBuilder {
         self
     }
 
-    /// How long `get_metadata`, `get_obs` and starting and stopping the stream may take; 5 s by default.
+    /// How long `get_metadata`, `get_obs` and starting and stopping the stream may take; 5 s by default. It
+    /// starts anew for as long as a large message is arriving, so that a slow link is no error; over Zenoh with
+    /// a legacy server, where nothing shows that, raise it.
     #[must_use]
     pub fn request_timeout(mut self, timeout: Duration) -> Self {
         self.options.request_timeout = timeout;

@@ -343,7 +343,11 @@ impl PolicyClient {
 
     /// A request that the server answers at once; `what` is its reply.
     async fn request_within(&self, request: Request, what: &'static str) -> Result<Reply> {
-        within(Some(self.timeouts.request), what, self.session.wire.request(request)).await
+        let connection = match request {
+            Request::GetMetadata => &self.session.control,
+            _ => &self.session.observations,
+        };
+        connection.within(self.timeouts.request, what, self.session.wire.request(request)).await
     }
 
     /// Reports every 10 s that a reset is waited for.

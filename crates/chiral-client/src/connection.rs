@@ -2,13 +2,18 @@
 
 use std::{
     future::{Future, poll_fn},
+    pin::pin,
     sync::{Arc, Weak},
     task::Poll,
+    time::Duration,
 };
 
 use chiral_proto::{Codec, Frame, Message, Notice, TransportError, message::ActionMessage};
 use chiral_transport::{IdleTimeout, Pacing, Runtime};
-use tokio::sync::{Notify, watch};
+use tokio::{
+    sync::{Notify, watch},
+    time::timeout,
+};
 
 use crate::{
     core::Core,
@@ -103,6 +108,26 @@ impl Connection {
             }
         });
         completing.await.unwrap_or_else(|_| Err(ended()))
+    }
+
+    /// Waits for a reply that arrives here; `what` it is. The limit starts anew for as long as a large message
+    /// is arriving: on a slow link, that is the reply or what it waits behind.
+    pub(crate) async fn within<T>(
+        &self,
+        limit: Duration,
+        what: &'static str,
+        reply: impl Future<Output = Result<T, Error>>,
+    ) -> Result<T, Error> {
+        let (mut reply, mut waited) = (pin!(reply), Duration::ZERO);
+        loop {
+            if let Ok(outcome) = timeout(limit, reply.as_mut()).await {
+                return outcome;
+            }
+            waited = waited.saturating_add(limit);
+            if !self.idle_timeout.is_mid_message() {
+                return Err(Error::Timeout { what, waited });
+            }
+        }
     }
 
     /// The end of the session that an error of the transport means.

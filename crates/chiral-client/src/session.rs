@@ -33,7 +33,7 @@ pub(crate) struct Session {
     pub(crate) sink: Arc<dyn ActionSink>,
     pub(crate) control: Arc<Connection>,
     /// The same as `control` if there is only one connection.
-    observations: Arc<Connection>,
+    pub(crate) observations: Arc<Connection>,
 }
 
 /// A session's connections, before anything runs on them.

@@ -12,8 +12,9 @@ use nalgebra::Point3;
 use crate::any_client::AnyClient;
 use crate::policy::{EXECUTION_HORIZON, Policy};
 
-/// A stream without an observation for this long counts as broken.
-const OBSERVATION_TIMEOUT: Duration = Duration::from_secs(5);
+/// A stream without an observation for this long counts as broken. Longer than the idle timeout, which tells a
+/// lost robot from a camera that is off.
+const OBSERVATION_TIMEOUT: Duration = Duration::from_secs(15);
 /// The rate for a robot that neither declares one nor has one in its metadata, rows per second.
 const DEFAULT_HZ: f64 = 20.0;
 

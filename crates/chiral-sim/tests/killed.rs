@@ -15,14 +15,8 @@ use support::{
     wait_until,
 };
 
-/// The idle timeout: Zenoh's lease, and what these tests set for sessions over WebSocket.
+/// Shorter than Zenoh's lease.
 const IDLE_TIMEOUT: Duration = Duration::from_secs(2);
-
-/// The idle timeout that a session at this address is set to. Over Zenoh it is too long to matter: Zenoh's
-/// lease has to detect the loss.
-fn idle_timeout(uri: &str) -> Duration {
-    if uri.starts_with("ws:") { IDLE_TIMEOUT } else { TEST_TIMEOUT }
-}
 
 /// What happens to the peer's process.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -69,7 +63,7 @@ async fn check_server_of_each_transport(loss: Loss) {
 async fn check_server(loss: Loss, listen: &[&str], uri: &str) {
     let arguments = [&["serve"], listen, &["--width", "64", "--height", "48", "--quiet"]].concat();
     let mut server = Process::start(&arguments);
-    let builder = || client_builder(uri).idle_timeout(idle_timeout(uri));
+    let builder = || client_builder(uri).idle_timeout(IDLE_TIMEOUT);
     let env = builder().connect().await.unwrap();
     let (obs, _) = env.reset().await.unwrap();
     env.start_obs_stream(100.0).await.unwrap();
@@ -133,7 +127,7 @@ async fn check_client(
     uri: &str,
 ) {
     let (builder, log) = RecordingRobot::start(SimConfig { width: 64, height: 48, ..SimConfig::default() });
-    let server = listen(builder.idle_timeout(idle_timeout(uri))).build().unwrap();
+    let server = listen(builder.idle_timeout(IDLE_TIMEOUT)).build().unwrap();
     let handle = server.handle();
     tokio::spawn(server.serve());
     let has_held = || log.lock().unwrap().lost_controllers() == 1;

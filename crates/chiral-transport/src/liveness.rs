@@ -5,7 +5,7 @@ use std::{
     pin::pin,
     sync::{
         Arc,
-        atomic::{AtomicU64, Ordering},
+        atomic::{AtomicBool, AtomicU64, Ordering},
     },
     task::Poll,
     time::Duration,
@@ -30,6 +30,7 @@ struct Shared {
     /// Nanoseconds from `started` to the last arrival.
     last_arrival_ns: AtomicU64,
     limit_ns: AtomicU64,
+    is_mid_message: AtomicBool,
 }
 
 impl IdleTimeout {
@@ -42,8 +43,13 @@ impl IdleTimeout {
 
     /// Creates a timeout that does not expire until a limit is set.
     pub fn never() -> IdleTimeout {
-        let (last_arrival_ns, limit_ns) = (AtomicU64::new(0), AtomicU64::new(u64::MAX));
-        IdleTimeout { shared: Arc::new(Shared { started: Instant::now(), last_arrival_ns, limit_ns }) }
+        let shared = Shared {
+            started: Instant::now(),
+            last_arrival_ns: AtomicU64::new(0),
+            limit_ns: AtomicU64::new(u64::MAX),
+            is_mid_message: AtomicBool::new(false),
+        };
+        IdleTimeout { shared: Arc::new(shared) }
     }
 
     /// Changes the limit. The time since the last arrival still counts.
@@ -61,6 +67,16 @@ impl IdleTimeout {
     pub fn record(&self) {
         let elapsed_ns = self.shared.started.elapsed().as_nanos() as u64;
         self.shared.last_arrival_ns.store(elapsed_ns, Ordering::Relaxed);
+    }
+
+    /// Records that the beginning of a large message has arrived and its end has not, or that it is complete.
+    pub fn set_mid_message(&self, is_mid_message: bool) {
+        self.shared.is_mid_message.store(is_mid_message, Ordering::Relaxed);
+    }
+
+    /// Whether a large message is arriving: on a slow link, a reply may be that message or wait behind it.
+    pub fn is_mid_message(&self) -> bool {
+        self.shared.is_mid_message.load(Ordering::Relaxed)
     }
 
     /// How long nothing has arrived, counted from the timeout's creation; `None` without a limit, where a

@@ -324,7 +324,7 @@ impl LegacyWire {
             None => {
                 let _one_request = self.request_lock.lock().await;
                 let what = "a reply to the first obs_request";
-                within(self.options.request_timeout, what, self.observes()).await?.0
+                self.connection.within(self.options.request_timeout, what, self.observes()).await?.0
             }
         };
         if observes {

@@ -43,9 +43,10 @@ fn config(arguments: &Arguments) -> Result<Config> {
     let untouched = Config::default();
     let defaults = [
         ("scouting/multicast/enabled", "false"),
-        ("transport/link/tx/lease", "2000"),
+        ("transport/link/tx/queue/size/real_time", "16"),
         ("transport/link/tx/queue/size/data", "16"),
-        ("transport/link/tx/queue/congestion_control/block/wait_before_close", "60000000"),
+        ("transport/link/tx/queue/batching/time_limit", "0"),
+        ("transport/link/tx/queue/congestion_control/block/wait_before_close", "10000000"),
     ];
     let unset =
         defaults.into_iter().filter(|(key, _)| config.get_json(key).ok() == untouched.get_json(key).ok());

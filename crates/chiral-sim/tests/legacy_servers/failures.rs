@@ -155,8 +155,9 @@ async fn a_request_without_a_reply_times_out_and_the_session_continues() {
 }
 
 #[tokio::test]
-async fn a_reply_that_arrives_slowly_does_not_trigger_the_idle_timeout() {
-    let (env, mut server) = connect(|builder| builder.idle_timeout(Duration::from_millis(1000))).await;
+async fn a_reply_that_arrives_slowly_triggers_no_timeout() {
+    let limit = Duration::from_secs(1);
+    let (env, mut server) = connect(|builder| builder.idle_timeout(limit).request_timeout(limit)).await;
     let reply = Reply::Metadata(value::map([("filler", Value::Bytes(vec![0; 8000].into()))]));
     let frame = msgpack::encode(&Message::Reply { id: ID, reply }, &ValueMap::new()).unwrap().into_bytes();
     let replying = async {

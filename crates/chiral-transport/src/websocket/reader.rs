@@ -82,6 +82,9 @@ impl<R: AsyncRead + Unpin> Reader<R> {
     pub(super) async fn next(&mut self) -> Result<Event, TransportError> {
         loop {
             let header = self.header().await?;
+            if header.len > MAX_UNPOOLED || !header.is_final {
+                self.idle.set_mid_message(true);
+            }
             let payload = self.payload(&header).await.map_err(TransportError::lost)?;
             match header.opcode {
                 Opcode::Ping => return Ok(Event::Ping(payload)),
@@ -97,6 +100,7 @@ impl<R: AsyncRead + Unpin> Reader<R> {
                         fragments.push(payload);
                     }
                     if header.is_final {
+                        self.idle.set_mid_message(false);
                         return Ok(Event::Message(self.fragments.take().unwrap_or_default().into()));
                     }
                 }

@@ -14,12 +14,11 @@ use super::{
     reassembly::WINDOW,
 };
 
-/// After how many milliseconds without anything from it a neighbour is lost. Keep-alives are sent four times
-/// as often.
-const LEASE_MS: u32 = 2_000;
-/// How many batches of 64 KiB may wait for the socket; Zenoh allows 16 at most. With fewer, large messages
-/// are slower.
-const DATA_QUEUE_BATCHES: u32 = 16;
+/// How many batches of 64 KiB may wait for the socket at each priority that lanes use; Zenoh allows 16 at most.
+/// With fewer, large messages are slower, and small ones on a busy link wait, with the thread that puts them.
+const QUEUE_BATCHES: u32 = 16;
+/// For how many milliseconds Zenoh may wait for more small messages to send in one batch.
+const BATCHING_MS: u32 = 0;
 /// How many bytes from each neighbour may wait in reused memory: the window of a lane, and as much in
 /// transit. Beyond it Zenoh allocates, clears and frees memory for every batch, which takes longer than
 /// receiving it.
@@ -28,9 +27,13 @@ const RECEIVE_BUFFER_BYTES: u64 = 2 * WINDOW;
 /// of 17.2 MB with eight cameras, and what is in transit. Without the legacy wire [`RECEIVE_BUFFER_BYTES`]
 /// would do.
 const CLIENT_RECEIVE_BUFFER_BYTES: u64 = 24 << 20;
-/// After how many microseconds Zenoh closes a connection on which a message cannot be sent: long after the
-/// lease. Its value for "never" panics.
-const WAIT_BEFORE_CLOSE_US: u32 = 60_000_000;
+/// After how many microseconds Zenoh closes a connection on which a message cannot be sent: as long as its
+/// lease. A put that waits holds a lock that closing a lost connection needs, so a longer time would delay
+/// that. Its value for "never" panics.
+const WAIT_BEFORE_CLOSE_US: u32 = 10_000_000;
+/// The same with legacy peers, whose observations are one message each: 17.2 MB in ten seconds would be too
+/// much for a slow link.
+const LEGACY_WAIT_BEFORE_CLOSE_US: u32 = 60_000_000;
 const WAIT_BEFORE_CLOSE: &str = "transport/link/tx/queue/congestion_control/block/wait_before_close";
 /// How many milliseconds the handshake with a neighbour may take.
 pub(super) const OPEN_TIMEOUT_MS: u32 = 3_000;
@@ -139,8 +142,10 @@ pub(super) fn configure(
     draft.default(GOSSIP, false)?;
     draft.default("transport/unicast/open_timeout", OPEN_TIMEOUT_MS)?;
     draft.default("transport/unicast/accept_timeout", OPEN_TIMEOUT_MS)?;
-    draft.default("transport/link/tx/lease", LEASE_MS)?;
-    draft.default("transport/link/tx/queue/size/data", DATA_QUEUE_BATCHES)?;
+    for priority in ["real_time", "data"] {
+        draft.default(&format!("transport/link/tx/queue/size/{priority}"), QUEUE_BATCHES)?;
+    }
+    draft.default("transport/link/tx/queue/batching/time_limit", BATCHING_MS)?;
     let receive_buffer = if mode == "client" { CLIENT_RECEIVE_BUFFER_BYTES } else { RECEIVE_BUFFER_BYTES };
     draft.default("transport/link/rx/buffer_size", receive_buffer)?;
     if !options.shared_memory || !matches!(purpose, Purpose::Member) {
@@ -149,10 +154,11 @@ pub(super) fn configure(
     // This optimization copies other payloads into shared memory, where they may be overwritten under a slow
     // reader.
     draft.set("transport/shared_memory/transport_optimization/enabled", false)?;
+    let wait_before_close = if options.legacy { LEGACY_WAIT_BEFORE_CLOSE_US } else { WAIT_BEFORE_CLOSE_US };
     if draft.get(WAIT_BEFORE_CLOSE)?.as_i64().is_some_and(i64::is_negative) {
-        draft.set(WAIT_BEFORE_CLOSE, WAIT_BEFORE_CLOSE_US)?;
+        draft.set(WAIT_BEFORE_CLOSE, wait_before_close)?;
     }
-    draft.default(WAIT_BEFORE_CLOSE, WAIT_BEFORE_CLOSE_US)?;
+    draft.default(WAIT_BEFORE_CLOSE, wait_before_close)?;
     let other_way_in = draft.other_way_in(&mode, &connect)?;
     Ok(Configured { config: draft.config, listen, connect, other_way_in })
 }
@@ -316,7 +322,8 @@ mod tests {
             let options = ZenohSessionOptions { discovery: true, ..options(listen, &["tcp/localhost:7447"]) };
             for purpose in [Purpose::Member, Purpose::Lookup("tcp/localhost:1"), Purpose::Scout] {
                 let configured = configure(&options, purpose).unwrap();
-                assert_eq!(json(&configured, "transport/link/tx/lease"), "2000");
+                assert_eq!(json(&configured, "transport/link/tx/queue/size/real_time"), "16");
+                assert_eq!(json(&configured, "transport/link/tx/queue/batching/time_limit"), "0");
             }
             let configured = configure(&options, Purpose::Member).unwrap();
             assert_eq!(json(&configured, "mode"), mode);
@@ -386,7 +393,7 @@ mod tests {
         assert_eq!(json(&configured, "mode"), "\"client\"");
         assert_eq!(json(&configured, MULTICAST), "true");
         assert_eq!(json(&configured, "transport/link/tx/lease"), "5000");
-        assert_eq!(json(&configured, WAIT_BEFORE_CLOSE), "60000000");
+        assert_eq!(json(&configured, WAIT_BEFORE_CLOSE), "10000000");
         assert_eq!(json(&configured, "transport/link/tx/queue/size/data"), "16");
         let server = ZenohSessionOptions { config: config.clone(), ..options(&["tcp/127.0.0.1:1"], &[]) };
         let configured = configure(&server, Purpose::Member).unwrap();

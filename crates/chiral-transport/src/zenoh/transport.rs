@@ -117,8 +117,8 @@ impl ZenohTransport {
     ) -> Result<ZenohTransport, ZenohError> {
         let session = network.session();
         let publisher = session.declare_publisher(keys::frames(robot, connection, end));
-        let publisher =
-            publisher.congestion_control(CongestionControl::Block).priority(kind.priority()).express(true);
+        // Not express: such a message takes one of Zenoh's batches by itself, and a put waits if there is none.
+        let publisher = publisher.congestion_control(CongestionControl::Block).priority(kind.priority());
         let peer = format!("{robot}/{}", &connection[..8.min(connection.len())]);
         let publisher =
             Arc::new(LanePublisher::new(publisher.await.map_err(failed)?, options.shared_memory, peer));
@@ -207,7 +207,12 @@ impl Transport for ZenohTransport {
                 self.publisher.update_before_flush(|queue| queue.queue_mapped(number));
                 frame
             } else {
-                inbox.reassembly.receive(packet, payload.len(), payload.slices())?
+                let frame = inbox.reassembly.receive(packet, payload.len(), payload.slices())?;
+                // Both lanes record it: a small message on one is not the end of a large one on the other.
+                if matches!(packet, Packet::Chunk { .. }) {
+                    self.idle_timeout.set_mid_message(frame.is_none());
+                }
+                frame
             };
             if let Some(cost) = inbox.reassembly.acknowledge() {
                 self.publisher.update_before_flush(|queue| queue.queue_acknowledge(cost));

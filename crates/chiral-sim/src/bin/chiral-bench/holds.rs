@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
 use chiral_client::blocking::PolicyClient;
-use chiral_proto::action::Action;
+use chiral_proto::{Codec, action::Action};
 use chiral_server::{
     ActionContext, ActionSpec, PolicyServer, ResetOutcome, ResetRequest, Robot, RobotError, Sensors,
     ServerHandle,
@@ -65,6 +65,13 @@ enum Interruption {
     Hang,
 }
 
+/// How a policy is connected.
+struct Way {
+    name: &'static str,
+    uri: String,
+    is_legacy: bool,
+}
+
 pub(crate) fn run(stops: u32, hangs: u32) -> Result<()> {
     let (sender, calls) = channel();
     let handle = PolicyServer::builder(ReportingRobot(sender), Sensors::new([], [])?)
@@ -72,19 +79,22 @@ pub(crate) fn run(stops: u32, hangs: u32) -> Result<()> {
         .bind(([127, 0, 0, 1], 0))
         .listen_zenoh("tcp/127.0.0.1:0")
         .discovery(false)
+        .legacy_zenoh(true)
         .command_timeout(COMMAND_TIMEOUT)
         .build()?
         .start()?;
+    let ways = ways(&handle)?;
+    let each = |count: u32| count.div_ceil(ways.len() as u32);
     let mut worst = Duration::ZERO;
-    for (transport, uri) in uris(&handle)? {
+    for way in &ways {
         for (interruption, count, what) in
-            [(Interruption::Stop, stops, "SIGSTOP"), (Interruption::Hang, hangs, "a hung policy")]
+            [(Interruption::Stop, each(stops), "SIGSTOP"), (Interruption::Hang, each(hangs), "a hung policy")]
         {
-            let largest = interrupt(&uri, interruption, count.div_ceil(2), &calls)?;
+            let largest = interrupt(way, interruption, count, &calls)?;
             println!(
-                "{transport}, {what}, {} times: the robot held at most {:.1} ms after the last row, its period \
-                 and the command timeout",
-                count.div_ceil(2),
+                "{}, {what}, {count} times: the robot held at most {:.1} ms after the last row, its period and \
+                 the command timeout",
+                way.name,
                 largest.as_secs_f64() * 1e3
             );
             worst = worst.max(largest);
@@ -95,16 +105,22 @@ pub(crate) fn run(stops: u32, hangs: u32) -> Result<()> {
     Ok(())
 }
 
-fn uris(handle: &ServerHandle) -> Result<[(&'static str, String); 2]> {
+fn ways(handle: &ServerHandle) -> Result<[Way; 4]> {
     let websocket = handle.local_addr().context("the server listens on no address")?;
+    let websocket = format!("ws://{websocket}");
     let locators = handle.zenoh_locators();
     let zenoh = locators.into_iter().next().context("the server listens on no locator")?;
-    Ok([("WebSocket", format!("ws://{websocket}")), ("Zenoh", zenoh)])
+    Ok([
+        Way { name: "WebSocket", uri: websocket.clone(), is_legacy: false },
+        Way { name: "WebSocket, legacy wire", uri: websocket, is_legacy: true },
+        Way { name: "Zenoh", uri: zenoh.clone(), is_legacy: false },
+        Way { name: "Zenoh, legacy wire", uri: zenoh, is_legacy: true },
+    ])
 }
 
 /// Interrupts a policy so many times. Returns the largest time from when a hold was due to the hold.
-fn interrupt(uri: &str, interruption: Interruption, count: u32, calls: &Receiver<Call>) -> Result<Duration> {
-    let mut policy = Policy::start(uri)?;
+fn interrupt(way: &Way, interruption: Interruption, count: u32, calls: &Receiver<Call>) -> Result<Duration> {
+    let mut policy = Policy::start(way)?;
     let mut largest = Duration::ZERO;
     for i in 0..count {
         let mut last_row = None;
@@ -148,10 +164,11 @@ struct Policy {
 }
 
 impl Policy {
-    fn start(uri: &str) -> Result<Policy> {
+    fn start(way: &Way) -> Result<Policy> {
         let program = std::env::current_exe().context("finding this program")?;
         let mut child = Command::new(program)
-            .args(["hanging-policy", uri])
+            .args(["hanging-policy", &way.uri])
+            .args(way.is_legacy.then_some("--legacy"))
             .stdin(Stdio::piped())
             .spawn()
             .context("starting a policy")?;
@@ -188,8 +205,10 @@ impl Drop for Policy {
 
 /// Drives the robot at its rate. A line on stdin makes its thread hang until the next line; the end of stdin
 /// ends it.
-pub(crate) fn policy(uri: &str) -> Result<()> {
-    let client = PolicyClient::builder(uri).quiet().connect_blocking()?;
+pub(crate) fn policy(uri: &str, is_legacy: bool) -> Result<()> {
+    let codec = if is_legacy { Codec::Msgpack } else { Codec::Protobuf };
+    let client = PolicyClient::builder(uri).codec(codec).quiet().connect_blocking()?;
+    client.reset()?;
     client.start_action_dispatch(CONTROL_HZ)?;
     let (sender, lines) = channel();
     thread::spawn(move || {

@@ -73,7 +73,12 @@ enum Command {
         hangs: u32,
     },
     /// The policy that `holds` interrupts
-    HangingPolicy { uri: String },
+    HangingPolicy {
+        uri: String,
+        /// Speak the legacy wire
+        #[arg(long)]
+        legacy: bool,
+    },
     /// Measure what runs within one process
     Micro {
         /// Number of rounds
@@ -113,7 +118,7 @@ fn run(Arguments { cpu, command }: Arguments) -> Result<()> {
         Command::Serve { workload } => server::run(workload),
         Command::Micro { rounds } => micro::run(rounds),
         Command::Holds { stops, hangs } => holds::run(stops, hangs),
-        Command::HangingPolicy { uri } => holds::policy(&uri),
+        Command::HangingPolicy { uri, legacy } => holds::policy(&uri, legacy),
         Command::Soak { control, over, seconds } => {
             let mut control = control::Control::connect(control)?;
             let info = control.info()?;
