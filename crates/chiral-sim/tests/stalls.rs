@@ -89,6 +89,8 @@ async fn check(way: Way, uri: &str, hz: f64, cut: Duration) {
     let ended_well = driving.wait().await.success();
     handle.shutdown();
     serving.await.unwrap().unwrap();
+    // A process that is ending may keep the policy's namespace alive, and with it the link.
+    robot.ip("link del robot");
 
     let rows = std::mem::take(&mut log.lock().unwrap().rows);
     let ages_ms: Vec<f64> = rows.iter().map(|(row, at)| ms_between(decode_time(row), *at)).collect();
