@@ -312,10 +312,16 @@ fn ask<T>(robot: &dyn Robot, method: &str, call: fn(&dyn Robot) -> T) -> Result<
 }
 
 /// Fails if the action spec is invalid.
+/// The control rates that a robot may declare.
+const MIN_CONTROL_HZ: f64 = 1e-3;
+const MAX_CONTROL_HZ: f64 = 1e5;
+
 fn check_spec(spec: &ActionSpec) -> Result<(), Error> {
-    if !(spec.control_hz >= 0.0 && spec.control_hz.is_finite()) {
+    let rates = MIN_CONTROL_HZ..=MAX_CONTROL_HZ;
+    if spec.control_hz != 0.0 && !rates.contains(&spec.control_hz) {
         return Err(Error::Declaration(format!(
-            "expected a control_hz above 0, or 0 for none, in the action spec; found {}",
+            "expected a control_hz of {MIN_CONTROL_HZ} to {MAX_CONTROL_HZ}, or 0 for none, in the action spec; \
+             found {}",
             spec.control_hz
         )));
     }

@@ -223,7 +223,10 @@ impl Actions {
         if fault.action_seq <= self.last_seq_before_reset {
             return tracing::debug!("action {} was overtaken by a reset: {fault}", fault.action_seq);
         }
-        tracing::warn!("action {} was refused: {fault}", fault.action_seq);
+        if self.refusal.is_none() {
+            // Those that follow before the caller learns of it are of the same kind.
+            tracing::warn!("action {} was refused: {fault}", fault.action_seq);
+        }
         self.refusal = Some(fault);
     }
 

@@ -128,7 +128,7 @@ pub(crate) struct Refusal<R> {
 pub(crate) struct ControlCounts {
     /// Rows that the robot applied.
     pub(crate) applied: u64,
-    /// Actions that were refused on arrival, or dropped or cut short by a reset or the end of the
+    /// Actions that were refused on arrival, or dropped or cut short by a hold, a reset or the end of the
     /// controller's session.
     pub(crate) refused: u64,
     /// Actions for which the robot's own code failed.

@@ -14,7 +14,7 @@ use std::{collections::VecDeque, time::Duration};
 use chiral_proto::{ActionChunk, Code, Fault, Timestamp, clock::PingSample, message::ActionsDropped};
 
 use super::{
-    command::{ControlCounts, Limits, OnFirstFailure, StopDue, Traits},
+    command::{ControlCounts, Limits, OnFirstFailure, StopDue, Traits, episode_ended},
     events::{ActionId, ControlEvent, HoldReason},
     rows::{Dropped, RowQueue},
     transit::Transit,
@@ -37,8 +37,10 @@ pub(crate) struct ControlCore<R> {
     /// Numbers steps and actions in the order of their arrival.
     last_order: u64,
     running: Option<Running>,
-    /// Whether the robot's stopper was called for it.
+    /// Whether it was marked as over since a hold is due, and the robot's stopper called if there is one.
     has_stopped: bool,
+    /// Whether the robot's stopper is being called.
+    is_stopper_busy: bool,
     /// A step whose rows are being applied one by one.
     step: Option<StepByRows<R>>,
     /// The request whose reply waits for an observation.
@@ -106,6 +108,8 @@ struct Rows {
     origin: Origin,
     rows: ActionChunk,
     started_at: Timestamp,
+    /// Whether a newer chunk replaces them.
+    is_replaced: bool,
 }
 
 /// A step of a robot that has no step of its own.
@@ -115,7 +119,8 @@ struct StepByRows<R> {
     origin: Origin,
     reply: R,
     next_row: usize,
-    started_at: Timestamp,
+    /// When the next row is due.
+    due_at: Timestamp,
     fault: Option<Fault>,
 }
 
@@ -134,6 +139,7 @@ impl<R> ControlCore<R> {
             last_order: 0,
             running: None,
             has_stopped: false,
+            is_stopper_busy: false,
             step: None,
             awaited: None,
             holds: VecDeque::new(),
@@ -159,6 +165,7 @@ impl<R> ControlCore<R> {
         self.events.push(ControlEvent::SessionBegan { at: now, session, name: name.clone() });
         let (transit, dropped) = (Transit::default(), ActionsDropped::default());
         self.controller = Some(Controller { session, name, transit, dropped, reported: dropped });
+        self.rows.begin(now);
         Ok(())
     }
 
@@ -173,7 +180,7 @@ impl<R> ControlCore<R> {
         if self.controller.take_if(|controller| controller.session == session).is_none() {
             return false;
         }
-        self.end_episode();
+        self.end_episode(now);
         self.requests.clear();
         self.watchdog.disarm();
         self.holds.push_back(HoldReason::ControllerLost);
@@ -187,7 +194,7 @@ impl<R> ControlCore<R> {
             return;
         }
         self.events.push(ControlEvent::Silent { at: now, session });
-        if self.is_moving && !self.is_lent() {
+        if self.is_moving && !self.is_resetting() {
             self.holds.push_back(HoldReason::Silence);
         }
     }
@@ -224,9 +231,16 @@ impl<R> ControlCore<R> {
     }
 
     /// Drops the rows that wait, and marks the episode of the running ones as over.
-    fn end_episode(&mut self) {
-        self.counts.refused += self.rows.restart();
+    fn end_episode(&mut self, now: Timestamp) {
+        self.drop_rows(now);
         std::mem::take(&mut self.episode_end).set();
+    }
+
+    /// Drops the rows that wait.
+    fn drop_rows(&mut self, now: Timestamp) {
+        for (origin, _) in self.rows.clear() {
+            self.note_refused(origin.id, episode_ended(), now);
+        }
     }
 
     fn note_dropped(&mut self, session: u64, dropped: Dropped, now: Timestamp) {
@@ -262,23 +276,38 @@ impl<R> ControlCore<R> {
         }
     }
 
-    /// Whether the watchdog is armed.
-    pub(crate) fn is_armed(&self) -> bool {
-        self.watchdog.due_at().is_some()
+    /// Whether the watchdog is armed and not due yet.
+    pub(crate) fn is_watching(&self, now: Timestamp) -> bool {
+        self.watchdog.due_at().is_some_and(|due_at| due_at > now)
     }
 
-    /// The stopper is being called. It is called once for each call of a method.
-    pub(crate) fn note_stopped(&mut self) {
+    /// A hold is due while the robot is busy: what it does is over, and its stopper is about to be called, if
+    /// there is one. Happens once for each call of a method.
+    pub(crate) fn begin_stop(&mut self, has_stopper: bool, now: Timestamp) {
         self.has_stopped = true;
         if let Some(Running::Apply(rows) | Running::Step(rows)) = &self.running {
             rows.origin.end.set();
         }
+        if has_stopper {
+            self.is_stopper_busy = true;
+            if self.watchdog.is_due(now) && self.holds.is_empty() {
+                // A robot that was stopped holds, also if a row has come meanwhile.
+                self.holds.push_back(HoldReason::CommandTimeout);
+            }
+        }
     }
 
-    /// The robot's code has panicked: nothing reaches it any more.
-    pub(crate) fn take_out_of_service(&mut self, fault: Fault) {
-        self.counts.refused += self.rows.clear();
+    /// The stopper has returned.
+    pub(crate) fn end_stop(&mut self) {
+        self.is_stopper_busy = false;
+    }
+
+    /// The robot's code has panicked and the robot was made to hold: nothing reaches it any more.
+    pub(crate) fn take_out_of_service(&mut self, fault: Fault, now: Timestamp) {
+        self.drop_rows(now);
         self.watchdog.disarm();
+        self.is_moving = false;
+        self.note_held(HoldReason::Panicked, now);
         self.out_of_service = Some(fault);
     }
 
@@ -290,6 +319,7 @@ impl<R> ControlCore<R> {
     /// Lets the thread end once the robot holds.
     pub(crate) fn stop(&mut self) {
         self.is_stopping = true;
+        self.holds.push_back(HoldReason::ShuttingDown);
     }
 
     pub(crate) fn episode(&self) -> u64 {

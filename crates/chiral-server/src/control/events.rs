@@ -66,7 +66,8 @@ pub enum ControlEvent {
         /// does not say when it was sent.
         lateness: Option<Duration>,
     },
-    /// An action or a step was refused, or an action was cut short by a reset or the end of its session.
+    /// An action or a step was refused, or an action was dropped or cut short by a hold, a reset or the end of
+    /// its session.
     Refused {
         /// When.
         at: Timestamp,
@@ -150,6 +151,10 @@ pub enum HoldReason {
     Silence,
     /// The controller's session has ended.
     ControllerLost,
+    /// The robot's own code has panicked, which takes it out of service.
+    Panicked,
+    /// The server shuts down.
+    ShuttingDown,
 }
 
 impl fmt::Display for HoldReason {
@@ -158,6 +163,8 @@ impl fmt::Display for HoldReason {
             HoldReason::CommandTimeout => "no action was applied for the command timeout",
             HoldReason::Silence => "nothing arrives from the controller",
             HoldReason::ControllerLost => "the controller's session has ended",
+            HoldReason::Panicked => "its own code has panicked",
+            HoldReason::ShuttingDown => "the server shuts down",
         })
     }
 }

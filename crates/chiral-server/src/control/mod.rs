@@ -120,11 +120,14 @@ impl Control {
     pub(crate) fn note_pong(&self, session: u64, sample: PingSample) {
         let jumped_back = self.shared.core().note_pong(session, sample);
         if let Some(jumped_back) = jumped_back {
-            tracing::warn!(
-                session,
-                "the client's clock has jumped back by {:.1} s: its actions are timed anew",
-                jumped_back.as_secs_f64()
-            );
+            let seconds = jumped_back.as_secs_f64();
+            self.shared.clock_jumps.record(|count| {
+                tracing::warn!(
+                    session,
+                    count,
+                    "the client's clock has jumped back by {seconds:.1} s: its actions are timed anew"
+                );
+            });
         }
     }
 

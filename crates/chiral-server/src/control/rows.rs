@@ -7,7 +7,8 @@
 //! - The rows of a chunk are due one control period after the other, and replace what is left of earlier
 //!   actions.
 //! - Single rows that were sent together, less than half a period apart, are a queue: each is due one period
-//!   after the one before.
+//!   after the one before. Rows that go on coming like that are no queue, but come faster than the robot can
+//!   apply them: after half a second the newest replaces the others.
 //! - Single rows that were sent apart but arrive together come from a stall: the newest replaces the others.
 //! - All other single rows are due as they arrive, or in their turn after what is queued.
 //!
@@ -16,6 +17,9 @@
 use std::{collections::VecDeque, time::Duration};
 
 use chiral_proto::{ActionChunk, Timestamp};
+
+/// For how long rows may go on coming less than half a period apart and count as sent together.
+const TOGETHER_LIMIT: Duration = Duration::from_millis(500);
 
 /// Rows that are applied by one call: one of them, or a whole chunk for a robot that executes chunks itself.
 #[derive(Debug)]
@@ -28,6 +32,8 @@ pub(crate) struct Item<O> {
     pub(crate) due_at: Timestamp,
     /// How long after that it may still be applied; `None` for any time.
     pub(crate) max_lateness: Option<Duration>,
+    /// Until when it may be applied at all, whenever it is due.
+    pub(crate) valid_until: Option<Timestamp>,
 }
 
 /// When an action was sent, when it arrived, and how late it may be applied.
@@ -37,6 +43,8 @@ pub(crate) struct Timing {
     pub(crate) sent_at: Option<Timestamp>,
     pub(crate) arrived_at: Timestamp,
     pub(crate) max_lateness: Option<Duration>,
+    /// Until when its first row may be applied; the others, as much later as they are due.
+    pub(crate) valid_until: Option<Timestamp>,
 }
 
 /// What can be done now.
@@ -62,6 +70,8 @@ pub(crate) struct RowQueue<O> {
     stall_limit: Option<Duration>,
     takes_chunks: bool,
     items: VecDeque<Item<O>>,
+    /// When the session or the episode began, before which nothing arrived.
+    began_at: Option<Timestamp>,
     last_arrival: Option<Arrival>,
     /// Whether rows without sending times are arriving after a gap, as they do after a stall.
     is_after_gap: bool,
@@ -75,6 +85,16 @@ struct Arrival {
     sent_at: Option<Timestamp>,
     /// When its last row is due.
     due_at: Timestamp,
+    /// When the first of the rows arrived that came together with it.
+    together_since: Timestamp,
+}
+
+/// How a single row relates to what arrived before it.
+#[derive(Clone, Copy, Debug)]
+struct Related {
+    relation: Relation,
+    is_after_gap: bool,
+    together_since: Timestamp,
 }
 
 impl<O: Clone> RowQueue<O> {
@@ -90,6 +110,7 @@ impl<O: Clone> RowQueue<O> {
             stall_limit,
             takes_chunks,
             items: VecDeque::new(),
+            began_at: None,
             last_arrival: None,
             is_after_gap: false,
             last_applied_at: None,
@@ -106,19 +127,20 @@ impl<O: Clone> RowQueue<O> {
         self.items.front().map(|item| item.order)
     }
 
-    /// Drops all rows, and forgets when the last one arrived, since the next ones do not follow them. Returns
-    /// how many actions they belong to.
-    pub(crate) fn restart(&mut self) -> u64 {
+    /// Forgets when the last row arrived, since a session or an episode begins and the next rows do not follow
+    /// it.
+    pub(crate) fn begin(&mut self, now: Timestamp) {
+        self.began_at = Some(now);
         self.last_arrival = None;
         self.is_after_gap = false;
-        self.clear()
     }
 
-    /// Drops all rows. Returns how many actions they belong to.
-    pub(crate) fn clear(&mut self) -> u64 {
-        let mut orders: Vec<u64> = self.items.drain(..).map(|item| item.order).collect();
-        orders.dedup();
-        orders.len() as u64
+    /// Drops all rows. Returns the origins of the actions they belong to.
+    pub(crate) fn clear(&mut self) -> Vec<O> {
+        let mut actions: Vec<(u64, O)> =
+            self.items.drain(..).map(|item| (item.order, item.origin)).collect();
+        actions.dedup_by_key(|(order, _)| *order);
+        actions.into_iter().map(|(_, origin)| origin).collect()
     }
 
     /// Records that a row, or the last one of several, was applied at `now`.
@@ -138,32 +160,44 @@ impl<O: Clone> RowQueue<O> {
 
     /// Whether this action replaces the rows that wait.
     pub(crate) fn replaces(&self, rows: &ActionChunk, timing: Timing) -> bool {
-        rows.rows() > 1 || self.relate(timing).0 == Relation::AfterStall
+        rows.rows() > 1 || self.relate(timing).relation == Relation::Replaces
     }
 
     /// Adds the rows of an action. Returns how many rows it replaces.
     pub(crate) fn push(&mut self, rows: ActionChunk, timing: Timing, order: u64, origin: O) -> u64 {
-        let Timing { sent_at, arrived_at, max_lateness } = timing;
-        let (relation, is_after_gap) = self.relate(timing);
-        self.is_after_gap = is_after_gap;
+        let Timing { sent_at, arrived_at, max_lateness, valid_until } = timing;
         let is_chunk = rows.rows() > 1;
-        let replaced = if is_chunk || relation == Relation::AfterStall { self.take_all() } else { 0 };
+        let Related { relation, is_after_gap, together_since } = self.relate(timing);
+        self.is_after_gap = is_after_gap;
+        let replaced = if is_chunk || relation == Relation::Replaces { self.take_all() } else { 0 };
         let period = self.period.unwrap_or_default();
         let due_at = match (relation, self.last_arrival) {
             (Relation::SentTogether, Some(last)) if !is_chunk => arrived_at.max(last.due_at + period),
-            (Relation::Apart(spacing), Some(last)) if !self.items.is_empty() => {
+            // Also behind a chunk that the robot was given whole.
+            (Relation::Apart(spacing), Some(last))
+                if !is_chunk
+                    && (!self.items.is_empty() || (self.takes_chunks && last.due_at > arrived_at)) =>
+            {
                 arrived_at.max(last.due_at + spacing.min(period))
             }
             _ => arrived_at,
         };
         let last_due_at = due_at + period * (rows.rows() as u32).saturating_sub(1);
-        self.last_arrival = Some(Arrival { at: arrived_at, sent_at, due_at: last_due_at });
-        let item = |rows, origin, due_at| Item { rows, origin, order, due_at, max_lateness };
+        let together_since = if is_chunk { arrived_at } else { together_since };
+        self.last_arrival = Some(Arrival { at: arrived_at, sent_at, due_at: last_due_at, together_since });
+        let item = |rows, origin, after: Duration| Item {
+            rows,
+            origin,
+            order,
+            due_at: due_at + after,
+            max_lateness,
+            valid_until: valid_until.map(|until| until + after),
+        };
         if is_chunk && !self.takes_chunks {
-            let row = |(i, row)| item(ActionChunk::from(row), origin.clone(), due_at + period * i as u32);
+            let row = |(i, row)| item(ActionChunk::from(row), origin.clone(), period * i as u32);
             self.items.extend(rows.iter().enumerate().map(row));
         } else {
-            self.items.push_back(item(rows, origin, due_at));
+            self.items.push_back(item(rows, origin, Duration::ZERO));
         }
         replaced
     }
@@ -171,19 +205,20 @@ impl<O: Clone> RowQueue<O> {
     /// Drops the rows that were overtaken, and those that are late.
     pub(crate) fn prune(&mut self, now: Timestamp) -> Dropped {
         let mut dropped = Dropped::default();
-        if self.period.is_none() {
-            return dropped;
-        }
-        while self.items.get(1).is_some_and(|second| second.due_at <= now) {
+        while self.period.is_some() && self.items.get(1).is_some_and(|second| second.due_at <= now) {
             dropped.superseded += self.pop_rows();
         }
-        // No other row is due, or this one would have been overtaken.
-        if let Some(first) = self.items.front()
-            && first.max_lateness.is_some_and(|limit| now.since(self.start_of(first)) > limit)
-        {
+        while self.items.front().is_some_and(|first| self.is_late(first, now)) {
             dropped.late += self.pop_rows();
         }
         dropped
+    }
+
+    fn is_late(&self, item: &Item<O>, now: Timestamp) -> bool {
+        let start = self.start_of(item);
+        let is_overdue = item.max_lateness.is_some_and(|limit| now.since(start) > limit);
+        let is_invalid = item.valid_until.is_some_and(|until| now.max(start) > until);
+        (is_overdue && self.period.is_some()) || is_invalid
     }
 
     /// Returns the rows to apply now, or when to ask again.
@@ -212,14 +247,18 @@ impl<O: Clone> RowQueue<O> {
         rows
     }
 
-    /// How a single row relates to the action before it, and whether rows are arriving after a gap.
-    fn relate(&self, timing: Timing) -> (Relation, bool) {
-        let (Some(last), Some(period)) = (self.last_arrival, self.period) else {
-            return (Relation::First, false);
+    /// How a single row relates to the action before it.
+    fn relate(&self, timing: Timing) -> Related {
+        let Timing { arrived_at, .. } = timing;
+        let period = self.period.unwrap_or_default();
+        let is_stall = |gap: Duration| self.stall_limit.is_some_and(|limit| gap > limit.max(period));
+        let (Some(last), Some(_)) = (self.last_arrival, self.period) else {
+            let is_after_gap = self.began_at.is_some_and(|began_at| is_stall(arrived_at.since(began_at)));
+            return Related { relation: Relation::First, is_after_gap, together_since: arrived_at };
         };
-        let gap = timing.arrived_at.since(last.at);
+        let gap = arrived_at.since(last.at);
         let arrived_together = gap < period / 2;
-        let is_gap = self.stall_limit.is_some_and(|limit| gap > limit.max(period));
+        let is_gap = is_stall(gap);
         let is_after_gap = is_gap || (self.is_after_gap && arrived_together);
         let (spacing, sent_together) = match (timing.sent_at, last.sent_at) {
             (Some(sent_at), Some(last_sent_at)) => {
@@ -228,12 +267,13 @@ impl<O: Clone> RowQueue<O> {
             }
             _ => (gap, arrived_together && !is_after_gap),
         };
+        let together_since = if sent_together { last.together_since } else { arrived_at };
         let relation = match (sent_together, arrived_together) {
-            (true, _) => Relation::SentTogether,
-            (false, true) => Relation::AfterStall,
+            (true, _) if arrived_at.since(together_since) <= TOGETHER_LIMIT => Relation::SentTogether,
+            (true, _) | (false, true) => Relation::Replaces,
             (false, false) => Relation::Apart(spacing),
         };
-        (relation, is_after_gap)
+        Related { relation, is_after_gap, together_since }
     }
 }
 
@@ -243,8 +283,8 @@ enum Relation {
     /// There is none, or no rate by which to judge.
     First,
     SentTogether,
-    /// Sent apart, and arrived together.
-    AfterStall,
+    /// Sent apart, and arrived together; or sent faster than the robot can apply them, for too long.
+    Replaces,
     /// Sent or, where that is unknown, arrived this far apart.
     Apart(Duration),
 }

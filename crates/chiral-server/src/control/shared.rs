@@ -50,6 +50,7 @@ pub(crate) struct Shared {
     pub(super) tap: EventTap,
     late: LogThrottle,
     superseded: LogThrottle,
+    pub(super) clock_jumps: LogThrottle,
     pub(crate) sampler: Arc<Sampler>,
     pub(crate) clock: Clock,
 }
@@ -69,6 +70,7 @@ impl Shared {
             tap: EventTap::new(),
             late: LogThrottle::new(clock.clone()),
             superseded: LogThrottle::new(clock.clone()),
+            clock_jumps: LogThrottle::new(clock.clone()),
             sampler,
             clock,
         }
@@ -83,12 +85,12 @@ impl Shared {
     pub(super) fn update<T>(&self, change: impl FnOnce(&mut ControlCore<OnDone>, Timestamp) -> T) -> T {
         let now = self.clock.now();
         let mut core = self.core();
-        let was_armed = core.is_armed();
+        let was_watching = core.is_watching(now);
         let outcome = change(&mut core, now);
         let dropped = self.publish(&mut core);
-        let is_armed = core.is_armed();
+        let is_watching = core.is_watching(now);
         drop(core);
-        if is_armed && !was_armed {
+        if is_watching && !was_watching {
             self.wake_supervisor();
         }
         self.log_dropped(dropped);

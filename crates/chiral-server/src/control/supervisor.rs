@@ -6,10 +6,11 @@ use std::{
 };
 
 use super::{command::StopDue, shared::Shared};
-use crate::{error::panic_text, robot::Stopper};
+use crate::{error::panic_text, log_throttle::LogThrottle, robot::Stopper};
 
 /// Runs until the control thread ends. Without a stopper, only the action that blocks is marked as over.
 pub(super) fn run(shared: &Arc<Shared>, stopper: Option<&Stopper>) {
+    let stops = LogThrottle::new(shared.clock.clone());
     loop {
         let now = shared.clock.now();
         let mut core = shared.core();
@@ -18,11 +19,15 @@ pub(super) fn run(shared: &Arc<Shared>, stopper: Option<&Stopper>) {
             StopDue::Never => shared.wait_for_stop(core, now, None),
             StopDue::End => return,
             StopDue::Now => {
-                core.note_stopped();
+                core.begin_stop(stopper.is_some(), now);
                 drop(core);
                 let Some(stopper) = stopper else { continue };
-                tracing::warn!("the robot is busy while a hold is due: stopping it");
-                if let Err(panic) = catch_unwind(AssertUnwindSafe(|| stopper())) {
+                let stopped = catch_unwind(AssertUnwindSafe(|| stopper()));
+                shared.core().end_stop();
+                shared.wake_robot();
+                // Last, since a log may block.
+                stops.record(|count| tracing::warn!(count, "the robot was busy while a hold was due: stopped"));
+                if let Err(panic) = stopped {
                     tracing::error!("the robot's stopper panicked: {}", panic_text(&*panic));
                 }
             }

@@ -44,7 +44,8 @@ impl ControlThread {
 
     pub(super) fn run(&mut self) {
         loop {
-            match self.next_work() {
+            let (work, dropped) = self.next_work();
+            match work {
                 Work::Hold(reason) => self.hold(reason),
                 Work::Reset { request, reply } => self.reset(&request, reply),
                 Work::Step { chunk, context, reply } => self.step(chunk, &context, reply),
@@ -56,30 +57,29 @@ impl ControlThread {
                 Work::SleepUntil(_) | Work::Idle => {}
                 Work::End => return,
             }
+            // Last, since a log may block.
+            self.shared.log_dropped(dropped);
         }
     }
 
-    /// Returns the next work, or returns after waiting for some.
-    fn next_work(&self) -> Work<OnDone> {
+    /// Returns the next work, or returns after waiting for some; also how many rows were dropped.
+    fn next_work(&self) -> (Work<OnDone>, Dropped) {
         let now = self.shared.clock.now();
         let mut core = self.shared.core();
-        let was_armed = core.is_armed();
+        let was_watching = core.is_watching(now);
         let work = core.poll(now);
         let dropped = self.shared.publish(&mut core);
-        if core.is_armed() && !was_armed {
+        if core.is_watching(now) && !was_watching {
             self.shared.wake_supervisor();
         }
-        if dropped != Dropped::default() {
-            drop(core);
-            self.shared.log_dropped(dropped);
-            return work;
-        }
         match work {
+            // Logged before waiting.
+            _ if dropped != Dropped::default() => {}
             Work::SleepUntil(at) => self.shared.wait_for_work(core, now, Some(at)),
             Work::Idle => self.shared.wait_for_work(core, now, None),
             _ => {}
         }
-        work
+        (work, dropped)
     }
 
     fn done(&self, outcome: Result<(), Fault>) {
@@ -87,7 +87,6 @@ impl ControlThread {
     }
 
     fn hold(&mut self, reason: HoldReason) {
-        self.holds.record(|count| tracing::warn!(count, "the robot holds: {reason}"));
         let call = |method: fn(&mut dyn Robot)| {
             move |robot: &mut dyn Robot| {
                 method(robot);
@@ -95,6 +94,7 @@ impl ControlThread {
             }
         };
         let held = self.call_robot("hold", call(|robot| robot.hold()));
+        self.holds.record(|count| tracing::warn!(count, "the robot holds: {reason}"));
         if held.is_ok() && reason == HoldReason::ControllerLost {
             // A panic takes the robot out of service, and is logged.
             let _ = self.call_robot("on_disconnect", call(|robot| robot.on_disconnect()));
@@ -158,7 +158,8 @@ impl ControlThread {
         let Application { rows, context, on_failure } = application;
         let outcome = self.call_apply(&rows, &context);
         self.done(outcome.clone());
-        if let (Err(fault), Some(on_failure)) = (outcome, on_failure)
+        // What fails when it is over, since a newer chunk or a stop ended it, is no failure.
+        if let (Err(fault), Some(on_failure), false) = (outcome, on_failure, context.is_over())
             && let Some(on_failure) = lock(&on_failure).take()
         {
             on_failure.refuse(Fault { action_seq: context.seq, ..fault });
@@ -201,12 +202,13 @@ impl ControlThread {
             Err(panic) => panic,
         };
         let text = format!("the robot panicked in {method} and is out of service: {}", panic_text(&*panic));
+        let panicked_again = method != "hold" && catch_unwind(AssertUnwindSafe(|| self.robot.hold())).is_err();
         tracing::error!("{text}");
-        if method != "hold" && catch_unwind(AssertUnwindSafe(|| self.robot.hold())).is_err() {
+        if panicked_again {
             tracing::error!("the robot panicked in hold, too");
         }
         let fault = Fault::new(Code::OutOfService, text);
-        self.shared.update(|core, _| core.take_out_of_service(fault.clone()));
+        self.shared.update(|core, now| core.take_out_of_service(fault.clone(), now));
         Err(fault)
     }
 }

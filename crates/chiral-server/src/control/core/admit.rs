@@ -75,9 +75,8 @@ impl<R> ControlCore<R> {
     }
 
     fn admit_reset(&mut self, request: ResetRequest, reply: R, now: Timestamp) {
-        self.end_episode();
+        self.end_episode(now);
         self.watchdog.disarm();
-        self.is_latched = false;
         let ResetRequest { session, .. } = request;
         self.events.push(ControlEvent::ResetBegan { at: now, session, episode: self.episode });
         self.requests.push_back(Request::Reset { request, reply });
@@ -96,14 +95,19 @@ impl<R> ControlCore<R> {
         let lateness = transit.zip(sent_at).map(|(transit, sent_at)| transit.add(sent_at, now));
         self.check_actions(id.session, session, episode, &actions)?;
         self.check_observation_age(observed_at, now)?;
-        let limits = [self.limits.max_action_lateness, valid_for];
-        let max_lateness = limits.into_iter().flatten().min();
+        let max_lateness = self.limits.max_action_lateness;
+        let late_by = lateness.unwrap_or_default();
         let rows = actions.rows();
-        if lateness.zip(max_lateness).is_some_and(|(lateness, limit)| lateness > limit) {
+        if [max_lateness, valid_for].into_iter().flatten().any(|limit| late_by > limit) {
             self.note_dropped(id.session, Dropped { late: rows as u64, superseded: 0 }, now);
             return Ok(None);
         }
-        let timing = Timing { sent_at, arrived_at: now, max_lateness };
+        let timing = Timing {
+            sent_at,
+            arrived_at: now,
+            max_lateness: max_lateness.map(|limit| limit.saturating_sub(late_by)),
+            valid_until: valid_for.map(|valid_for| now + valid_for.saturating_sub(late_by)),
+        };
         if !self.rows.replaces(&actions, timing) && self.rows.len() + rows > MAX_WAITING_ROWS {
             let text = format!(
                 "expected at most {MAX_WAITING_ROWS} rows not applied yet, found {} and {rows} more: \
@@ -119,9 +123,10 @@ impl<R> ControlCore<R> {
     fn queue(&mut self, id: ActionId, rows: ActionChunk, timing: Timing, reply: R) {
         if rows.rows() > 1
             && self.traits.execution == Execution::Chunks
-            && let Some(Running::Apply(Rows { origin, .. })) = &self.running
+            && let Some(Running::Apply(Rows { origin, is_replaced, .. })) = &mut self.running
         {
             // The chunk that the robot executes is replaced, too.
+            *is_replaced = true;
             origin.end.set();
         }
         let origin = self.origin(id, &rows, timing.arrived_at);
@@ -195,7 +200,7 @@ impl<R> ControlCore<R> {
         }
     }
 
-    fn is_resetting(&self) -> bool {
+    pub(super) fn is_resetting(&self) -> bool {
         self.awaited == Some(RequestKind::Reset)
             || matches!(self.running, Some(Running::Reset))
             || self.requests.iter().any(|request| matches!(request, Request::Reset { .. }))

@@ -12,7 +12,7 @@ use self::rig::{Did, NO_STALL, OFFSET_MS, Rig, SESSION, assert_no_burst, at, per
 use crate::{
     control::{
         command::{Command, Limits, OnTimeout, StopDue, Work},
-        events::HoldReason,
+        events::{ControlEvent, HoldReason},
     },
     robot::ResetRequest,
 };
@@ -89,6 +89,39 @@ fn rows_that_were_sent_together_run_at_the_control_rate() {
         let expected: Vec<_> = (0..50).map(|i| (f64::from(i) * 50.0, i as f32)).collect();
         assert_eq!(rig.rows(), expected, "stamped: {is_stamped}");
     }
+}
+
+#[test]
+fn rows_that_keep_coming_faster_than_the_robot_applies_them_do_not_pile_up() {
+    for is_stamped in [true, false] {
+        let mut rig = Rig::new(20.0);
+        rig.stream(100.0, 0.0, 10_000.0, NO_STALL, is_stamped);
+        rig.run(10_100.0);
+        let rows = rig.rows();
+        assert_no_burst(&rows, 20.0);
+        assert!(rows.len() > 195, "stamped: {is_stamped}: {} rows", rows.len());
+        let settled: Vec<_> = rows.iter().filter(|(at, _)| *at > 600.0).collect();
+        let oldest = settled.iter().map(|(at, i)| at - f64::from(*i) * 10.0).fold(0.0, f64::max);
+        assert!(oldest < 60.0, "stamped: {is_stamped}: a row was applied {oldest} ms after it was sent");
+    }
+}
+
+#[test]
+fn a_stall_before_the_first_row_of_a_legacy_client_is_one_too() {
+    let mut rig = Rig::new(20.0);
+    rig.reset();
+    rig.run(4000.0);
+    for i in 0..80 {
+        rig.arrive_unstamped([i as f32]).unwrap();
+    }
+    rig.run(9000.0);
+    assert_eq!(rig.rows(), [(4000.0, 79.0)]);
+    // One that thinks before it acts at the robot's rate loses nothing.
+    let mut rig = Rig::new(20.0);
+    rig.run(4000.0);
+    rig.stream(20.0, 4000.0, 5000.0, NO_STALL, false);
+    rig.run(5100.0);
+    assert_eq!(rig.rows().len(), 20);
 }
 
 #[test]
@@ -189,6 +222,29 @@ fn an_action_may_say_how_long_it_is_valid() {
     }
     rig.run(100.0);
     assert_eq!(rig.rows().len(), 1);
+}
+
+#[test]
+fn an_action_that_waited_longer_than_it_is_valid_is_dropped() {
+    for hz in [20.0, 0.0] {
+        let mut rig = Rig::new(hz);
+        rig.row_ms = 79.0;
+        rig.arrive([0.0], 0.0).unwrap();
+        rig.ping(2.0);
+        rig.run(1.0);
+        let message = ActionMessage {
+            session: SESSION,
+            actions: [1.0].into(),
+            sent_at: Some(at(1.0 - 72.0 + OFFSET_MS)),
+            valid_for: Some(Duration::from_millis(80)),
+            ..ActionMessage::default()
+        };
+        rig.core.admit(SESSION, Command::Act(message), (), at(1.0)).unwrap();
+        assert_eq!(rig.core.counts().late, 0, "70 ms late");
+        rig.run(500.0);
+        assert_eq!(rig.rows().len(), 1, "{hz} Hz: applied 149 ms after it was sent");
+        assert_eq!(rig.core.counts().late, 1);
+    }
 }
 
 #[test]
@@ -340,10 +396,52 @@ fn a_hold_may_require_a_reset() {
     assert_eq!(rig.holds().len(), 1);
     assert_eq!(rig.arrive([1.0], 1000.0).map_err(|fault| fault.code), Err(Code::Holding));
     rig.reset();
+    assert!(matches!(rig.core.poll(at(1000.0)), Work::Reset { .. }));
+    rig.core.done(Err(Fault::new(Code::RobotFailed, "no power")), at(1000.0));
+    assert_eq!(rig.arrive([1.0], 1000.0).map_err(|fault| fault.code), Err(Code::Holding), "it has failed");
+    rig.reset();
     rig.run(1001.0);
     rig.arrive([2.0], 1001.0).unwrap();
     rig.run(1100.0);
     assert_eq!(rig.rows(), [(0.0, 0.0), (1001.0, 2.0)]);
+}
+
+#[test]
+fn every_action_that_a_stop_drops_is_an_event() {
+    let refused = |rig: &mut Rig| {
+        let events = rig.core.take_events();
+        let seq = |event: &ControlEvent| match event {
+            ControlEvent::Refused { action, .. } => Some(action.seq),
+            _ => None,
+        };
+        events.iter().filter_map(seq).collect::<Vec<_>>()
+    };
+    let stops: [fn(&mut Rig); 3] = [
+        |rig| rig.reset(),
+        |rig| assert!(rig.core.release(SESSION, "gone", at(1.0))),
+        |rig| rig.core.note_silence(SESSION, at(1.0)),
+    ];
+    for stop in stops {
+        let mut rig = Rig::new(20.0);
+        rig.arrive(chunk(10, 0.0), 0.0).unwrap();
+        rig.arrive([10.0], 0.0).unwrap();
+        rig.run(1.0);
+        stop(&mut rig);
+        rig.run(10.0);
+        assert_eq!(refused(&mut rig), [1, 2]);
+        assert_eq!(rig.core.counts().refused, 2);
+    }
+}
+
+#[test]
+fn a_server_that_ends_while_the_robot_moves_makes_it_hold() {
+    let mut rig = Rig::new(20.0);
+    rig.arrive([0.0], 0.0).unwrap();
+    rig.run(10.0);
+    rig.core.stop();
+    assert!(matches!(rig.core.poll(at(10.0)), Work::Hold(HoldReason::ShuttingDown)));
+    rig.core.done(Ok(()), at(10.0));
+    assert!(matches!(rig.core.poll(at(10.0)), Work::End));
 }
 
 #[test]
@@ -421,10 +519,10 @@ fn a_steps_rows_run_at_the_control_rate_and_its_reply_arms_the_watchdog() {
     rig.arrive([100.0], 0.0).unwrap();
     rig.step(3);
     rig.run(5000.0);
-    assert_eq!(rig.rows(), [(0.0, 100.0), (25.0, 0.0), (50.0, 1.0), (100.0, 2.0)]);
+    assert_eq!(rig.rows(), [(0.0, 100.0), (25.0, 0.0), (75.0, 1.0), (125.0, 2.0)]);
     assert_eq!(
         rig.did[5..],
-        [(1000.0, Did::Reply), (1500.0, Did::Hold(HoldReason::CommandTimeout))],
+        [(1025.0, Did::Reply), (1525.0, Did::Hold(HoldReason::CommandTimeout))],
         "not while the policy waits for the reply"
     );
 }
@@ -451,6 +549,40 @@ fn a_reset_or_step_that_fails_leaves_no_robot_moving_unwatched() {
 }
 
 #[test]
+fn a_steps_rows_do_not_catch_up_after_a_slow_one() {
+    let mut rig = Rig::new(20.0);
+    rig.row_ms = 1000.0;
+    rig.step(5);
+    rig.run(1.0);
+    rig.row_ms = 0.0;
+    rig.run(2000.0);
+    let at: Vec<_> = rig.rows().iter().map(|row| row.0).collect();
+    assert_eq!(at, [0.0, 1000.0, 1050.0, 1100.0, 1150.0]);
+}
+
+#[test]
+fn silence_ends_a_step() {
+    let mut rig = Rig::new(20.0);
+    rig.step(200);
+    rig.run(2000.0);
+    rig.core.note_silence(SESSION, at(2000.0));
+    rig.step(3);
+    rig.run(5000.0);
+    assert_eq!(rig.rows().len(), 41);
+    assert_eq!(
+        rig.did[42..],
+        [
+            (2000.0, Did::Hold(HoldReason::Silence)),
+            (2000.0, Did::Refuse(Code::Stale)),
+            (2000.0, Did::Refuse(Code::Stale))
+        ]
+    );
+    rig.step(3);
+    rig.run(10_000.0);
+    assert_eq!(rig.rows().len(), 44, "the next one goes on");
+}
+
+#[test]
 fn a_reset_overtakes_a_steps_rows() {
     let mut rig = Rig::new(20.0);
     rig.step(100);
@@ -472,8 +604,25 @@ fn a_robot_that_blocks_while_a_hold_is_due_is_stopped() {
     rig.run(100.0);
     assert_eq!(rig.core.stop_due(at(100.0)), StopDue::At(at(550.0)));
     assert_eq!(rig.core.stop_due(at(550.0)), StopDue::Now);
-    rig.core.note_stopped();
+    rig.core.begin_stop(true, at(550.0));
     assert_eq!(rig.core.stop_due(at(560.0)), StopDue::Never, "once");
+    // Whatever has come meanwhile, the robot holds, and nothing begins while the stopper is busy.
+    rig.row_ms = 0.0;
+    rig.arrive([1.0], 0.0).unwrap();
+    rig.core.done(Ok(()), at(570.0));
+    rig.busy_until_ms = None;
+    rig.now_ms = 570.0;
+    rig.run(600.0);
+    assert_eq!(rig.holds(), [(570.0, HoldReason::CommandTimeout)]);
+    rig.arrive([2.0], 600.0).unwrap();
+    assert!(matches!(rig.core.poll(at(600.0)), Work::Idle));
+    rig.core.end_stop();
+    assert_eq!(rig.core.counts().applied, 1, "what it was stopped in was applied");
+    let was_watching = rig.core.is_watching(at(600.0));
+    rig.row_ms = 10_000.0;
+    rig.run(600.0);
+    assert!(!was_watching && rig.core.is_watching(at(600.0)), "the supervisor is woken");
+    assert_eq!(rig.core.stop_due(at(1150.0)), StopDue::Now, "the next call is stopped, too");
 
     let mut rig = Rig::new(20.0);
     rig.reset_ms = 60_000.0;

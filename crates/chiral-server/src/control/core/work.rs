@@ -9,7 +9,7 @@ use crate::{
     control::{
         command::{Application, OnFirstFailure, OnTimeout, Work, episode_ended},
         events::{ActionId, ControlEvent, HoldReason},
-        rows::{Item, Next},
+        rows::{Dropped, Item, Next},
     },
     robot::ActionContext,
 };
@@ -19,6 +19,10 @@ impl<R> ControlCore<R> {
     pub(crate) fn poll(&mut self, now: Timestamp) -> Work<R> {
         if let Some(reason) = self.next_hold() {
             return self.hold(reason, now);
+        }
+        if self.is_stopper_busy {
+            // What begins now is not what it is to stop.
+            return Work::Idle;
         }
         if let Some(work) = self.poll_step(now) {
             return work;
@@ -38,7 +42,6 @@ impl<R> ControlCore<R> {
             Next::Empty => None,
         };
         if self.watchdog.is_due(now) {
-            self.is_latched = self.limits.on_timeout == OnTimeout::RequireReset;
             return self.hold(HoldReason::CommandTimeout, now);
         }
         match [row_at, self.watchdog.due_at()].into_iter().flatten().min() {
@@ -47,7 +50,7 @@ impl<R> ControlCore<R> {
         }
     }
 
-    /// The next hold that somebody asked for. Holds because of silence are dropped if the robot holds already.
+    /// The next hold that is due; other than for a lost controller, only if the robot does not hold already.
     fn next_hold(&mut self) -> Option<HoldReason> {
         loop {
             match self.holds.pop_front()? {
@@ -62,12 +65,26 @@ impl<R> ControlCore<R> {
     fn hold(&mut self, reason: HoldReason, now: Timestamp) -> Work<R> {
         self.watchdog.disarm();
         self.is_moving = false;
+        if reason == HoldReason::CommandTimeout {
+            self.is_latched = self.limits.on_timeout == OnTimeout::RequireReset;
+        }
         // Only what arrives from now on is fresh.
-        self.counts.refused += self.rows.clear();
-        self.counts.holds += 1;
-        self.events.push(ControlEvent::Held { at: now, reason });
+        self.drop_rows(now);
+        let waiting = self.requests.iter().filter_map(|request| match request {
+            Request::Step { origin, .. } => Some(origin),
+            Request::Reset { .. } => None,
+        });
+        for origin in waiting.chain(self.step.as_ref().map(|step| &step.origin)) {
+            origin.end.set();
+        }
+        self.note_held(reason, now);
         self.start(Running::Hold);
         Work::Hold(reason)
+    }
+
+    pub(super) fn note_held(&mut self, reason: HoldReason, now: Timestamp) {
+        self.counts.holds += 1;
+        self.events.push(ControlEvent::Held { at: now, reason });
     }
 
     /// Goes on with a step whose rows are applied one by one.
@@ -82,8 +99,7 @@ impl<R> ControlCore<R> {
             return refused;
         }
         let period = self.traits.spec.control_period().unwrap_or_default();
-        let due_at = step.started_at + period * step.next_row as u32;
-        let at = self.rows.earliest().map_or(due_at, |earliest| earliest.max(due_at));
+        let at = self.rows.earliest().map_or(step.due_at, |earliest| earliest.max(step.due_at));
         let Some(row) = step.chunk.iter().nth(step.next_row) else {
             self.awaited = Some(RequestKind::Step);
             let done = |StepByRows { origin, reply, .. }| Work::Observe { session: origin.id.session, reply };
@@ -93,6 +109,9 @@ impl<R> ControlCore<R> {
             return Some(Work::SleepUntil(at));
         }
         step.next_row += 1;
+        // A robot that was slower than its rate does not catch up.
+        let is_on_time = now.since(step.due_at) < period / 2;
+        step.due_at = if is_on_time { step.due_at } else { now } + period;
         let (row, origin) = (ActionChunk::from(row), step.origin.clone());
         Some(self.apply(row, origin, None, now))
     }
@@ -123,7 +142,7 @@ impl<R> ControlCore<R> {
             }
             Request::Step { chunk, origin, reply, .. } => {
                 let context = self.context(&origin, now);
-                self.start(Running::Step(Rows { origin, rows: chunk.clone(), started_at: now }));
+                self.start(Running::Step(Rows::new(origin, &chunk, now)));
                 Work::Step { chunk, context, reply }
             }
         })
@@ -132,7 +151,7 @@ impl<R> ControlCore<R> {
     /// The robot has no step of its own: its rows are applied one by one.
     pub(crate) fn step_by_rows(&mut self, chunk: ActionChunk, reply: R, now: Timestamp) {
         if let Some(Running::Step(Rows { origin, .. })) = self.running.take() {
-            self.step = Some(StepByRows { chunk, origin, reply, next_row: 0, started_at: now, fault: None });
+            self.step = Some(StepByRows { chunk, origin, reply, next_row: 0, due_at: now, fault: None });
         }
     }
 
@@ -169,7 +188,7 @@ impl<R> ControlCore<R> {
         }
         self.is_moving = is_of_action || !self.traits.is_lock_step;
         self.rows.note_applied(now);
-        self.start(Running::Apply(Rows { origin, rows: rows.clone(), started_at: now }));
+        self.start(Running::Apply(Rows::new(origin, &rows, now)));
         Work::Apply(Application { rows, context, on_failure })
     }
 
@@ -199,7 +218,10 @@ impl<R> ControlCore<R> {
         match self.running.take() {
             None | Some(Running::Hold) => {}
             Some(Running::Reset) => match outcome {
-                Ok(()) => self.awaited = Some(RequestKind::Reset),
+                Ok(()) => {
+                    self.is_latched = false;
+                    self.awaited = Some(RequestKind::Reset);
+                }
                 Err(_) => {
                     self.begin_episode(now);
                     self.rearm(now);
@@ -218,15 +240,23 @@ impl<R> ControlCore<R> {
                 if let (Err(fault), Some(step)) = (&outcome, &mut self.step) {
                     step.fault = Some(fault.clone());
                 }
+                if rows.rows.rows() > 1 {
+                    self.rows.note_applied(now);
+                }
                 self.note_applied(rows, outcome, now);
             }
         }
     }
 
     fn note_applied(&mut self, applied: Rows, outcome: Result<(), Fault>, now: Timestamp) {
-        let Rows { origin: Origin { id, end, .. }, rows, started_at } = applied;
+        let Rows { origin: Origin { id, end, .. }, rows, started_at, is_replaced } = applied;
         match outcome {
-            Ok(()) if end.is_set() => self.note_refused(id, episode_ended(), now),
+            // How many of its rows were applied is not known.
+            _ if is_replaced => {
+                let superseded = rows.rows() as u64;
+                self.note_dropped(id.session, Dropped { late: 0, superseded }, now);
+            }
+            Ok(()) if rows.rows() > 1 && end.is_set() => self.note_refused(id, episode_ended(), now),
             Ok(()) => {
                 self.counts.applied += rows.rows() as u64;
                 self.events.push(ControlEvent::Applied {
@@ -268,6 +298,13 @@ impl<R> ControlCore<R> {
     /// Every reset that reached the robot begins an episode, also one that failed.
     fn begin_episode(&mut self, now: Timestamp) {
         self.episode += 1;
+        self.rows.begin(now);
         self.events.push(ControlEvent::EpisodeBegan { at: now, episode: self.episode });
+    }
+}
+
+impl Rows {
+    fn new(origin: Origin, rows: &ActionChunk, now: Timestamp) -> Rows {
+        Rows { origin, rows: rows.clone(), started_at: now, is_replaced: false }
     }
 }
