@@ -119,6 +119,7 @@ impl Endpoint {
                 connect: locator.iter().cloned().collect(),
                 config: options.zenoh_config.clone(),
                 shared_memory: options.shared_memory,
+                legacy: options.codec == Some(Codec::Msgpack),
                 ..ZenohSessionOptions::default()
             },
             codec: options.codec,
@@ -156,6 +157,15 @@ impl Endpoint {
     /// time to appear.
     pub(crate) fn joined_without_robot(&self) -> Option<Joined> {
         lock(&self.joined).clone().filter(|joined| joined.had_time)
+    }
+
+    /// A session for the legacy wire, where `session` has found no robot.
+    pub(crate) async fn legacy_session(&self, session: ZenohSession) -> Result<ZenohSession, ConnectError> {
+        if self.options.legacy {
+            return Ok(session);
+        }
+        let options = ZenohSessionOptions { legacy: true, ..self.options.clone() };
+        ZenohSession::open(&options).await.map_err(|error| self.judge(error))
     }
 
     /// The robot to connect to, and a session on which it is alive.

@@ -289,20 +289,27 @@ async fn check_who_is_meant() {
     }
 }
 
-/// A client of ours is given the address of a legacy robot, which has found a robot of ours by multicast.
+/// A client of ours is given the address of a legacy robot, which has found a robot of ours and another legacy
+/// robot by multicast.
 async fn check_addressed_legacy_robot() {
     make_lan();
     let ours = LanRobot::start("ours", &format!("tcp/{LAN}:7451"), false);
     wait_until_listening(&format!("{LAN}:7451"));
     let locator = format!("tcp/{LAN}:17901");
     let legacy = legacy_session("listen", &locator);
+    let other = legacy_session("listen", &format!("tcp/{LAN}:17902"));
+    let (for_other, mut received_by_other) = tokio::sync::mpsc::unbounded_channel();
+    let subscriber = other.declare_subscriber("chiral/c2s").callback(move |_| {
+        let _ = for_other.send(());
+    });
+    subscriber.background().await.unwrap();
     let (sender, mut received) = tokio::sync::mpsc::unbounded_channel();
     let subscriber = legacy.declare_subscriber("chiral/c2s").callback(move |sample| {
         let frame = bytes::Bytes::from(sample.payload().to_bytes().into_owned());
         drop(sender.send(msgpack::decode(frame.into()).unwrap().message));
     });
     subscriber.background().await.unwrap();
-    wait_until("the legacy robot has found ours", || legacy.info().peers_zid().wait().count() == 1).await;
+    wait_until("the legacy robot has found both", || legacy.info().peers_zid().wait().count() == 2).await;
     // It answers requests for metadata, as either generation does, until it is told to move.
     let moving = async {
         loop {
@@ -332,7 +339,9 @@ async fn check_addressed_legacy_robot() {
     };
     tokio::time::timeout(TEST_TIMEOUT, moved).await.expect("the addressed robot moves");
     assert_eq!(ours.rows(), 0);
+    assert!(received_by_other.try_recv().is_err(), "the other legacy robot was sent something");
     close(legacy);
+    close(other);
     ours.shut_down().await;
 }
 

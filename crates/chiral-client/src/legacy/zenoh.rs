@@ -52,6 +52,7 @@ impl Prober {
         let transport = match listening {
             Some((_, transport)) => transport,
             None => {
+                let session = endpoint.legacy_session(session).await?;
                 let declared = session.legacy_client(options.max_frame, shared.pool.clone()).await;
                 declared.map_err(|error| ConnectError::Failed(failed(error)))?
             }

@@ -359,8 +359,7 @@ pub struct Proprio {
 
 /// Notice, controller only: apply these rows now, one after the other. The server refuses it, with an Error
 /// whose `action_seq` is this `seq`, if it is malformed, if it belongs to another session or episode, while a
-/// Reset is pending or running, or if the server would hold more than `Welcome.max_chunk_rows` rows that are not
-/// applied yet.
+/// Reset is pending or running, or, for a single row, if 256 rows are not applied yet. Several rows replace those.
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct Action {
     #[prost(uint64, tag = "1")]

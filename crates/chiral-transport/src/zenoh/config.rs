@@ -58,8 +58,9 @@ pub struct ZenohSessionOptions {
     pub discovery: bool,
     /// Whether to share memory with other processes of this host, unless the file disables it.
     pub shared_memory: bool,
-    /// Whether legacy clients are served, which name no robot: nothing but the address may lead here, so that
-    /// a session that listens does not answer multicast scouting.
+    /// Whether this is for the legacy wire, whose messages name no robot. Nothing but the address may lead to
+    /// a session that listens: it does not answer multicast scouting. One that does not is a peer all the same,
+    /// not a client: what a client sends is passed on to whatever its neighbour has found.
     pub legacy: bool,
 }
 
@@ -184,7 +185,8 @@ impl<'a> Draft<'a> {
     ) -> Result<(String, Vec<Value>, Vec<Value>), ZenohError> {
         let listens = !options.listen.is_empty() || self.is_set(LISTEN);
         let mode = self.get("mode")?;
-        let mode = mode.as_str().unwrap_or(if listens { "peer" } else { "client" }).to_owned();
+        let is_peer = listens || options.legacy;
+        let mode = mode.as_str().unwrap_or(if is_peer { "peer" } else { "client" }).to_owned();
         if let (Some(file), "client", false) = (self.file, mode.as_str(), options.listen.is_empty()) {
             let problem =
                 format!("expected mode \"peer\" for listening at {:?}, found \"client\"", options.listen);
