@@ -260,8 +260,9 @@ impl PolicyClientBuilder {
     /// # Errors
     /// At once: [`Error::Address`], [`Error::Busy`] naming the holder, [`Error::VersionMismatch`],
     /// [`Error::NotProtobuf`], [`Error::Http`], [`Error::Tls`], [`Error::Handshake`], [`Error::Thread`]; on
-    /// Zenoh [`Error::SeveralRobots`], [`Error::ZenohConfig`] and [`Error::Zenoh`]. [`Error::NoServer`] after
-    /// the deadline, if one was set.
+    /// Zenoh [`Error::SeveralRobots`], [`Error::ZenohConfig`] and [`Error::Zenoh`]. If what listens there does not
+    /// complete the hello within 5 s, or answers wrongly, [`Error::Timeout`], [`Error::Disconnected`],
+    /// [`Error::Rejected`] or [`Error::Protocol`]. [`Error::NoServer`] after the deadline, if one was set.
     #[cfg(any(feature = "websocket", feature = "zenoh"))]
     pub async fn connect(self) -> Result<PolicyClient, Error> {
         self.connect_on(connect::thread(CONNECTION_THREAD)?).await

@@ -304,7 +304,8 @@ impl PolicyClient {
     ///
     /// # Errors
     /// [`Error::InvalidAction`], [`Error::ActionRefused`] for an action sent earlier, [`Error::ActionsLate`],
-    /// or the session's end.
+    /// or the session's end. With a legacy server also [`Error::Timeout`] and [`Error::ActionRefused`] for this
+    /// action.
     pub async fn send_action(&self, actions: impl Into<ActionChunk>) -> Result<()> {
         let actions = self.checked_within(self.max_action_rows(), actions.into())?;
         let core = &self.session.core;

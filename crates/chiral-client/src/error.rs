@@ -217,7 +217,7 @@ pub enum ErrorKind {
     Rejected,
     /// The server ended the stream, or none was started.
     NotStreaming,
-    /// No reply or observation arrived in time. The session goes on.
+    /// No reply or observation arrived in time. The session goes on; `connect` has made none.
     Timeout,
     /// The call was given up from outside.
     Interrupted,

@@ -145,7 +145,7 @@ pub enum Code {
     ShuttingDown,
     /// The first frame was not a hello, or a second hello was sent.
     Protocol,
-    /// The robot holds because its controller fell silent, and is configured to wait for a reset.
+    /// The robot holds because no action came for its command timeout, and is configured to wait for a reset.
     Holding,
 }
 

@@ -283,13 +283,10 @@ impl PolicyServerBuilder {
         });
         let source = match self.source {
             None => Source::Sensors(self.sensors),
-            Some(source) => {
-                let declaration =
-                    Declaration { cameras: info.cameras.clone(), proprios: info.proprios.clone() };
-                Source::Custom { source, declaration }
-            }
+            Some(source) => Source::Custom(source),
         };
-        let sampler = Arc::new(Sampler::new(source, self.sampling, self.clock.clone()));
+        let declaration = Declaration { cameras: info.cameras.clone(), proprios: info.proprios.clone() };
+        let sampler = Arc::new(Sampler::new(source, declaration, self.sampling, self.clock.clone()));
         let core = ServerCore::start(
             robot,
             self.limits,
@@ -311,11 +308,11 @@ fn ask<T>(robot: &dyn Robot, method: &str, call: fn(&dyn Robot) -> T) -> Result<
     })
 }
 
-/// Fails if the action spec is invalid.
-/// The control rates that a robot may declare.
+/// The control rates that a robot may declare, Hz.
 const MIN_CONTROL_HZ: f64 = 1e-3;
 const MAX_CONTROL_HZ: f64 = 1e5;
 
+/// Fails if the action spec is invalid.
 fn check_spec(spec: &ActionSpec) -> Result<(), Error> {
     let rates = MIN_CONTROL_HZ..=MAX_CONTROL_HZ;
     if spec.control_hz != 0.0 && !rates.contains(&spec.control_hz) {

@@ -32,6 +32,9 @@ use crate::{
 /// How long a stopping server waits for its sessions to end, and then for its robot.
 pub(crate) const STOP_TIMEOUT: Duration = Duration::from_secs(2);
 
+/// When it is noticed that nothing arrives from the controller.
+pub(crate) const SILENCE_LIMIT: Duration = Duration::from_secs(2);
+
 /// Where a server can be reached.
 #[derive(Debug, Default)]
 pub(crate) struct Listening {
@@ -174,9 +177,10 @@ impl ServerCore {
         *lock(&self.controller_idle) = Some((session, idle_timeout));
     }
 
-    /// For how long nothing has arrived from the controller, if there is one.
+    /// For how long nothing has arrived from the controller, if that is too long.
     pub(crate) fn silent_for(&self) -> Option<Duration> {
-        lock(&self.controller_idle).as_ref().and_then(|(_, idle_timeout)| idle_timeout.idle_time())
+        let idle_time = lock(&self.controller_idle).as_ref().and_then(|(_, timeout)| timeout.idle_time());
+        idle_time.filter(|idle_time| *idle_time >= SILENCE_LIMIT)
     }
 
     pub(crate) fn unregister_session(&self, session: u64) {

@@ -62,7 +62,7 @@ pub use chiral_proto as proto;
 pub use chiral_proto::{ActionChunk, ActionSpec, CameraSpec, ProprioSpec, Value, ValueMap, action, value};
 
 pub use builder::PolicyServerBuilder;
-pub use chiral_transport::monotonic;
+pub use chiral_transport::{SharedMemoryCounts, monotonic};
 pub use control::{ActionId, ControlEvent, ControlEvents, HoldReason, NextEvent, OnTimeout};
 pub use error::{Error, ObserveError, RobotError, SensorError};
 pub use robot::{ActionContext, Execution, ResetOutcome, ResetRequest, Robot, StepOutcome, Stopper};

@@ -107,6 +107,7 @@ pub trait Robot: Send + 'static {
 
 /// Who takes chunks apart.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[non_exhaustive]
 pub enum Execution {
     /// The server: it calls [`Robot::apply_action`] for each row when it is due.
     #[default]

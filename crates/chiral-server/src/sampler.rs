@@ -22,6 +22,7 @@ pub(crate) struct Sampler {
     source: Source,
     options: SamplerOptions,
     clock: Clock,
+    declaration: Declaration,
     episode: AtomicU64,
     seq: AtomicU64,
     /// Whether every sensor has published once.
@@ -31,7 +32,7 @@ pub(crate) struct Sampler {
 /// Where observations come from: a snapshot of the sensors never waits, the host's own source may.
 pub(crate) enum Source {
     Sensors(Sensors),
-    Custom { source: Arc<dyn ObservationSource>, declaration: Declaration },
+    Custom(Arc<dyn ObservationSource>),
 }
 
 /// The options of a sampler.
@@ -43,11 +44,17 @@ pub(crate) struct SamplerOptions {
 }
 
 impl Sampler {
-    pub(crate) fn new(source: Source, options: SamplerOptions, clock: Clock) -> Sampler {
+    pub(crate) fn new(
+        source: Source,
+        declaration: Declaration,
+        options: SamplerOptions,
+        clock: Clock,
+    ) -> Sampler {
         Sampler {
             source,
             options,
             clock,
+            declaration,
             episode: AtomicU64::new(0),
             seq: AtomicU64::new(0),
             is_complete: AtomicBool::new(false),
@@ -67,6 +74,12 @@ impl Sampler {
     /// something newer than that.
     pub(crate) fn observe_blocking(&self, after: Option<Timestamp>) -> Result<Observation, Fault> {
         self.wait(after, &[])
+    }
+
+    /// Returns an observation that the robot itself has made, if it is as declared.
+    pub(crate) fn checked(&self, observation: Observation) -> Result<Observation, Fault> {
+        self.declaration.check("the robot", &observation)?;
+        Ok(observation)
     }
 
     /// Whether an observation with these cameras, none meaning all, can be taken without waiting.
@@ -109,13 +122,13 @@ impl Sampler {
         let (episode, timeout) = (self.episode(), self.options.timeout);
         let observation = match &self.source {
             Source::Sensors(sensors) => sensors.wait(after, cameras, timeout)?,
-            Source::Custom { source, declaration } => {
+            Source::Custom(source) => {
                 let observed = catch_unwind(AssertUnwindSafe(|| source.observe(after, timeout)));
                 let observation = observed.map_err(|panic| {
                     let text = format!("the observation source panicked: {}", panic_text(&*panic));
                     Fault::new(Code::RobotFailed, text)
                 })??;
-                declaration.check(&observation)?;
+                self.declaration.check("the observation source", &observation)?;
                 observation
             }
         };

@@ -8,7 +8,7 @@ use std::{
     time::Duration,
 };
 #[cfg(any(feature = "websocket", feature = "zenoh"))]
-use std::{future::Future, thread};
+use std::{future::Future, io, sync::mpsc, thread};
 
 #[cfg(feature = "websocket")]
 use axum::Router;
@@ -72,21 +72,30 @@ impl PolicyServer {
     }
 
     /// Serves on a thread and a runtime of its own, and returns as soon as clients can connect. The handle
-    /// says where, and stops it; dropping the handle does not.
+    /// says where, and stops it; dropping the handle does not. Blocks until then, also within a tokio runtime.
     ///
     /// # Errors
     /// As [`PolicyServer::run`], if the server cannot begin. If it fails later, that is logged.
     pub fn start(self) -> Result<ServerHandle, Error> {
         let handle = self.handle();
         let runtime = runtime()?;
-        let listeners = runtime.block_on(self.listen())?;
-        let serve = move || {
-            if let Err(error) = run_on(runtime, listeners.serve(self.acceptor)) {
+        let failed = |source| Error::Start { what: "the server's thread", source };
+        let (sender, begun) = mpsc::channel();
+        let serving = async move {
+            let listeners = match self.listen().await {
+                Ok(listeners) => listeners,
+                // Fails only if the caller has panicked.
+                Err(error) => return drop(sender.send(Err(error))),
+            };
+            let _ = sender.send(Ok(()));
+            if let Err(error) = listeners.serve(self.acceptor).await {
                 tracing::error!("the server has failed: {}", chain(&error));
             }
         };
-        let spawned = thread::Builder::new().name("chiral-server".to_owned()).spawn(serve);
-        spawned.map_err(|source| Error::Start { what: "the server's thread", source })?;
+        let spawned =
+            thread::Builder::new().name("chiral-server".to_owned()).spawn(move || run_on(runtime, serving));
+        spawned.map_err(failed)?;
+        begun.recv().unwrap_or_else(|_| Err(failed(io::Error::other("it has panicked"))))?;
         Ok(handle)
     }
 
@@ -187,7 +196,10 @@ impl PolicyServer {
     /// cannot join it.
     #[cfg(feature = "zenoh")]
     pub async fn serve_zenoh(self) -> Result<(), Error> {
-        ZenohServer::join(&self.acceptor).await?.serve().await;
+        let zenoh = ZenohServer::join(&self.acceptor).await?;
+        let locators = zenoh.locators().await;
+        lock(&self.acceptor.core.listening).zenoh = locators;
+        zenoh.serve().await;
         Ok(())
     }
 }
@@ -234,7 +246,7 @@ fn runtime() -> Result<Runtime, Error> {
 
 /// Runs to the end, then leaves what is left of the runtime little time.
 #[cfg(any(feature = "websocket", feature = "zenoh"))]
-fn run_on(runtime: Runtime, serving: impl Future<Output = Result<(), Error>>) -> Result<(), Error> {
+fn run_on<T>(runtime: Runtime, serving: impl Future<Output = T>) -> T {
     let served = runtime.block_on(serving);
     runtime.shutdown_timeout(STOP_TIMEOUT);
     served
@@ -273,7 +285,7 @@ pub struct ServerStats {
     pub holds: u64,
     /// The controller's name, if there is one.
     pub controller: Option<String>,
-    /// For how long nothing has arrived from the controller, if there is one; it pings every second.
+    /// For how long nothing has arrived from the controller, once that is 2 s; `None` while all is well.
     pub silent_for: Option<Duration>,
     /// Observations that streams skipped: their ticks passed while the link, the client or a sensor was not
     /// ready.
@@ -306,6 +318,23 @@ impl ServerHandle {
     pub async fn shutdown_and_wait(&self) {
         self.shutdown();
         self.core.wait_until_stopped().await;
+    }
+
+    /// The same as [`ServerHandle::shutdown_and_wait`], for code without a runtime; blocks.
+    ///
+    /// # Errors
+    /// [`Error::Start`] if a thread to wait on cannot be started. The server shuts down all the same.
+    #[cfg(any(feature = "websocket", feature = "zenoh"))]
+    pub fn shutdown_blocking(&self) -> Result<(), Error> {
+        self.shutdown();
+        let (runtime, core) = (runtime()?, Arc::clone(&self.core));
+        let wait = move || run_on(runtime, async move { core.wait_until_stopped().await });
+        let waiting = thread::Builder::new().name("chiral-shutdown".to_owned()).spawn(wait);
+        let waiting = waiting.map_err(|source| Error::Start { what: "a thread to wait on", source })?;
+        waiting.join().map_err(|_| Error::Start {
+            what: "a thread to wait on",
+            source: io::Error::other("it has panicked"),
+        })
     }
 
     /// Ends a session, for instance the controller's, with a text that its client is shown. Returns whether

@@ -12,12 +12,14 @@ use chiral_proto::{Fault, TransportError, ValueMap, error::chain, message::Role}
 use chiral_transport::IdleTimeout;
 use tokio::{sync::watch, time::sleep};
 
-use crate::{core::ServerCore, robot::ResetRequest, send_queue::SendQueue};
+use crate::{
+    core::{SILENCE_LIMIT, ServerCore},
+    robot::ResetRequest,
+    send_queue::SendQueue,
+};
 
 /// How long the last message and the close handshake may take.
 pub(crate) const CLOSE_TIMEOUT: Duration = Duration::from_secs(1);
-/// A controller from which nothing arrives for this long is silent. A client pings every second.
-const SILENCE_LIMIT: Duration = Duration::from_secs(2);
 const SILENCE_CHECK_PERIOD: Duration = Duration::from_millis(100);
 
 /// Why a session ended.
@@ -72,15 +74,16 @@ impl Session {
             ended: watch::Sender::new(None),
             span: tracing::info_span!("session", id, peer, client = name),
         });
-        if role == Role::Controller {
-            core.control.claim(id, name)?;
-        }
         let ended = Arc::downgrade(&session);
         core.set_end_session(id, move |text| {
             if let Some(session) = ended.upgrade() {
                 session.end(End::Host(text.to_owned()));
             }
         });
+        if role == Role::Controller {
+            // An event names the session from now on, and a host may end it.
+            core.control.claim(id, name)?;
+        }
         tracing::info!(parent: &session.span, ?role, software, "connected");
         Ok(session)
     }

@@ -34,8 +34,13 @@ pub(crate) struct Declaration {
 }
 
 impl Declaration {
-    /// Fails, naming the camera or proprio, if an observation of the host's own source is not as declared.
-    pub(crate) fn check(&self, observation: &Observation) -> Result<(), Fault> {
+    /// Fails, naming the camera or proprio, if an observation that `source` has made is not as declared.
+    pub(crate) fn check(&self, source: &str, observation: &Observation) -> Result<(), Fault> {
+        let checked = self.check_all(observation);
+        checked.map_err(|fault| Fault { text: format!("{source} returned {}", fault.text), ..fault })
+    }
+
+    fn check_all(&self, observation: &Observation) -> Result<(), Fault> {
         let Declaration { cameras, proprios } = self;
         check_names(
             "camera",
@@ -120,6 +125,5 @@ fn check_proprio(spec: &ProprioSpec, proprio: &Proprio) -> Result<(), Fault> {
 
 fn fault(kind: &str, name: &str, problem: std::fmt::Arguments<'_>) -> Fault {
     let sensor = format!("{kind} {name}");
-    Fault::new(Code::RobotFailed, format!("the observation source returned {sensor}: {problem}"))
-        .field(sensor)
+    Fault::new(Code::RobotFailed, format!("{sensor}: {problem}")).field(sensor)
 }

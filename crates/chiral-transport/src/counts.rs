@@ -2,6 +2,7 @@
 
 /// How frames used shared memory so far; all 0 without Zenoh.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[non_exhaustive]
 pub struct SharedMemoryCounts {
     /// Frames with pixels that travelled by reference.
     pub by_reference: u64,

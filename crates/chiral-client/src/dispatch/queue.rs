@@ -121,7 +121,7 @@ impl RowQueue {
             });
         };
         let first = ticker.first_from(start_at);
-        let next = ticker.next();
+        let next = ticker.current(now);
         let passed = (next as i64).saturating_sub(first).clamp(0, rows.len() as i64) as usize;
         let start = next.max(first.max(0) as u64);
         let ticks = start..start + (rows.len() - passed) as u64;

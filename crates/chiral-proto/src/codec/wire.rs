@@ -616,7 +616,7 @@ pub enum Code {
     ShuttingDown = 14,
     /// The first frame was not a Hello, or a second Hello was sent.
     Protocol = 15,
-    /// The robot holds because its controller fell silent, and is configured to wait for a Reset.
+    /// The robot holds because no action came for its command timeout, and is configured to wait for a Reset.
     Holding = 16,
 }
 impl Code {

@@ -45,7 +45,7 @@ pub(super) fn run(shared: &Arc<Shared>, finished: &mpsc::Receiver<Finished>) {
     while let Ok(Finished { session, reply, outcome, after }) = finished.recv() {
         let Outcome { reward, terminated, truncated, info, observation } = outcome;
         let observed = match observation {
-            Some(observation) => Ok(observation),
+            Some(observation) => shared.sampler.checked(observation),
             None => shared.sampler.observe_blocking(Some(after)),
         };
         // A new episode is numbered only now: what was captured before the reset was done belongs to the old

@@ -137,8 +137,7 @@ impl<O: Clone> RowQueue<O> {
 
     /// Drops all rows. Returns the origins of the actions they belong to.
     pub(crate) fn clear(&mut self) -> Vec<O> {
-        let mut actions: Vec<(u64, O)> =
-            self.items.drain(..).map(|item| (item.order, item.origin)).collect();
+        let mut actions: Vec<(u64, O)> = self.items.drain(..).map(|item| (item.order, item.origin)).collect();
         actions.dedup_by_key(|(order, _)| *order);
         actions.into_iter().map(|(_, origin)| origin).collect()
     }

@@ -26,7 +26,9 @@ pub(super) fn run(shared: &Arc<Shared>, stopper: Option<&Stopper>) {
                 shared.core().end_stop();
                 shared.wake_robot();
                 // Last, since a log may block.
-                stops.record(|count| tracing::warn!(count, "the robot was busy while a hold was due: stopped"));
+                stops.record(|count| {
+                    tracing::warn!(count, "the robot was busy while a hold was due: stopped")
+                });
                 if let Err(panic) = stopped {
                     tracing::error!("the robot's stopper panicked: {}", panic_text(&*panic));
                 }

@@ -177,7 +177,8 @@ impl ControlThread {
 
     /// Has the observation of a reply taken that was captured after now or, in lock-step, since `started_at`.
     fn finish_since(&self, session: u64, reply: OnDone, outcome: Outcome, started_at: Timestamp) {
-        let after = match self.shared.core().is_lock_step() {
+        let is_lock_step = self.shared.core().is_lock_step();
+        let after = match is_lock_step {
             true => started_at.shifted(-1),
             false => self.shared.clock.now(),
         };
@@ -202,7 +203,8 @@ impl ControlThread {
             Err(panic) => panic,
         };
         let text = format!("the robot panicked in {method} and is out of service: {}", panic_text(&*panic));
-        let panicked_again = method != "hold" && catch_unwind(AssertUnwindSafe(|| self.robot.hold())).is_err();
+        let panicked_again =
+            method != "hold" && catch_unwind(AssertUnwindSafe(|| self.robot.hold())).is_err();
         tracing::error!("{text}");
         if panicked_again {
             tracing::error!("the robot panicked in hold, too");

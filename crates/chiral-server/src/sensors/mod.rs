@@ -308,7 +308,7 @@ impl Sensors {
         cameras: &[String],
         timeout: Duration,
     ) -> Result<Observation, ObserveError> {
-        let deadline = Instant::now() + timeout;
+        let deadline = Instant::now().checked_add(timeout);
         let Publications { mutex, changed } = &self.shared.publications;
         let mut guard = lock(mutex);
         loop {
@@ -317,7 +317,8 @@ impl Sensors {
                 Ok(observation) => return Ok(observation),
                 Err(error) => error,
             };
-            let remaining = deadline.saturating_duration_since(Instant::now());
+            let remaining =
+                deadline.map_or(timeout, |deadline| deadline.saturating_duration_since(Instant::now()));
             if remaining.is_zero() {
                 return Err(error.after_waiting(timeout));
             }

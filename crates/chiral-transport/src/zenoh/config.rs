@@ -351,7 +351,7 @@ mod tests {
         assert_eq!(way_in("plain.json5", "{}", listen, &[]), None);
         let found = [
             way_in("connects.json5", "{}", listen, &["tcp/router:7447"]),
-            way_in("client.json5", "{}", &[], &["tcp/router:7447"]),
+            way_in("client.json5", "{ mode: \"client\" }", &[], &["tcp/router:7447"]),
             way_in("router.json5", "{ mode: \"router\" }", listen, &[]),
             way_in("multicast.json5", "{ scouting: { multicast: { enabled: true } } }", listen, &[]),
         ];

@@ -196,6 +196,18 @@ fn after_a_stall_rows_with_a_start_keep_their_ticks() {
 }
 
 #[test]
+fn a_chunk_that_comes_too_late_after_a_stall_changes_nothing() {
+    for mode in [Replace, Append] {
+        let late = PutAt(520, 10..12, 100, mode);
+        check_sent(
+            &[Put(0, 0..4, Append), StallUntil(520), late],
+            &[(520, 0), (600, 1), (700, 2), (800, 3)],
+            2,
+        );
+    }
+}
+
+#[test]
 fn a_start_needs_dispatch_and_a_stop_drops_what_has_one() {
     let mut queue = queue(8, None);
     let put_at = |queue: &mut RowQueue, start_at| {

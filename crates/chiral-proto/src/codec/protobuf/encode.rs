@@ -86,7 +86,7 @@ fn notice_kind(notice: &Notice, payload: &mut PayloadWriter) -> Result<Kind, Enc
             actions: Some(chunk(&body.actions, payload)),
             observation_seq: body.observation_seq,
             sent_at_ns: body.sent_at.map(|sent_at| sent_at.0),
-            valid_for_ns: body.valid_for.map_or(0, nanoseconds),
+            valid_for_ns: body.valid_for.filter(|valid_for| !valid_for.is_zero()).map_or(0, nanoseconds),
             rank: rank(&body.actions),
             observed_at_ns: body.observed_at.map(|observed_at| observed_at.0),
         }),

@@ -63,9 +63,10 @@ impl<R> ControlCore<R> {
     }
 
     fn hold(&mut self, reason: HoldReason, now: Timestamp) -> Work<R> {
+        let is_timeout = reason == HoldReason::CommandTimeout || self.watchdog.is_due(now);
         self.watchdog.disarm();
         self.is_moving = false;
-        if reason == HoldReason::CommandTimeout {
+        if is_timeout {
             self.is_latched = self.limits.on_timeout == OnTimeout::RequireReset;
         }
         // Only what arrives from now on is fresh.

@@ -61,12 +61,15 @@ impl Rig {
     }
 
     pub(super) fn with(control_hz: f64, limits: Limits) -> Rig {
+        Rig::of(control_hz, limits, Execution::Rows, false)
+    }
+
+    pub(super) fn of(control_hz: f64, limits: Limits, execution: Execution, is_lock_step: bool) -> Rig {
         let spec = match control_hz > 0.0 {
             true => ActionSpec::joint_positions(1, control_hz),
             false => ActionSpec::undeclared(),
         };
-        let mut core =
-            ControlCore::new(Traits { spec, execution: Execution::Rows, is_lock_step: false }, limits);
+        let mut core = ControlCore::new(Traits { spec, execution, is_lock_step }, limits);
         core.claim(SESSION, "policy", at(0.0)).unwrap();
         Rig {
             core,

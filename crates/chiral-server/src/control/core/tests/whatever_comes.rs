@@ -1,6 +1,6 @@
 //! Whatever comes in whatever order: what must hold of every row that reaches the robot.
 
-use chiral_proto::ActionChunk;
+use chiral_proto::{ActionChunk, message::ActionMessage};
 use proptest::{collection::vec, prelude::*, sample::select};
 
 use super::rig::{Did, Rig, assert_no_burst, at};
@@ -14,6 +14,15 @@ enum Input {
         pause_ms: u16,
         rows: u8,
         transit_ms: u16,
+        /// Whether it says when it was sent.
+        is_stamped: bool,
+    },
+    /// An action of another session, of one that states another session, or of another episode.
+    Foreign {
+        pause_ms: u16,
+        session: u64,
+        stated_session: u64,
+        episode: u64,
     },
     Reset {
         pause_ms: u16,
@@ -46,9 +55,14 @@ fn inputs() -> impl Strategy<Value = Input> {
     let pause = || prop_oneof![4 => 0_u16..5, 4 => 5_u16..120, 1 => 120_u16..3000];
     let rows = prop_oneof![6 => Just(1_u8), 1 => 2_u8..40];
     let transit = prop_oneof![4 => 2_u16..6, 2 => 6_u16..300, 1 => 300_u16..5000];
+    let stamped = prop_oneof![9 => Just(true), 1 => Just(false)];
     prop_oneof![
-        30 => (pause(), rows, transit)
-            .prop_map(|(pause_ms, rows, transit_ms)| Input::Send { pause_ms, rows, transit_ms }),
+        30 => (pause(), rows, transit, stamped).prop_map(|(pause_ms, rows, transit_ms, is_stamped)| {
+            Input::Send { pause_ms, rows, transit_ms, is_stamped }
+        }),
+        2 => (pause(), 0_u64..2, 0_u64..2, 0_u64..2).prop_map(|(pause_ms, session, stated_session, episode)| {
+            Input::Foreign { pause_ms, session, stated_session, episode }
+        }),
         1 => pause().prop_map(|pause_ms| Input::Reset { pause_ms }),
         1 => (pause(), 1_u8..20).prop_map(|(pause_ms, rows)| Input::Step { pause_ms, rows }),
         1 => pause().prop_map(|pause_ms| Input::Silence { pause_ms }),
@@ -83,7 +97,8 @@ fn feed(rig: &mut Rig, inputs: &[Input]) -> Vec<Option<Sent>> {
     for (action, input) in inputs.iter().enumerate() {
         let (pause_ms, transit_ms) = match input {
             Input::Send { pause_ms, transit_ms, .. } => (*pause_ms, *transit_ms),
-            Input::Reset { pause_ms }
+            Input::Foreign { pause_ms, .. }
+            | Input::Reset { pause_ms }
             | Input::Step { pause_ms, .. }
             | Input::Silence { pause_ms }
             | Input::NewSession { pause_ms } => (*pause_ms, 2),
@@ -93,22 +108,40 @@ fn feed(rig: &mut Rig, inputs: &[Input]) -> Vec<Option<Sent>> {
         arrived_ms = f64::max(sent_ms + f64::from(transit_ms), arrived_ms);
         rig.run(arrived_ms);
         match input {
-            Input::Send { rows, .. } => {
+            Input::Send { rows, is_stamped, .. } => {
                 let values = (0..*rows).map(|i| (sent.len() + usize::from(i)) as f32).collect();
                 let late = rig.core.counts().late;
                 let (session, episode) = (rig.session, rig.core.episode());
-                let admitted = rig.arrive(ActionChunk::new(1, values).unwrap(), sent_ms);
-                quickest_ms = f64::min(quickest_ms, arrived_ms - sent_ms);
+                let values = ActionChunk::new(1, values).unwrap();
+                let admitted = match is_stamped {
+                    true => rig.arrive(values, sent_ms),
+                    false => rig.arrive_unstamped(values),
+                };
+                if *is_stamped {
+                    quickest_ms = f64::min(quickest_ms, arrived_ms - sent_ms);
+                }
                 let row = Sent {
                     session,
                     episode,
                     action,
                     is_chunk: *rows > 1,
                     admitted_ms: arrived_ms,
-                    lateness_ms: arrived_ms - sent_ms - quickest_ms,
+                    lateness_ms: if *is_stamped { arrived_ms - sent_ms - quickest_ms } else { 0.0 },
                 };
                 let is_admitted = admitted.is_ok() && rig.core.counts().late == late;
                 sent.extend((0..*rows).map(|_| is_admitted.then(|| row.clone())));
+            }
+            Input::Foreign { session, stated_session, episode, .. } => {
+                let is_foreign = session + stated_session + episode > 0;
+                let message = ActionMessage {
+                    session: rig.session - stated_session,
+                    episode: rig.core.episode().wrapping_sub(*episode),
+                    actions: [if is_foreign { FOREIGN } else { -1.0 }].into(),
+                    ..ActionMessage::default()
+                };
+                let act = Command::Act(message);
+                let admitted = rig.core.admit(rig.session - session, act, (), at(arrived_ms));
+                assert!(admitted.is_err() || !is_foreign, "{input:?}");
             }
             Input::Reset { .. } => rig.reset(),
             Input::Step { rows, .. } => {
@@ -130,10 +163,14 @@ fn feed(rig: &mut Rig, inputs: &[Input]) -> Vec<Option<Sent>> {
     sent
 }
 
+/// The value of actions that must not reach the robot.
+const FOREIGN: f32 = -2.0;
+
 /// Checks every row that reached the robot.
 fn check_rows(rig: &Rig, sent: &[Option<Sent>], hz: f64) {
     let rows = rig.rows();
     assert_no_burst(&rows, hz);
+    assert!(rows.iter().all(|row| row.1 != FOREIGN), "foreign: {rows:?}");
     let values: Vec<f32> = rows.iter().map(|row| row.1).filter(|value| *value >= 0.0).collect();
     assert!(values.is_sorted_by(|a, b| a < b), "in another order, or twice: {values:?}");
     let drift_ms = rig.now_ms / 1000.0;
