@@ -178,9 +178,9 @@ fn a_client_that_was_suspended_goes_on() {
 }
 
 #[test]
-fn dispatch_at_500_hz_with_jitter_loses_little() {
-    // Beyond half a period, rows arrive together although they were not sent so: the newer one runs.
-    for (jitter_ms, most_lost) in [(0.9, 0), (1.7, 500)] {
+fn dispatch_at_500_hz_with_jitter_loses_nothing() {
+    // With the second one, many rows arrive together, closer than half a period, although they were sent apart.
+    for jitter_ms in [0.9, 1.7] {
         let mut rig = Rig::new(500.0);
         let random = |i: u32| f64::from((i.wrapping_mul(2_654_435_761) >> 8) % 1000) / 1000.0;
         for i in 0..5000 {
@@ -190,10 +190,7 @@ fn dispatch_at_500_hz_with_jitter_loses_little() {
         }
         rig.run(10_100.0);
         assert_no_burst(&rig.rows(), 500.0);
-        let superseded = rig.core.counts().superseded;
-        assert_eq!(rig.rows().len() as u64 + superseded, 5000);
-        assert!(superseded <= most_lost, "{jitter_ms} ms: {superseded} rows lost");
-        assert!(superseded > 0 || most_lost == 0, "the jitter makes no difference");
+        assert_eq!(rig.rows().len(), 5000, "{jitter_ms} ms");
     }
 }
 
