@@ -250,6 +250,44 @@ async fn a_hosts_own_observations_are_checked_against_the_declaration() {
     assert_eq!(env.get_obs().await.unwrap()["right"].depth.as_ref().unwrap().shape(), [1, 1]);
 }
 
+/// A robot whose reset returns this observation.
+struct Observing(Observation);
+
+impl Robot for Observing {
+    fn action_spec(&self) -> ActionSpec {
+        ActionSpec::joint_positions(2, 20.0)
+    }
+
+    fn reset(&mut self, _request: &ResetRequest) -> Result<ResetOutcome, RobotError> {
+        Ok(ResetOutcome::default().with_observation(self.0.clone()))
+    }
+
+    fn apply_action(&mut self, _action: &Action, _context: &ActionContext) -> Result<(), RobotError> {
+        Ok(())
+    }
+}
+
+#[tokio::test]
+async fn a_robots_own_observation_is_checked_too() {
+    for (cameras, expected) in [
+        (vec![camera("left")], None),
+        (vec![], Some("the robot returned camera left: expected it, since it is declared, found none")),
+    ] {
+        let cameras = cameras.into_iter().map(Arc::new).collect();
+        let robot = Observing(Observation { cameras, ..Observation::default() });
+        let sensors = Sensors::new([CameraSpec::rgb("left", 1, 2)], []).unwrap();
+        let server = PolicyServer::builder(robot, sensors).build().unwrap();
+        let (client_end, server_end, _) = link(LinkOptions::default());
+        tokio::spawn(async move { server.serve_connection(server_end).await });
+        let env = PolicyClient::builder("link").connect_over(client_end).await.unwrap();
+        match (env.reset().await, expected) {
+            (Ok((obs, _)), None) => assert_eq!(obs.episode, 1),
+            (outcome, Some(expected)) => assert_eq!(rejected(outcome).text, expected),
+            (outcome, None) => panic!("{outcome:?}"),
+        }
+    }
+}
+
 #[tokio::test]
 async fn an_image_of_an_unknown_encoding_spoils_nothing_but_itself() {
     let newer = Image::new(Encoding(7), DType::U8, [1, 2, 3], vec![1, 2, 3, 4]).unwrap();

@@ -3,20 +3,23 @@
 //! how many, but not what holds of them. The rules themselves are tested on virtual time, in
 //! `chiral-server/src/control/core/tests.rs`.
 
-use std::sync::{Arc, atomic::Ordering};
+use std::sync::{Arc, OnceLock, atomic::Ordering};
 
-use chiral_client::{Code, Error};
-use chiral_proto::{ActionChunk, Observation, Timestamp};
+use chiral_client::{Code, Error, PolicyClient};
+use chiral_proto::{ActionChunk, Clock, Observation, Timestamp};
 use chiral_server::{
     ControlEvent, Error as ServerError, HoldReason, NextEvent, ObservationSource, ObserveError, OnTimeout,
-    PolicyServer, PolicyServerBuilder, Sensors,
+    PolicyServer, PolicyServerBuilder, Sensors, ServerHandle, monotonic,
 };
-use chiral_sim::link::LinkOptions;
+use chiral_sim::link::{LinkOptions, link};
 use tokio::time::sleep;
 
 use crate::{
     ROW, ms,
-    support::harness::{DIMENSION, Event, Gate, Harness, Script, ScriptedRobot},
+    support::{
+        harness::{DIMENSION, Event, Gate, Harness, Script, ScriptedRobot},
+        in_time,
+    },
 };
 
 /// A robot with a control rate, whose server times actions as by default.
@@ -289,6 +292,40 @@ fn a_server_starts_on_a_thread_of_its_own_and_says_where_it_listens() {
     let taken = builder().bind(address).build().unwrap().start();
     assert!(matches!(taken, Err(ServerError::Bind { .. })), "{taken:?}");
     let env = chiral_client::blocking::PolicyClient::connect(&format!("ws://{address}")).unwrap();
-    handle.shutdown();
+    handle.shutdown_blocking().unwrap();
+    assert_eq!(handle.stats().sessions, 0);
     while !matches!(env.get_metadata(), Err(Error::Disconnected { .. })) {}
+}
+
+#[tokio::test]
+async fn a_server_starts_within_a_runtime_too() {
+    let server = PolicyServer::builder(ScriptedRobot(Arc::default()), Sensors::new([], []).unwrap());
+    let handle = server.bind(([127, 0, 0, 1], 0)).build().unwrap().start().unwrap();
+    assert!(handle.local_addr().is_some());
+    handle.shutdown_and_wait().await;
+}
+
+#[tokio::test]
+async fn the_hosts_clock_is_not_called_under_a_lock() {
+    let handle: Arc<OnceLock<ServerHandle>> = Arc::default();
+    let for_clock = Arc::clone(&handle);
+    let time = monotonic();
+    let clock = Clock::new(move || {
+        // Locks what the server locks.
+        let _ = for_clock.get().map(ServerHandle::stats);
+        time.now()
+    });
+    let server = PolicyServer::builder(ScriptedRobot(Arc::default()), Sensors::new([], []).unwrap());
+    let server = server.clock(clock).build().unwrap();
+    assert!(handle.set(server.handle()).is_ok());
+    let (client_end, server_end, _) = link(LinkOptions::default());
+    tokio::spawn(async move { server.serve_connection(server_end).await });
+    let driving = async {
+        let env = PolicyClient::builder("link").connect_over(client_end).await.unwrap();
+        env.reset().await.unwrap();
+        env.step(ROW).await.unwrap();
+        env.send_action(ROW).await.unwrap();
+        env.close().await.unwrap();
+    };
+    in_time(driving).await;
 }
