@@ -438,10 +438,16 @@ impl RawPeer {
         self.reply_to(id).await
     }
 
+    /// Returns the next message that is no ping: when those come is up to the server.
     pub async fn receive(&self) -> Message {
-        let frame =
-            tokio::time::timeout(Duration::from_secs(3600), self.end.recv()).await.expect("a message");
-        Codec::Protobuf.decode(frame.unwrap().expect("the connection is open")).unwrap()
+        loop {
+            let frame =
+                tokio::time::timeout(Duration::from_secs(3600), self.end.recv()).await.expect("a message");
+            let message = Codec::Protobuf.decode(frame.unwrap().expect("the connection is open")).unwrap();
+            if !matches!(message, Message::Notice(Notice::Ping { .. })) {
+                return message;
+            }
+        }
     }
 
     /// Returns the reply to the request with this id. Drops the messages before it.
